@@ -1,0 +1,1 @@
+"""minisobert: BERT encoders pre-trained from scratch for one domain, in plain PyTorch."""

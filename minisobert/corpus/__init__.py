@@ -1,0 +1,1 @@
+"""From a data dump to micro-batches of packed rows. Nothing here imports torch, except `loader`."""
