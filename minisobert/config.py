@@ -1,0 +1,210 @@
+"""What can be chosen: frozen dataclasses, presets, and the command line made from the fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of an encoder. Raises ValueError where they do not fit together."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocabulary: int = 50_048  # a multiple of 128, whatever the layout: 50,000 pieces and rows that no id uses
+    positions: int = 2_048
+    norm_eps: float = 1e-5  # Megatron-LM's; the released SOBert configs say 1e-12
+    gelu: str = "erf"  # or "tanh", the form that Megatron-LM fuses
+
+    def __post_init__(self):
+        for name in ("layers", "hidden", "heads", "ffn", "vocabulary", "positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden % self.heads:
+            divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
+            choices = _words(nearest(divisors, self.heads))
+            raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads; choose {choices}")
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+
+PRESETS = {
+    "tiny": ModelConfig(layers=2, hidden=128, heads=2, ffn=512),
+    "base": ModelConfig(layers=12, hidden=768, heads=12, ffn=3_072),
+    "large": ModelConfig(layers=24, hidden=1_536, heads=16, ffn=6_144),
+}
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """The next multiple of 128: a matrix width that every layout can split and that matrix units like."""
+    return -(-vocab_size // 128) * 128
+
+
+def option(default, help: str, choices=None, free: bool = False):
+    """A field of a config: its default, one line for --help, what it may be. free: a resumed run may change it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pre-training run: the recipe (SOBert's where the paper states it, Megatron-LM's BERT elsewhere) and its layout.
+
+    Everything that is counted in tokens counts row positions, as Megatron-LM does. The trajectory depends on every field
+    but the free ones.
+    """
+
+    data: str = option("data/prepared", "folder that data.prepare wrote", free=True)
+    preset: str = option("base", "size of the model", choices=tuple(PRESETS))
+    out: str = option("runs/base", "folder of the run; resumed where it holds a checkpoint", free=True)
+    seed: int = option(1, "of initial weights, shuffling, masking and dropout")
+    train_tokens: int = option(27_000_000_000, "length of training, in row positions")
+    tokens_per_batch: int = option(524_288, "row positions per optimizer step, whatever the layout")
+    micro_batch_rows: int = option(8, "rows of 2,048 tokens in one forward pass of one process", free=True)
+    dropout: float = option(0.1, "of embeddings, attention probabilities and both branches of a block")
+    gelu: str = option("erf", "form of the GELU", choices=("erf", "tanh"))
+    learning_rate: float = option(1e-4, "its peak")
+    warmup_fraction: float = option(0.01, "part of train_tokens in which the learning rate rises from 0")
+    final_learning_rate_fraction: float = option(0.1, "of the peak, at the end of the linear decay")
+    weight_decay: float = option(0.01, "of all but biases and layer norms")
+    beta1: float = option(0.9, "Adam's, for the mean of the gradients")
+    beta2: float = option(0.999, "Adam's, for the mean of their squares")
+    clip: float = option(1.0, "largest norm of the gradient of one step")
+    precision: str = option(
+        "auto", "of weights and activations; masters are fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
+    )
+    eval_every_tokens: int = option(262_144_000, "how often to measure the loss on held-out documents", free=True)
+    eval_rows: int = option(512, "at most so many held-out rows in one evaluation", free=True)
+    checkpoint_every_tokens: int = option(524_288_000, "how often to save", free=True)
+    keep_checkpoints: int = option(2, "how many of the last checkpoints to keep", free=True)
+    price_per_gpu_hour: float = option(0.0, "dollars, to report what the run has cost", free=True)
+    verify: bool = option(False, "check the checksums of the data before training", free=True)
+    fresh: bool = option(False, "discard the checkpoints in out and start over", free=True)
+
+    def __post_init__(self):
+        at_least = {
+            "train_tokens": 1, "tokens_per_batch": 1, "micro_batch_rows": 1, "eval_every_tokens": 1, "eval_rows": 1,
+            "checkpoint_every_tokens": 1, "keep_checkpoints": 1, "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be more than 0")
+        for name in ("dropout", "warmup_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        if not 0 <= self.final_learning_rate_fraction <= 1:
+            raise ValueError(f"--final-learning-rate-fraction is {self.final_learning_rate_fraction}; 0 to 1 is allowed")
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise ValueError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose {_words(f.metadata['choices'])}")
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """The preset's model for a tokenizer of vocab_size pieces."""
+        return dataclasses.replace(PRESETS[self.preset], vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
+
+    def accumulation(self, row_tokens: int, data_parallel: int) -> int:
+        """Micro-batches of each process in one step. Raises ValueError where tokens_per_batch is not a multiple."""
+        per_pass = self.micro_batch_rows * row_tokens * data_parallel
+        if self.tokens_per_batch % per_pass:
+            below = self.tokens_per_batch // per_pass * per_pass
+            choices = f"--tokens-per-batch {_words([f'{n:,}' for n in (below, below + per_pass) if n])}"
+            rows, rest = divmod(self.tokens_per_batch, row_tokens * data_parallel)
+            if rows and not rest:
+                divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+                choices += f", or --micro-batch-rows {_words(nearest(divisors, self.micro_batch_rows))}"
+            raise ValueError(
+                f"tokens_per_batch = micro_batch_rows × row × data_parallel × accumulation does not come out even: "
+                f"{self.tokens_per_batch:,} = {self.micro_batch_rows} × {row_tokens:,} × {data_parallel} × "
+                f"{self.tokens_per_batch / per_pass:.4g}; choose {choices}"
+            )
+        return self.tokens_per_batch // per_pass
+
+    def check(self, rows: int, row_tokens: int, data_parallel: int) -> None:
+        """Raises ValueError where the layout or the data (rows in an epoch) does not go with tokens_per_batch."""
+        self.accumulation(row_tokens, data_parallel)
+        if rows * row_tokens < self.tokens_per_batch:
+            raise ValueError(
+                f"{self.data} packs into {rows:,} rows, fewer than the {self.tokens_per_batch // row_tokens:,} of one "
+                f"batch; choose --tokens-per-batch {rows * row_tokens:,} or less, or prepare more text"
+            )
+
+    def free_fields(self) -> set[str]:
+        return {f.name for f in dataclasses.fields(self) if f.metadata["free"]}
+
+
+def nearest(values: list[int], wanted: int) -> list[int]:
+    """The up to three values nearest to the one wanted, in order."""
+    return sorted(sorted(values, key=lambda n: abs(n - wanted))[:3])
+
+
+def _words(values) -> str:
+    values = [str(value) for value in values]
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest flag where one is misspelt. Exit status 2."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split(": ", 1)[1].split()[0]
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+            message = f"unknown option {unknown}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        fail(f"{self.prog}: {message}")
+
+
+def fail(message: object) -> typing.NoReturn:
+    """What a user's mistake ends in: one line on standard error, exit status 2."""
+    print(" ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(cls, argv: list[str] | None = None, prog: str | None = None, description: str | None = None):
+    """A config from command-line words, one flag per field in kebab case. Mistakes leave by `fail`."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = types[f.name]
+        if kind is bool:
+            parser.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
+            continue
+        default = f"{f.default:,}" if kind is int and f.default >= 10_000 else f.default
+        parser.add_argument(
+            flag(f.name),
+            type=_integer if kind is int else kind,
+            default=f.default,
+            metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "PATH"}[kind],
+            choices=f.metadata["choices"],
+            help=f"{f.metadata['help']} (default {default})".replace("%", "%%"),
+        )
+    try:
+        return cls(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _integer(text: str) -> int:
+    """`524288`, `524_288` or `27e9`."""
+    try:
+        value = float(text) if any(c in text for c in ".eE") else int(text)
+        if value != int(value):
+            raise ValueError
+        return int(value)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (27e9 and 524288 are)") from None

@@ -1,0 +1,43 @@
+"""Which tokens a masked language model has to guess (Devlin et al. 2019): 15 % of the real ones, each by itself.
+
+Of those chosen, 80 % become [MASK], 10 % a random piece, 10 % stay. Every choice is a hash of (row key, place in the
+row), and a row key is one of (seed, epoch, row), so any rank makes the same masks and nothing is stored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisobert.corpus.hashing import lowbias32
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK
+
+RATE = 0.15
+TO_MASK, TO_RANDOM = 0.8, 0.1  # the rest stays as it is
+
+
+def mask_rows(tokens: np.ndarray, row_keys: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks `tokens` (rows, row_tokens) in place. row_keys: (rows,) uint32. Specials and padding are never chosen.
+
+    Returns (M,) int64 indices into the flat tokens and (M,) int64, what stood there. M may be 0.
+    """
+    if vocab_size <= FIRST_ORDINARY_ID:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be more than the {FIRST_ORDINARY_ID} special ids")
+    # three independent numbers per place: is it chosen, what becomes of it, which random piece
+    place = np.arange(3 * tokens.shape[1], dtype=np.uint32).reshape(3, -1)
+    chosen_by, fate_by, piece_by = lowbias32(place)
+
+    chosen = lowbias32(row_keys[:, None] ^ chosen_by) < _share(RATE)
+    chosen &= tokens >= FIRST_ORDINARY_ID
+    row, column = np.nonzero(chosen)
+    targets = tokens[row, column].astype(np.int64)
+
+    fate = lowbias32(row_keys[row] ^ fate_by[column])
+    piece = lowbias32(row_keys[row] ^ piece_by[column]).astype(np.uint64)
+    piece = FIRST_ORDINARY_ID + (piece * np.uint64(vocab_size - FIRST_ORDINARY_ID) >> np.uint64(32)).astype(np.int64)
+    replaced = np.where(fate < _share(TO_MASK), MASK, np.where(fate < _share(TO_MASK + TO_RANDOM), piece, targets))
+    tokens[row, column] = replaced
+    return row * tokens.shape[1] + column, targets
+
+
+def _share(probability: float) -> np.uint32:
+    return np.uint32(round(probability * 2**32))

@@ -1,0 +1,21 @@
+"""The operations that an encoder spends its time in, one file each: the formula, plain PyTorch, the public function."""
+
+from minisobert.ops.add_norm import add_norm, add_norm_reference
+from minisobert.ops.attention import Documents, attention, attention_reference
+from minisobert.ops.bias_gelu import bias_gelu, bias_gelu_reference
+from minisobert.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from minisobert.ops.dropout import Dropout, dropout_reference
+
+__all__ = [
+    "Documents",
+    "Dropout",
+    "add_norm",
+    "add_norm_reference",
+    "attention",
+    "attention_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "dropout_reference",
+]

@@ -1,0 +1,28 @@
+"""The bias of a linear and the GELU behind it (Hendrycks and Gimpel 2016), with z = x + b:
+
+    erf     y = z Φ(z)                              dy/dz = Φ(z) + z φ(z)
+    tanh    y = z/2 (1 + tanh u)                    dy/dz = (1 + tanh u)/2 + z/2 (1 - tanh² u) du/dz
+            u = sqrt(2/π) (z + 0.044715 z³)
+
+Φ, φ: distribution and density of the standard normal. `tanh` is the approximation that Megatron-LM fuses.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMS = ("erf", "tanh")
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
+    return F.gelu(x + bias, approximate="tanh" if form == "tanh" else "none")
+
+
+def bias_gelu(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
+    """x: (T, n), bias: (n,), form: "erf" or "tanh". Returns (T, n). Raises ValueError on anything else."""
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
+    if x.dim() != 2 or bias.shape != x.shape[1:]:
+        raise ValueError(f"x is {tuple(x.shape)}, bias {tuple(bias.shape)}; they must be (tokens, n) and (n,)")
+    return bias_gelu_reference(x, bias, form)

@@ -1,0 +1,115 @@
+"""Dropout whose mask is a hash of where an element stands, not a draw from a generator.
+
+    y = x * keep / (1 - p)        keep[i, j] = (lowbias32(row_hash[i] ^ column_hash[j]) >> 16) >= round(p * 65,536)
+
+    row_hash[i]    = lowbias32(lowbias32(i) ^ key)           i: index of the token in the global batch
+    column_hash[j] = lowbias32(j)                            j: feature, or head * 2**24 + index of the key's token
+    key            = a hash of (seed, step, layer, site)
+
+The mask of an element therefore depends neither on the layout (which rank, which micro-batch) nor on the order in which
+masks are made, and a backward pass can make it again instead of storing it. The threshold is a multiple of 2**16, so p
+is kept to 1/65,536, and the hash's last xor-shift, which changes low bits alone, need not be computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minisobert.corpus import hashing
+
+SITES = ("embedding", "attention", "attention_output", "ffn_output")
+MAX_TOKENS = 1 << 24  # of a global batch: above it, columns of neighbouring heads would share their hashes
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements to drop, for all layers of one step, or (after `at`) for one site.
+
+    p: probability in [0, 1).
+    keys: (layers, sites) int32 on the device, the bits of unsigned keys, made once per step; () for one site.
+    token_offset: index in the global batch of the first token at hand. head_offset: likewise of the first head.
+    """
+
+    p: float
+    keys: Tensor
+    token_offset: int = 0
+    head_offset: int = 0
+
+    @staticmethod
+    def for_step(p: float, seed: int, step: int, layers: int, device: torch.device | str = "cpu") -> Dropout | None:
+        """The Dropout of one optimizer step; None for p = 0, which costs nothing."""
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is {p}; it must be at least 0 and less than 1")
+        if threshold(p) == 0:
+            return None
+        keys = [[hashing.key(seed, site, step, layer) for site in SITES] for layer in range(layers)]
+        return Dropout(p, _int32(torch.tensor(keys)).to(device, non_blocking=True))
+
+    def at(self, layer: int, site: str) -> Dropout:
+        return replace(self, keys=self.keys[layer, SITES.index(site)])
+
+    @property
+    def scale(self) -> float:
+        return 65_536 / (65_536 - threshold(self.p))
+
+    def row_hash(self, start: int, stop: int) -> Tensor:
+        """(stop - start,) int32, for the tokens [start, stop) of those at hand."""
+        index = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
+        return _lowbias32(_lowbias32(_int32(index)) ^ self.keys)
+
+    def column_hash(self, start: int, stop: int) -> Tensor:
+        """(stop - start,) int32, for the features [start, stop)."""
+        return _lowbias32(_int32(torch.arange(start, stop, device=self.keys.device)))
+
+    def key_hash(self, heads: int, start: int, stop: int) -> Tensor:
+        """(heads, stop - start) int32, for the keys of the tokens [start, stop) of those at hand."""
+        head = torch.arange(self.head_offset, self.head_offset + heads, device=self.keys.device)
+        token = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
+        return _lowbias32(_int32(head[:, None] * MAX_TOKENS + token))
+
+    def drops(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
+        """True where an element is dropped; the two hashes are broadcast against each other."""
+        return _top16(row_hash ^ column_hash) < threshold(self.p)
+
+
+def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """x: (T, h), any floating dtype. The same for None."""
+    if dropout is None:
+        return x
+    rows, features = x.shape
+    dropped = dropout.drops(dropout.row_hash(0, rows)[:, None], dropout.column_hash(0, features))
+    return x.masked_fill(dropped, 0) * dropout.scale
+
+
+def threshold(p: float) -> int:
+    return min(round(p * 65_536), 65_535)
+
+
+def _int32(x: Tensor) -> Tensor:
+    """The low 32 bits of int64 values, as int32 (conversion wraps)."""
+    return x.to(torch.int32)
+
+
+# `hashing.lowbias32` once more, on int32 tensors: several times faster on a CPU than int64, where attention needs one
+# hash per head and pair of tokens. Products wrap; the arithmetic right shift needs its sign bits cut off.
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - (1 << 32)
+    return x
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    x = _mix(x)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _top16(x: Tensor) -> Tensor:
+    """The top 16 bits of lowbias32(x), as int32 in [0, 65,536)."""
+    return (_mix(x) >> 16) & 0xFFFF

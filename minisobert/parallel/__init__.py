@@ -1,0 +1,1 @@
+"""Several processes, one trajectory. Everything that talks to another process is in this folder."""

@@ -1,0 +1,174 @@
+"""The training loop: batches of a fixed number of tokens, one optimizer step each, whatever the layout.
+
+Loss and gradient of a step are sums over all masked tokens of the global batch, divided by their number; what a rank or
+a micro-batch happens to hold carries no weight of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from minisobert.config import TrainConfig
+from minisobert.corpus.loader import MicroBatch, Rows, load, spans
+from minisobert.corpus.packing import ROW_TOKENS
+from minisobert.model import MaskedLM
+from minisobert.ops import Dropout, cross_entropy
+from minisobert.parallel.mesh import Mesh
+from minisobert.training import meter
+from minisobert.training.optimizer import Optimizer
+from minisobert.training.run import Progress, Run
+from minisobert.training.schedule import learning_rate
+
+
+def train_step(
+    model: MaskedLM,
+    optimizer: Optimizer,
+    batches: Iterable[MicroBatch],
+    config: TrainConfig,
+    mesh: Mesh,
+    progress: Progress,
+) -> dict:
+    """One step on this rank's micro-batches. Advances progress; returns the step's figures."""
+    device = mesh.device
+    first_row = progress.consumed_tokens // ROW_TOKENS
+    dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    masked = real_tokens = pairs = 0
+    for batch in batches:
+        offset = (batch.first_row - first_row) * ROW_TOKENS
+        here = dropout and dataclasses.replace(dropout, token_offset=offset)
+        logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, here)
+        loss = cross_entropy(logits, batch.targets).sum()
+        loss.backward()
+        loss_sum += loss.detach()
+        masked, real_tokens, pairs = masked + len(batch.targets), real_tokens + batch.real_tokens, pairs + batch.pairs
+
+    counts = torch.tensor([masked, real_tokens, pairs], dtype=torch.float64, device=device)
+    sums = mesh.all_reduce(torch.cat([loss_sum[None], counts]))
+    mesh.all_reduce(optimizer.gradient)
+    loss, masked, real_tokens, pairs = sums.tolist()
+    masked = max(masked, 1)  # nothing to guess in a whole batch: loss and gradient are 0
+
+    tokens = progress.schedule_tokens + config.tokens_per_batch
+    rate = learning_rate(
+        tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction
+    )
+    norm, applied = optimizer.step(rate, masked, config.clip)
+    progress.step += 1
+    progress.consumed_tokens += config.tokens_per_batch
+    progress.schedule_tokens = tokens if applied else progress.schedule_tokens
+    progress.skipped += not applied
+    progress.real_tokens += int(real_tokens)
+    progress.loss = loss / masked
+    flops = meter.training_flops(model.config, real_tokens, pairs, masked)
+    return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops}
+
+
+@torch.no_grad()
+def evaluate(model: MaskedLM, rows: Rows, config: TrainConfig, mesh: Mesh) -> tuple[float, float]:
+    """Loss in nats and share of right guesses over the first eval_rows held-out rows, masked alike every time."""
+    last_row = min(len(rows), config.eval_rows)
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, right guesses, masked tokens
+    share = spans(0, last_row, config.micro_batch_rows, mesh.rank, mesh.data_parallel)
+    for batch in load(rows, share, mesh.device):
+        logits = model(batch.tokens, batch.positions, batch.documents, batch.masked)
+        sums[0] += cross_entropy(logits, batch.targets).sum()
+        sums[1] += (logits.argmax(1) == batch.targets).sum()
+        sums[2] += len(batch.targets)
+    loss, right, masked = mesh.all_reduce(sums).tolist()
+    return loss / max(masked, 1), right / max(masked, 1)
+
+
+def train(
+    model: MaskedLM, optimizer: Optimizer, training: Rows, validation: Rows, run: Run, mesh: Mesh, progress: Progress
+) -> int:
+    """Trains from progress to train_tokens. Returns 0, or the number of the signal that ended it.
+
+    One line per step goes to metrics.jsonl. SIGTERM and Ctrl-C save and leave after the step.
+    """
+    config = run.config
+    batch_rows = config.tokens_per_batch // ROW_TOKENS
+    steps = -(-config.train_tokens // config.tokens_per_batch)
+    accumulation = config.accumulation(ROW_TOKENS, mesh.data_parallel)
+    first_row = progress.consumed_tokens // ROW_TOKENS
+    share = spans(first_row, steps * batch_rows, config.micro_batch_rows, mesh.rank, mesh.data_parallel)
+    micro_batches = load(training, share, mesh.device)
+    peak = meter.peak_flops(mesh.device)
+
+    def passed(every: int) -> bool:
+        """Whether the step just made went past a multiple of `every` tokens, or was the last one."""
+        before = progress.consumed_tokens - config.tokens_per_batch
+        return progress.step == steps or before // every != progress.consumed_tokens // every
+
+    bar = tqdm(
+        total=steps * config.tokens_per_batch, initial=progress.consumed_tokens, unit="tok", unit_scale=True,
+        desc=config.preset, disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
+    )  # fmt: skip
+    metrics = open(run.folder / "metrics.jsonl", "a") if mesh.is_first else None
+    shown, stopped = "", 0
+    with bar, StopSignals() as stop:
+        while progress.step < steps:
+            began = time.perf_counter()
+            batches = (next(micro_batches) for _ in range(accumulation))
+            figures = train_step(model, optimizer, batches, config, mesh, progress)
+            seconds = time.perf_counter() - began
+            progress.seconds += seconds
+
+            line = {
+                "step": progress.step,
+                "positions": progress.consumed_tokens,
+                "tokens": progress.real_tokens,
+                "loss": progress.loss,
+                "lr": figures["lr"],
+                "grad_norm": figures["grad_norm"],
+                "tokens_per_second": figures["real_tokens"] / seconds,
+                "dollars": meter.dollars(progress.seconds, mesh.data_parallel, config.price_per_gpu_hour),
+                "skipped": progress.skipped,
+            }
+            if peak:
+                line["mfu"] = figures["flops"] / seconds / mesh.data_parallel / peak
+            if passed(config.eval_every_tokens):
+                line["validation_loss"], line["validation_accuracy"] = evaluate(model, validation, config, mesh)
+                shown = f" held-out {line['validation_loss']:.3f}"
+            if metrics:
+                print(json.dumps(line), file=metrics, flush=True)
+            bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
+            bar.update(config.tokens_per_batch)
+
+            # all ranks leave after the same step: whichever got the signal
+            stopped = int(mesh.all_reduce(torch.tensor(stop.received, device=mesh.device)))
+            if mesh.is_first and (stopped or passed(config.checkpoint_every_tokens)):
+                saved = run.save(optimizer, progress)
+            if stopped:
+                break
+    micro_batches.close()
+    if stopped and mesh.is_first:
+        print(f"stopped after step {progress.step:,}; the same command goes on from {saved}", file=sys.stderr)
+    return stopped
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT (once: a second Ctrl-C interrupts at once) instead of letting them end the process."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        self.received = int(number)
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,118 @@
+"""Each reference against float64 autograd or a naive formula, and the arguments that the public functions refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, dropout_reference
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+DOCUMENTS = Documents.from_bounds([0, 1, 6, 13])
+DROPOUT = Dropout.for_step(0.3, seed=4, step=2, layers=1).at(0, "attention")
+
+
+def attention_by_mask(q, k, v, documents, dropout):
+    """The formula, on the whole T × T matrix."""
+    tokens, heads, d = q.shape
+    same = documents.start[:, None] == documents.start
+    scores = torch.einsum("ihd,jhd->hij", q, k) / d**0.5
+    probabilities = scores.masked_fill(~same, -torch.inf).softmax(-1)
+    if dropout:
+        dropped = dropout.drops(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None, :])
+        probabilities = probabilities.masked_fill(dropped, 0) * dropout.scale
+    return torch.einsum("hij,jhd->ihd", probabilities, v)
+
+
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])
+def test_attention_document_by_document_equals_one_masked_matrix(dropout):
+    q, k, v = (random(13, 2, 8, seed=seed) for seed in range(3))
+    ours, expected = attention(q, k, v, DOCUMENTS, dropout), attention_by_mask(q, k, v, DOCUMENTS, dropout)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    into = random(13, 2, 8, seed=9).detach()
+    for ours_grad, expected_grad in zip(
+        torch.autograd.grad(ours, (q, k, v), into), torch.autograd.grad(expected, (q, k, v), into)
+    ):
+        torch.testing.assert_close(ours_grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_attention_never_makes_a_matrix_of_all_tokens():
+    # 40,000 tokens squared are 6.4 GB a head in fp32; document by document it is nothing
+    documents = Documents.from_bounds(range(0, 40_001, 100))
+    q = torch.randn(40_000, 1, 32)
+    dropout = Dropout.for_step(0.1, seed=0, step=0, layers=1).at(0, "attention")
+    assert attention(q, q, q, documents).shape == attention(q, q, q, documents, dropout).shape == (40_000, 1, 32)
+
+
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])
+def test_gradients_of_the_references_are_those_of_finite_differences(dropout):
+    q, k, v = (random(13, 1, 4, seed=seed) for seed in range(3))
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, DOCUMENTS, dropout), (q, k, v))
+    x, r = random(5, 6, seed=3), random(5, 6, seed=4)
+    b, w, c = (random(6, seed=seed) for seed in (5, 6, 7))
+    assert torch.autograd.gradcheck(lambda x, b, r, w, c: add_norm(x, b, r, w, c, 1e-5, dropout), (x, b, r, w, c))
+    for form in ("erf", "tanh"):
+        assert torch.autograd.gradcheck(lambda x, b, form=form: bias_gelu(x, b, form), (x, b))
+    targets = torch.tensor([0, 5, 2, 2, 1])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (x,))
+
+
+def test_add_norm_adds_the_branch_once_and_normalises_the_sum():
+    x, r, b = random(4, 16), random(4, 16, seed=1), random(16, seed=2)
+    residual, normal = add_norm(x, b, r, torch.full((16,), 2.0).double(), torch.full((16,), 3.0).double(), 0.0)
+    torch.testing.assert_close(residual, x + b + r)
+    unit = (normal - 3) / 2
+    torch.testing.assert_close(unit.mean(1), torch.zeros(4).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(unit.var(1, unbiased=False), torch.ones(4).double())
+
+
+def test_cross_entropy_is_in_fp32_for_half_precision_logits():
+    logits = (torch.randn(6, 50) * 4).bfloat16()
+    targets = torch.arange(6)
+    loss = cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([1, 4], "must begin with 0"),
+        ([0], "at least one document"),
+        ([0, 3, 3], r"bounds\[2\] is 3 after 3"),
+        ([0, 5, 2], r"bounds\[2\] is 2 after 5"),
+        ([0.0, 2.0], "of integers"),
+        ([[0, 2]], "one-dimensional"),
+    ],
+)
+def test_bounds_that_are_no_documents_are_refused(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        Documents.from_bounds(bounds)
+
+
+def test_wrong_arguments_are_refused_by_name():
+    q = torch.zeros(13, 2, 8)
+    with pytest.raises(ValueError, match=r"q, k, v have the shapes .*\(13, 1, 8\)"):
+        attention(q, q[:, :1], q, DOCUMENTS)
+    with pytest.raises(ValueError, match=r"torch.float32, torch.float64"):
+        attention(q, q.double(), q, DOCUMENTS)
+    with pytest.raises(ValueError, match="q has 12 tokens, documents 13"):
+        attention(q[:12], q[:12], q[:12], DOCUMENTS)
+    x, b = torch.zeros(4, 8), torch.zeros(8)
+    with pytest.raises(ValueError, match=r"weight is \(7,\); it must be \(8,\)"):
+        add_norm(x, b, x, b[:7], b, 1e-5)
+    with pytest.raises(ValueError, match=r"branch is \(4, 8\), residual \(3, 8\)"):
+        add_norm(x, b, x[:3], b, b, 1e-5)
+    with pytest.raises(ValueError, match="form is 'relu'; it must be one of erf, tanh"):
+        bias_gelu(x, b, "relu")
+    with pytest.raises(ValueError, match=r"\(4, 8\) and \(3,\)|targets \(3,\)"):
+        cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="dropout is 1.0; it must be at least 0 and less than 1"):
+        Dropout.for_step(1.0, seed=0, step=0, layers=1)
+    assert dropout_reference(x, None) is x
