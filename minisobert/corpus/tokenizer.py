@@ -5,8 +5,9 @@
     tokenizer.decode(tokenizer.encode("if (a < b)\\n    return;")) == "if (a < b)\\n    return;"
 
 Ids: five special pieces, then 256 pieces of one byte each, then what was learnt. Half of a post is code, so nothing is
-normalised; newlines and runs of spaces are pieces like any other. Two things SentencePiece cannot hold go through bytes:
-a tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark for a space.
+normalised; newlines and runs of spaces are pieces like any other. Two characters that SentencePiece cannot hold go
+through bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark for
+a space.
 """
 
 from __future__ import annotations
