@@ -5,10 +5,11 @@ Nothing of an archive is written to disk, whatever its members are called: the l
 
 from __future__ import annotations
 
-import os
+import io
+import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,72 +26,94 @@ def members(dump: Path) -> dict[str, int]:
 
 @contextmanager
 def open_member(dump: Path, name: str) -> Iterator[BinaryIO]:
-    """One file of a dump, as a stream of bytes. From an archive it is decompressed by a thread, through a pipe."""
+    """One file of a dump, as a stream of bytes. From an archive it is decompressed by a thread, a little ahead."""
     if Path(dump).is_dir():
         with open(Path(dump) / name, "rb") as stream:
             yield stream
         return
-    read_end, write_end = os.pipe()
-    failure: list[BaseException] = []
-    thread = threading.Thread(target=_decompress, args=(dump, name, write_end, failure), daemon=True)
-    thread.start()
-    stream = os.fdopen(read_end, "rb", buffering=1 << 20)
+    member = _Member(Path(dump), name)
     try:
-        yield _Decompressed(stream, thread, failure)
+        yield io.BufferedReader(member, 1 << 20)
     finally:
-        stream.close()  # a thread that still writes gets a broken pipe, and ends
-        thread.join()
+        member.stop()
 
 
-class _Decompressed:
-    """The reading end of the pipe; at its end, what went wrong in the thread is raised here."""
+class _Member(io.RawIOBase):
+    """One member of an archive. What goes wrong in the thread is raised by the read that runs into it."""
 
-    def __init__(self, stream: BinaryIO, thread: threading.Thread, failure: list[BaseException]):
-        self.stream, self.thread, self.failure = stream, thread, failure
+    def __init__(self, dump: Path, name: str):
+        self.dump, self.member = dump, name
+        self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(8)
+        self.block = memoryview(b"")  # what is left of the one being read
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._decompress, daemon=True)
+        self.thread.start()
 
-    def readline(self, limit: int = -1) -> bytes:
-        line = self.stream.readline(limit)
-        if not line:
-            self.thread.join()
-            if self.failure:
-                raise self.failure[0]
-        return line
+    def readable(self) -> bool:
+        return True
 
-
-def _decompress(dump: Path, name: str, write_end: int, failure: list[BaseException]) -> None:
-    """The thread: one member of the archive into the pipe. Any failure goes into the list."""
-    try:
-        with open(write_end, "wb", buffering=0) as pipe, _archive(dump) as (archive, py7zr):
-
-            class Pipe(py7zr.Py7zIO):
-                def write(self, data):
-                    view = memoryview(data)
-                    while view:
-                        view = view[pipe.write(view) :]
-                    return len(data)
-
-                def read(self, size=None):
-                    return b""
-
-                def seek(self, offset, whence=0):
+    def readinto(self, buffer) -> int:
+        while not self.block:
+            block = self.blocks.get()
+            if not isinstance(block, bytes):
+                self.blocks.put(block)  # the end, or the failure, is there for the next read too
+                if isinstance(block, _End):
                     return 0
+                raise block
+            self.block = memoryview(block)
+        size = min(len(buffer), len(self.block))
+        buffer[:size] = self.block[:size]
+        self.block = self.block[size:]
+        return size
 
-                def flush(self):
-                    pass
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
 
-                def size(self):
-                    return 0
+    def _put(self, block: bytes | BaseException) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self.blocks.put(block, timeout=0.1)
+            except queue.Full:
+                pass  # the reader is slower, or gone
+        raise _End
 
-            class Factory(py7zr.WriterFactory):
-                def create(self, filename):
-                    return Pipe()
+    def _decompress(self) -> None:
+        put, end = self._put, _End()
+        try:
+            with _archive(self.dump) as (archive, py7zr):
 
-            (member,) = [m.filename for m in archive.list() if Path(m.filename).name == name][:1]
-            archive.extract(targets=[member], factory=Factory())
-    except BrokenPipeError:
-        pass  # the reader has stopped
-    except BaseException as error:
-        failure.append(error)
+                class Writer(py7zr.Py7zIO):
+                    def write(self, data):
+                        put(bytes(data))
+                        return len(data)
+
+                    def read(self, size=None):
+                        return b""
+
+                    def seek(self, offset, whence=0):
+                        return 0
+
+                    def flush(self):
+                        pass
+
+                    def size(self):
+                        return 0
+
+                class Factory(py7zr.WriterFactory):
+                    def create(self, filename):
+                        return Writer()
+
+                path = next(item.filename for item in archive.list() if Path(item.filename).name == self.member)
+                archive.extract(targets=[path], factory=Factory())
+        except BaseException as error:
+            end = error
+        with suppress(_End):
+            put(end)
+
+
+class _End(Exception):
+    """In the queue: the member was read to its end. In the thread: nobody reads any more."""
 
 
 @contextmanager
@@ -104,7 +127,7 @@ def _archive(dump: Path):
         # opened here and not by name: py7zr would start threads of its own
         with open(dump, "rb") as file, py7zr.SevenZipFile(file) as archive:
             yield archive, py7zr
-    except (BrokenPipeError, FileNotFoundError, ValueError):
+    except (_End, FileNotFoundError, ValueError):
         raise
     except Exception as error:  # py7zr lets the errors of eight decompressors through
         raise ValueError(f"{dump} is truncated or no .7z archive ({type(error).__name__}: {error})") from None

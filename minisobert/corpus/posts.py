@@ -1,8 +1,8 @@
 """Posts with their comments from a Stack Exchange data dump, streamed.
 
 `Posts.xml` and `Comments.xml` hold one `<row …/>` per line, everything in its attributes. Comments are ordered by their
-own id, not by post, and the largest site has 90 million of them, so they first go into a temporary SQLite table on disk,
-indexed by post; then the posts are read in order and each asks for its own. Memory is bounded by the largest row.
+own id, not by post, and the largest site has 90 million of them, so they first go into a temporary SQLite table on
+disk, indexed by post; then the posts are read in order and each asks for its own. Memory is bounded by the largest row.
 
 The XML is untrusted: no entity is expanded and no file that it names is opened.
 """

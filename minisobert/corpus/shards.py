@@ -16,17 +16,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from .tokenizer import Tokenizer
+from .hashing import key, lowbias32
+from .tokenizer import Tokenizer, token_dtype
 
 FORMAT = 1
 FILES = ("tokens.bin", "documents.npy", "tokenizer.model")
+HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads
 _SCAN = 1 << 24  # tokens looked at at a time
 
 
@@ -59,11 +61,6 @@ class Shards:
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder / "tokenizer.model")
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of tokens.bin: the largest id is vocab_size - 1."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def open_shards(folder: str | Path, verify: bool = False) -> Shards:
@@ -140,6 +137,21 @@ def _read_meta(path: Path) -> dict:
     return meta
 
 
+def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
+    """(D,) bool: the documents of the threads that are held out, those with the smallest hashes of (seed, thread).
+
+    source, thread: (D,) int64; equal in both means the same thread. Of a single thread nothing is held out.
+    """
+    threads, index = np.unique(np.stack([source, thread], axis=1), axis=0, return_inverse=True)
+    hashes = np.full(len(threads), key(seed, "validation"), np.uint32)
+    for part in (threads[:, 0], threads[:, 1], threads[:, 1] >> 32):
+        hashes = lowbias32(hashes ^ lowbias32(part.astype(np.uint32)))
+    count = min(max(1, round(HELD_OUT * len(threads))), MOST_HELD_OUT, len(threads) - 1)
+    chosen = np.zeros(len(threads), bool)
+    chosen[np.argsort(hashes, kind="stable")[:count]] = True
+    return chosen[index.reshape(-1)]
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
@@ -149,6 +161,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
+    made = [parent for parent in out.parents if not parent.exists()]  # removed again if the block fails
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -160,6 +173,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         work.replace(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: `out` is there
+                parent.rmdir()
 
 
 def write_meta(folder: Path, **meta) -> None:

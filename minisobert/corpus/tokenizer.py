@@ -6,8 +6,8 @@
 
 Ids: five special pieces, then 256 pieces of one byte each, then what was learnt. Half of a post is code, so nothing is
 normalised; newlines and runs of spaces are pieces like any other. Two characters that SentencePiece cannot hold go
-through bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark for
-a space.
+through bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark
+for a space.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + _SENTENCE]
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What ids are stored as: little-endian uint16 where that holds vocab_size - 1, uint32 elsewhere."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
 class Tokenizer:
     """A trained tokenizer: `model` is a file's path or its content.
 
@@ -103,21 +108,21 @@ class Tokenizer:
             byte[piece] if processor.is_byte(i) else piece.replace(_SPACE_MARK, " ").encode()
             for i, piece in enumerate(pieces)
         ]
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = token_dtype(self.vocab_size)
         mark = b"".join(
             processor.piece_to_id(f"<0x{value:02X}>").to_bytes(self.dtype.itemsize, "little")
             for value in _SPACE_MARK.encode()
         )
         ordinary = [piece.decode() for i, piece in enumerate(self._bytes) if i >= 5 and not processor.is_byte(i)]
         self._chunks = _chunks_that_cut_no_piece(ordinary)
-        self._cache = _Cache(processor, self.dtype.newbyteorder("<"), mark)
+        self._cache = _Cache(processor, self.dtype, mark)
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) ids, of dtype uint16 where the vocabulary allows and uint32 elsewhere; no [CLS], no [SEP].
 
         Raises ValueError for a text that is not UTF-8-encodable (a lone surrogate).
         """
-        return np.frombuffer(self.encode_bytes(text), self.dtype.newbyteorder("<"))
+        return np.frombuffer(self.encode_bytes(text), self.dtype)
 
     def encode_bytes(self, text: str) -> bytes:
         """The same ids as little-endian bytes, which is what a shard holds."""
