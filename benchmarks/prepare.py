@@ -1,0 +1,151 @@
+"""Preparing a dump, beside a plain pipeline: `python -m benchmarks.prepare [--dump folder or .7z]`.
+
+The plain one is what one would write first: ElementTree reads both files into memory, a dictionary joins the comments,
+html.parser takes the tags away, SentencePiece encodes every document. Both sides read the same unpacked XML, use the
+same trained tokenizer and write the ids to disk; neither trains. Repeats alternate; the best of each side counts, as the
+one least disturbed. One worker, and the plain pipeline, are held on one core, threads and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import sentencepiece
+
+from data.prepare import prepare
+from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.posts import posts
+from minisobert.corpus.tokenizer import train
+
+DUMPS = Path(__file__).resolve().parents[1] / "../shared/data/dumps"
+RESULTS = Path(__file__).parent / "results" / "prepare.md"
+BREAKS = {"p", "br", "div", "li", "ul", "ol", "pre", "blockquote", "h1", "h2", "h3", "tr"}
+
+
+class _Text(HTMLParser):
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+
+    def handle_data(self, data):
+        self.parts.append(data)
+
+    def handle_starttag(self, tag, attributes):
+        if tag in BREAKS:
+            self.parts.append("\n")
+
+
+def _plain_text(source: str) -> str:
+    parser = _Text()
+    parser.feed(source)
+    parser.close()
+    return "".join(parser.parts).strip()
+
+
+def plain(dump: Path, out: Path, model: Path) -> int:
+    """The plain pipeline; returns the number of documents."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    comments = defaultdict(list)
+    if (dump / "Comments.xml").exists():
+        for row in ElementTree.parse(dump / "Comments.xml").getroot():
+            comments[row.get("PostId")].append(row.get("Text", ""))
+    documents = []
+    for row in ElementTree.parse(dump / "Posts.xml").getroot():
+        if row.get("PostTypeId") in ("1", "2"):
+            text = [row.get("Title", ""), _plain_text(row.get("Body", "")), *comments[row.get("Id")]]
+            documents.append("\n\n".join(filter(None, text)))
+    ids = [np.array(tokenizer.encode(document), np.uint16) for document in documents if document]
+    np.concatenate(ids).tofile(out / "tokens.bin")
+    np.save(out / "documents.npy", np.cumsum([len(part) for part in ids]))
+    return len(ids)
+
+
+def _unpack(dump: Path, folder: Path) -> Path:
+    for name in members(dump):
+        with open_member(dump, name) as stream, open(folder / name, "wb") as file:
+            while block := stream.read(1 << 20):
+                file.write(block)
+    return folder
+
+
+def _timed(function) -> tuple[float, int]:
+    start = time.perf_counter()
+    documents = function()
+    return time.perf_counter() - start, documents
+
+
+def _machine() -> str:
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("sentencepiece", "numpy"))
+    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dump", type=Path, default=DUMPS / "java-questions-2025.stackoverflow.com.7z")
+    parser.add_argument("--vocab-size", type=int, default=30_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    if not options.dump.exists():
+        sys.exit(f"benchmarks.prepare: {options.dump} does not exist; give a dump with --dump")
+    cores = sorted(os.sched_getaffinity(0))
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the bars of a dozen runs
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        (temporary / "xml").mkdir()
+        dump = _unpack(options.dump, temporary / "xml") if options.dump.is_file() else options.dump
+        size = sum(members(dump).values()) / 1e6
+        model = temporary / "tokenizer.model"
+        texts = (post.text() for post in posts(dump, temporary, Counter()))
+        model.write_bytes(train(texts, options.vocab_size))
+
+        def ours(workers: int, out: Path) -> int:
+            return prepare([dump], out, workers=workers, tokenizer=model)["documents"]
+
+        runs = {
+            "plain, 1 core": (1, lambda out: (out.mkdir(), plain(dump, out, model))[1]),
+            "data.prepare, 1 worker on 1 core": (1, lambda out: ours(1, out)),
+            "data.prepare, 2 workers on 2 cores": (2, lambda out: ours(2, out)),
+        }
+        best, documents = dict.fromkeys(runs, float("inf")), {}
+        for repeat in range(options.repeats):
+            for number, (name, (count, run)) in enumerate(runs.items()):
+                os.sched_setaffinity(0, cores[:count])
+                seconds, documents[name] = _timed(lambda run=run, out=temporary / f"{repeat}-{number}": run(out))
+                best[name] = min(best[name], seconds)
+        os.sched_setaffinity(0, cores)
+    if len(set(documents.values())) != 1:
+        sys.exit(f"benchmarks.prepare: the two sides found different numbers of documents: {documents}")
+    base = best["plain, 1 core"]
+    lines = [
+        "# Preparing a dump: read, join, HTML to text, encode, write",
+        "",
+        f"`python -m benchmarks.prepare`: {options.dump.name}, {size:.1f} MB of XML, {documents['plain, 1 core']:,} "
+        f"documents, the same {options.vocab_size:,} pieces on both sides; best of {options.repeats} alternating runs.",
+        _machine() + ".",
+        "",
+        "| | seconds | MB of XML/s | ratio |",
+        "|---|---|---|---|",
+        *(f"| {name} | {s:.2f} | {size / s:.1f} | {base / s:.2f} |" for name, s in best.items()),
+    ]
+    print("\n".join(lines))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Getting data ready: `python -m data.prepare`."""

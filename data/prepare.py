@@ -1,0 +1,291 @@
+"""From a dump, or from text, to a tokenizer and shards: `python -m data.prepare --input site.7z --out data/prepared`.
+
+Two passes, each in a few processes. The first reads the documents and writes their text into one spool file, on which
+the tokenizer is trained; the second encodes the spool. The result is the same, bit for bit, for any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.inputs import check, documents
+from minisobert.corpus.hashing import key, permutation_keys
+from minisobert.corpus.posts import KINDS, Post
+from minisobert.corpus.shards import held_out, new_folder, write_meta
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, token_dtype, train
+
+TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
+BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
+LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # batches that are being worked on, or wait
+
+
+def prepare(
+    inputs: list[str | Path],
+    out: str | Path,
+    *,
+    vocab_size: int = 50_000,
+    workers: int | None = None,
+    seed: int = 0,
+    min_score: int | None = None,
+    kind: str = "all",
+    tokenizer: str | Path | None = None,
+) -> dict:
+    """Write the folder `out` and return the content of its meta.json.
+
+    workers: processes; default: one for each core that this process may use. kind: all, questions or answers.
+    tokenizer: the file of a tokenizer to use, in place of training one. Raises ValueError, in one line, for whatever
+    is wrong with the input or the settings; `out` appears only when it is complete.
+    """
+    inputs = [Path(path) for path in inputs]
+    _check_settings(vocab_size, workers)
+    total_bytes = check(inputs)
+    if tokenizer is not None:
+        tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
+    with new_folder(out) as work, _pool(workers) as pool:
+        spool, model = work / "spool", work / "tokenizer.model"
+        dropped: Counter = Counter()
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
+            found = documents(inputs, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
+            index, counts = _write_spool(spool, _batches(found), dropped, pool)
+        if not len(index):
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
+            raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
+        ends = index[:, 2]
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)  # (D, 2): from where to where in the spool
+        last = held_out(index[:, 0], index[:, 1], seed)
+        if tokenizer is None:
+            sample = _sample(spans[~last], seed)
+            size = int((sample[:, 1] - sample[:, 0]).sum())
+            print(f"training the tokenizer on {size / 1e6:,.1f} MB of text …", file=sys.stderr)
+            tokenizer = train(_texts(spool, sample), vocab_size)
+        model.write_bytes(tokenizer)
+
+        spans = np.concatenate([spans[~last], spans[last]])
+        lengths = _encode(spool, spans, model, work / "tokens.bin", pool)
+        spool.unlink()
+        np.save(work / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        pieces = Tokenizer(tokenizer).vocab_size
+        meta = {
+            **counts,
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "vocab_size": pieces,
+            "vocab_size_asked": vocab_size,
+            "dtype": token_dtype(pieces).name,
+            "validation_documents": [len(lengths) - int(last.sum()), len(lengths)],
+            "dropped": {reason: n for reason, n in dropped.items() if n},
+            "length_percentiles": {
+                str(q): int(np.percentile(lengths, q, method="lower")) for q in (0, 5, 25, 50, 75, 95, 99, 100)
+            },
+            "seed": seed,
+            "kind": kind,
+            "min_score": min_score,
+            "sources": [path.resolve().name for path in inputs],
+        }
+        write_meta(work, **meta)
+    return meta
+
+
+def _check_settings(vocab_size: int, workers: int | None) -> None:
+    least = FIRST_ORDINARY_ID + 256 + 1
+    if vocab_size < least:
+        raise ValueError(f"a vocabulary of {vocab_size} pieces is too small: the bytes alone need at least {least}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: at least one process is needed")
+
+
+@contextmanager
+def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
+    """The processes; None for a single one, where everything runs in this process."""
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool, function, items) -> Iterator:
+    """(item, function(item)) in order, computed by the pool a few items ahead: `items` may be endless."""
+    if pool is None:
+        for item in items:
+            yield item, function(item)
+        return
+    waiting: deque = deque()
+    for item in items:
+        waiting.append((item, pool.submit(function, item)))
+        if len(waiting) > LOOK_AHEAD:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    for item, future in waiting:
+        yield item, future.result()
+
+
+# The first pass: documents → text
+
+
+def _batches(found: Iterator[tuple[int, int, Post | str]]) -> Iterator[list[tuple[int, int, Post | str]]]:
+    batch, size = [], 0
+    for item in found:
+        batch.append(item)
+        size += sum(map(len, _strings(item[2])))
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _strings(document: Post | str) -> list[str]:
+    return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
+
+
+def _render(batch) -> tuple[bytes, list[int], int]:
+    """In a worker: the texts in one piece, the bytes of each, and the characters of all."""
+    found = [document if isinstance(document, str) else document.text() for *_, document in batch]
+    encoded = [text.encode() for text in found]
+    return b"".join(encoded), [len(text) for text in encoded], sum(map(len, found))
+
+
+def _write_spool(spool: Path, batches, dropped: Counter, pool) -> tuple[np.ndarray, dict[str, int]]:
+    """The text of all documents into one file. Returns (D, 3) int64, the source, thread and end of each; and counts."""
+    index = array("q")
+    counts = {"posts": 0, "comments": 0, "characters": 0}
+    end = 0
+    with open(spool, "wb") as file:
+        for batch, (content, sizes, characters) in _in_order(pool, _render, batches):
+            file.write(content)
+            counts["characters"] += characters
+            for (source, thread, document), size in zip(batch, sizes):
+                comments = len(document.comments) if isinstance(document, Post) else 0
+                if size == 0:
+                    dropped["empty"] += 1
+                    dropped["comments of dropped posts"] += comments
+                    continue
+                end += size
+                index.extend((source, thread, end))
+                counts["posts"] += isinstance(document, Post)
+                counts["comments"] += comments
+    return np.array(index, np.int64).reshape(-1, 3), counts
+
+
+def _sample(spans: np.ndarray, seed: int) -> np.ndarray:
+    """The spans of the documents to train the tokenizer on, in order, about TRAINING_TEXT bytes at most."""
+    share = TRAINING_TEXT / int((spans[:, 1] - spans[:, 0]).sum())
+    if share >= 1:
+        return spans
+    return spans[permutation_keys(len(spans), key(seed, "tokenizer")) < share * 2**32]
+
+
+def _texts(spool: Path, spans: np.ndarray) -> Iterator[str]:
+    with open(spool, "rb") as file:
+        for start, end in spans.tolist():
+            file.seek(start)
+            yield file.read(end - start).decode()
+
+
+# The second pass: text → ids
+
+
+def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> np.ndarray:
+    """Write the ids of these documents; returns the length of each in tokens, (D,) int64."""
+    sizes = np.cumsum(spans[:, 1] - spans[:, 0])
+    cuts = np.searchsorted(sizes, np.arange(BATCH, sizes[-1], BATCH))
+    tasks = ((spool, part, model) for part in np.split(spans, np.unique(cuts)) if len(part))
+    lengths = array("q")
+    with open(out, "wb") as file, tqdm(total=int(sizes[-1]), unit="B", unit_scale=True, desc="encode") as bar:
+        for (_, part, _), (content, counts) in _in_order(pool, _encode_part, tasks):
+            file.write(content)
+            lengths.extend(counts)
+            bar.update(int((part[:, 1] - part[:, 0]).sum()))
+    _tokenizer.cache_clear()
+    return np.frombuffer(lengths, np.int64)
+
+
+def _encode_part(task) -> tuple[bytes, list[int]]:
+    """In a worker: the ids of some documents in one piece, and how many each has."""
+    spool, spans, model = task
+    tokenizer = _tokenizer(model)
+    encoded = [tokenizer.encode_bytes(text) for text in _texts(spool, spans)]
+    return b"".join(encoded), [len(ids) // tokenizer.dtype.itemsize for ids in encoded]
+
+
+@lru_cache(1)
+def _tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer(model)
+
+
+def table(meta: dict) -> str:
+    """What was prepared, for a person."""
+    lines = [(name, f"{meta[name]:,}") for name in ("posts", "comments", "documents")]
+    lines += [(f"dropped: {reason}", f"{n:,}") for reason, n in meta["dropped"].items()]
+    asked = meta["vocab_size_asked"]
+    fewer = f" (of {asked:,} asked for: the text has no more to merge)" if meta["vocab_size"] < asked else ""
+    first, last = meta["validation_documents"]
+    lines += [
+        ("characters", f"{meta['characters']:,}"),
+        ("tokens", f"{meta['tokens']:,}"),
+        ("characters per token", f"{meta['characters'] / meta['tokens']:.2f}"),
+        ("vocabulary", f"{meta['vocab_size']:,}{fewer}"),
+        ("tokens per document", ", ".join(f"{q} %: {n:,}" for q, n in meta["length_percentiles"].items())),
+        ("validation documents", f"{last - first:,}"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"prepare: {message} (see --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _Parser(prog="python -m data.prepare", description="Make a tokenizer and shards from a dump or from text.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
+                        help=".7z of a site, folder with Posts.xml (and Comments.xml), .jsonl, .txt (.gz, .xz)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out threads")
+    parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a lower score")
+    parser.add_argument("--posts", choices=KINDS, default="all", help="which posts, each with its comments")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
+    try:
+        meta = prepare(options.input, options.out, vocab_size=options.vocab_size, workers=options.workers,
+                       seed=options.seed, min_score=options.min_score, kind=options.posts)
+    except KeyboardInterrupt:
+        print("prepare: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenProcessPool:
+        print("prepare: a worker process died, perhaps for lack of memory; try fewer --workers", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    print(f"{table(meta)}\nwritten to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

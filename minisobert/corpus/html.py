@@ -1,0 +1,127 @@
+"""HTML and comment markup to plain text: a few passes of regular expressions, at C speed and in linear time.
+
+A post's body comes as the HTML that Stack Exchange rendered. A tokenizer wants what a reader sees: paragraphs, list
+items, and code with its newlines and indentation. Only the tags that Stack Exchange renders count as markup; anything
+else in angle brackets is text, since `List<String>` is what people write.
+
+No expression here can backtrack far on ill-formed input: each attempt to match stops at the next `<`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+INLINE = "a|b|code|del|em|i|img|ins|kbd|s|span|strike|strong|sub|sup"
+BLOCK = "blockquote|div|dl|h1|h2|h3|h4|h5|h6|hr|iframe|ol|p|pre|table|tbody|tfoot|thead|ul"
+LINE = "br|dd|dt|li|tr"
+CELL = "td|th"
+
+# What may stand between a tag's name and its end. A quoted value may hold ">", but no "<": Stack Exchange escapes it.
+_ATTRIBUTES = r"""(?:[\s/][^<>"']*(?:"[^"<]*"[^<>"']*|'[^'<]*'[^<>"']*)*)?"""
+
+
+def _tags(names: str, slash: str = "/?") -> str:
+    """The expression for the opening and closing tags of these names (`slash` "" or "/": the one or the other)."""
+    return f"<{slash}(?:{names}){_ATTRIBUTES}>"
+
+
+_PRE = re.compile(f"({_tags('pre')})", re.I)
+_INLINE = re.compile(_tags(INLINE), re.I)
+_ANY = re.compile(_tags(f"{INLINE}|{BLOCK}|{LINE}|{CELL}"), re.I)
+_BREAKS = re.compile(  # one group per kind of break; each alternative begins with "<", which is what makes it fast
+    f"({_tags('li', '')}(?: ?{_tags('p', '')})?)"  # what follows a "- " stays on its line
+    f"|({_tags(BLOCK)}(?: ?{_tags(BLOCK)})*)"
+    f"|({_tags(CELL, '/')} ?{_tags(CELL, '')} ?)"
+    f"|({_tags(CELL)} ?)"
+    f"|{_tags(LINE)}",
+    re.I,
+)
+_BREAK = {1: "\n- ", 2: "\n\n", 3: " | ", 4: "", None: "\n"}
+_SPACES = re.compile("  +")
+_BLANK_LINES = re.compile("\n\n\n+")
+_LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")  # Python refuses to read a number of thousands of digits
+
+_COMMENT_TOKEN = re.compile(r"`[^`]*`|<(code|i|b)>|<(a) href=\"[^\"<>]*\"[^<>]*>|</(code|i|b|a)>")
+
+
+def html_to_text(source: str) -> str:
+    """The text of a post's HTML. Never fails, whatever the input.
+
+    `<pre>` keeps its newlines and indentation; elsewhere white space collapses, blocks are separated by a blank line,
+    list items begin with "- ", table cells are separated by " | "; inline tags, images and HTML comments vanish.
+    Entities are decoded once, after the tags are gone: `&amp;lt;` becomes `&lt;`.
+    """
+    parts, in_pre = [], False
+    for part in _PRE.split(_without_html_comments(source)):  # text, tag, text, tag, … text
+        if part[:4].lower() == "<pre" or part[:5].lower() == "</pre":
+            in_pre = part[1] != "/"
+            continue
+        text = _ANY.sub("", part).strip("\r\n") if in_pre else _flow(part)
+        if text:
+            parts.append(text)
+    text = _decode("\n\n".join(parts))
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def comment_to_text(source: str) -> str:
+    """The text of a comment, white space at its ends removed.
+
+    The site puts U+200C U+200B into long words of comments, to let browsers break them: that pair is removed.
+
+    A comment is Markdown source, kept as it is: a dump has decoded its entities already. Comments that came through the
+    API are rendered, with pairs of `<code>`, `<a href="…">`, `<i>` and `<b>`: exactly those pairs are unwrapped, not
+    inside back-ticks, so `<code>List<String></code>` becomes `List<String>`.
+    """
+    source = source.replace("\r\n", "\n").replace("\u200c\u200b", "").strip()
+    if "</" not in source:
+        return source
+    opened: list[tuple[str, re.Match]] = []
+    count = dict.fromkeys(("code", "i", "b", "a"), 0)  # of each name in `opened`: nothing is searched for in vain
+    markup = []
+    for token in _COMMENT_TOKEN.finditer(source):
+        if name := token[1] or token[2]:
+            opened.append((name, token))
+            count[name] += 1
+        elif (name := token[3]) and count[name]:
+            other = None
+            while other != name:  # what was opened in between was never closed: text
+                other, opening = opened.pop()
+                count[other] -= 1
+            markup += (opening.span(), token.span())
+    at, parts = 0, []
+    for start, stop in sorted(markup):
+        parts.append(source[at:start])
+        at = stop
+    return ("".join(parts) + source[at:]).strip()
+
+
+def _flow(source: str) -> str:
+    """The text of HTML outside of `<pre>`, entities still encoded."""
+    text = _INLINE.sub("", source)
+    for space in "\n\t\r\f":  # HTML's own white space: a no-break space is none
+        text = text.replace(space, " ")
+    text = _BREAKS.sub(lambda match: _BREAK[match.lastindex], _SPACES.sub(" ", text))
+    return _BLANK_LINES.sub("\n\n", text.replace(" \n", "\n").replace("\n ", "\n")).strip(" \n")
+
+
+def _decode(text: str) -> str:
+    """`html.unescape`, with the three entities that make up nearly all of a post's (code) replaced first, faster.
+
+    Nothing is decoded twice: a decoded `<`, `>` or `"` begins no entity, and `&amp;lt;` does not hold `&lt;`.
+    """
+    if "&" not in text:
+        return text
+    text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
+    return html.unescape(_LONG_NUMBER.sub("\ufffd", text))
+
+
+def _without_html_comments(source: str) -> str:
+    """`<!-- … -->` removed; one that is never closed is text."""
+    if "<!--" not in source:
+        return source
+    parts, at = [], 0
+    while (start := source.find("<!--", at)) >= 0 and (stop := source.find("-->", start + 4)) >= 0:
+        parts.append(source[at:start])
+        at = stop + 3
+    return "".join(parts) + source[at:]

@@ -1,0 +1,198 @@
+"""Shards: a tokenised corpus on disk, in one folder of four files (the format is described in data/README.md).
+
+    tokens.bin       the ids of all documents, one after the other, little-endian uint16 (uint32 past 65,536 pieces)
+    documents.npy    (D+1,) int64, the offset in tokens at which each document starts; the last is the total
+    tokenizer.model  the SentencePiece model that made the ids
+    meta.json        counts, vocabulary, seed, sources, the held-out documents, size and checksum of the other three
+
+Held-out documents come last, so that training and validation are two ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .hashing import key, lowbias32
+from .tokenizer import Tokenizer, token_dtype
+
+FORMAT = 1
+FILES = ("tokens.bin", "documents.npy", "tokenizer.model")
+HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads
+_SCAN = 1 << 24  # tokens looked at at a time
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An opened corpus. `tokens[offsets[i]:offsets[i + 1]]` is document i, without [CLS] and [SEP]."""
+
+    folder: Path
+    meta: dict
+    tokens: np.ndarray  # (tokens,) a read-only memory map
+    offsets: np.ndarray  # (documents + 1,) int64
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta["vocab_size"]
+
+    @property
+    def training_documents(self) -> range:
+        return range(self.meta["validation_documents"][0])
+
+    @property
+    def validation_documents(self) -> range:
+        return range(*self.meta["validation_documents"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any byte of the three files, and with nothing else: which corpus a checkpoint was made on."""
+        checksums = "".join(self.meta["files"][name]["sha256"] for name in FILES)
+        return hashlib.sha256(checksums.encode()).hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder / "tokenizer.model")
+
+
+def open_shards(folder: str | Path, verify: bool = False) -> Shards:
+    """Open and check a corpus: files and sizes, offsets, that every id is in the vocabulary, the tokenizer's checksum.
+
+    verify: compute every checksum too. Raises ValueError, in one line, for the first thing that is wrong.
+    """
+    folder = Path(folder)
+    if not (folder / "meta.json").is_file():
+        raise ValueError(
+            f"{folder} holds no prepared data (no meta.json); make it with: "
+            f"python -m data.prepare --input path/to/site.7z --out {folder}"
+        )
+    meta = _read_meta(folder / "meta.json")
+    for name in FILES:
+        path, expected = folder / name, meta["files"][name]
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; prepare the data again")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{path} has {size:,} bytes, meta.json says {expected['bytes']:,}; prepare the data again")
+        if (verify or name == "tokenizer.model") and checksum(path) != expected["sha256"]:
+            raise ValueError(f"{path} is not the file that meta.json describes (checksum); prepare the data again")
+
+    dtype, tokens_bytes = token_dtype(meta["vocab_size"]), meta["files"]["tokens.bin"]["bytes"]
+    if tokens_bytes != meta["tokens"] * dtype.itemsize:
+        raise ValueError(
+            f"{folder / 'tokens.bin'} has {tokens_bytes:,} bytes, {meta['tokens']:,} tokens of {dtype} need "
+            f"{meta['tokens'] * dtype.itemsize:,}; prepare the data again"
+        )
+    try:
+        offsets = np.load(folder / "documents.npy", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{folder / 'documents.npy'} cannot be read ({error}); prepare the data again") from None
+    if offsets.dtype != np.int64 or offsets.shape != (meta["documents"] + 1,):
+        raise ValueError(
+            f"{folder / 'documents.npy'} holds {offsets.dtype} {offsets.shape}, expected int64 "
+            f"({meta['documents'] + 1},); prepare the data again"
+        )
+    if offsets[0] != 0 or offsets[-1] != meta["tokens"] or (np.diff(offsets) <= 0).any():
+        raise ValueError(
+            f"{folder / 'documents.npy'}: offsets do not increase from 0 to {meta['tokens']:,}; prepare the data again"
+        )
+    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    for start in range(0, len(tokens), _SCAN):
+        if (largest := int(tokens[start : start + _SCAN].max())) >= meta["vocab_size"]:
+            raise ValueError(
+                f"{folder / 'tokens.bin'} holds the id {largest}, the vocabulary has {meta['vocab_size']}; "
+                "prepare the data again"
+            )
+    shards = Shards(folder, meta, tokens, offsets)
+    if (pieces := shards.tokenizer().vocab_size) != meta["vocab_size"]:
+        raise ValueError(
+            f"{folder / 'tokenizer.model'} has {pieces} pieces, meta.json says {meta['vocab_size']}; "
+            "prepare the data again"
+        )
+    return shards
+
+
+def _read_meta(path: Path) -> dict:
+    """The content of meta.json, with what `open_shards` relies on checked."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}; prepare the data again")
+        counts = [meta["documents"], meta["tokens"], meta["vocab_size"], *meta["validation_documents"]]
+        counts += [meta["files"][name]["bytes"] for name in FILES]
+        checksums = [meta["files"][name]["sha256"] for name in FILES]
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
+    first, last = meta["validation_documents"]
+    sound = all(type(n) is int and n >= 0 for n in counts) and all(type(sha) is str for sha in checksums)
+    if not (sound and meta["tokens"] > 0 and first <= last == meta["documents"]):
+        raise ValueError(f"{path} is damaged: its counts contradict each other; prepare the data again")
+    return meta
+
+
+def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
+    """(D,) bool: the documents of the threads that are held out, those with the smallest hashes of (seed, thread).
+
+    source, thread: (D,) int64; equal in both means the same thread. Of a single thread nothing is held out.
+    """
+    threads, index = np.unique(np.stack([source, thread], axis=1), axis=0, return_inverse=True)
+    hashes = np.full(len(threads), key(seed, "validation"), np.uint32)
+    for part in (threads[:, 0], threads[:, 1], threads[:, 1] >> 32):
+        hashes = lowbias32(hashes ^ lowbias32(part.astype(np.uint32)))
+    count = min(max(1, round(HELD_OUT * len(threads))), MOST_HELD_OUT, len(threads) - 1)
+    chosen = np.zeros(len(threads), bool)
+    chosen[np.argsort(hashes, kind="stable")[:count]] = True
+    return chosen[index.reshape(-1)]
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
+
+    Raises ValueError where `out` exists already (an empty folder is fine) or cannot be made.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
+    made = [parent for parent in out.parents if not parent.exists()]  # removed again if the block fails
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
+    try:
+        work.chmod(0o755)  # mkdtemp's are private
+        yield work
+        work.replace(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: `out` is there
+                parent.rmdir()
+
+
+def write_meta(folder: Path, **meta) -> None:
+    """Write meta.json over the other three files, which must be in place. The keywords go in as they are."""
+    files = {}
+    for name in FILES:
+        with open(folder / name, "rb+") as file:
+            os.fsync(file.fileno())
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+    text = json.dumps({"format": FORMAT, **meta, "files": files}, indent=1, ensure_ascii=False)
+    (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""Text to ids and back, without loss: a SentencePiece BPE whose fallback is the byte.
+
+    from minisobert.corpus.tokenizer import Tokenizer, train
+    tokenizer = Tokenizer(train(texts, vocab_size=50_000))
+    tokenizer.decode(tokenizer.encode("if (a < b)\\n    return;")) == "if (a < b)\\n    return;"
+
+Ids: five special pieces, then 256 pieces of one byte each, then what was learnt. Half of a post is code, so nothing is
+normalised; newlines and runs of spaces are pieces like any other. Two characters that SentencePiece cannot hold go
+through bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark
+for a space.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+FIRST_ORDINARY_ID = 5  # below: the special pieces, which no text encodes to
+SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+_SPACE_MARK = "\u2581"
+# Training sentences are cut to this many characters: SentencePiece ignores longer lines than it was told to expect and
+# cannot hold words of more than 65,535 characters. A cut costs one word, and a newline that ends a sentence.
+_SENTENCE = 30_000
+
+
+def train(texts: Iterable[str], vocab_size: int, coverage: float = 0.9998) -> bytes:
+    """Learn a tokenizer; returns the content of a SentencePiece model file.
+
+    `coverage` is the share of the text's characters that get pieces of their own; rarer ones are spelt in bytes. Text
+    too short for so many pieces gives fewer. Raises ValueError where `vocab_size` is too small to hold the special
+    pieces, the bytes and those characters, and where there is no text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # fewer pieces, not an error, when there is nothing left to merge
+            pad_id=PAD,
+            pad_piece=SPECIAL_PIECES[PAD],
+            unk_id=UNK,
+            unk_piece=SPECIAL_PIECES[UNK],
+            bos_id=-1,
+            eos_id=-1,
+            control_symbols=list(SPECIAL_PIECES[CLS:]),  # control: the same characters in a text do not encode to them
+            byte_fallback=True,
+            character_coverage=coverage,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * _SENTENCE + 1,  # in bytes
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if small := re.search(r"required_chars\. (\d+) vs (\d+)", str(error)):
+            raise ValueError(
+                f"a vocabulary of {small[1]} pieces is too small for this text: its characters, the 256 bytes and the "
+                f"{len(SPECIAL_PIECES)} special pieces need at least {small[2]}"
+            ) from None
+        if "sentences_.empty()" in str(error):
+            raise ValueError("there is no text to train a tokenizer on") from None
+        raise ValueError(f"SentencePiece could not train a vocabulary of {vocab_size} pieces: {error}") from None
+    return model.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), _SENTENCE):
+            yield text[start : start + _SENTENCE]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What ids are stored as: little-endian uint16 where that holds vocab_size - 1, uint32 elsewhere."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class Tokenizer:
+    """A trained tokenizer: `model` is a file's path or its content.
+
+    Encoding cuts a text into chunks that no piece reaches across (a word with the spaces before it, a run of signs and
+    digits), which SentencePiece encodes alike wherever they stand, and remembers the ids of each: most of a text is
+    chunks seen before, each the price of a dictionary lookup.
+    """
+
+    def __init__(self, model: str | Path | bytes):
+        try:
+            proto = model if isinstance(model, bytes) else Path(model).read_bytes()
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError:
+            raise ValueError(f"{'this' if isinstance(model, bytes) else model} is no SentencePiece model") from None
+        processor = self.sentencepiece
+        self.vocab_size: int = processor.vocab_size()
+        pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
+        if tuple(pieces[:FIRST_ORDINARY_ID]) != SPECIAL_PIECES:
+            raise ValueError(f"the tokenizer's first pieces are {pieces[:5]}, not {list(SPECIAL_PIECES)}")
+        byte = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
+        self._bytes = [
+            byte[piece] if processor.is_byte(i) else piece.replace(_SPACE_MARK, " ").encode()
+            for i, piece in enumerate(pieces)
+        ]
+        self.dtype = token_dtype(self.vocab_size)
+        mark = b"".join(
+            processor.piece_to_id(f"<0x{value:02X}>").to_bytes(self.dtype.itemsize, "little")
+            for value in _SPACE_MARK.encode()
+        )
+        ordinary = [piece.decode() for i, piece in enumerate(self._bytes) if i >= 5 and not processor.is_byte(i)]
+        self._chunks = _chunks_that_cut_no_piece(ordinary)
+        self._cache = _Cache(processor, self.dtype, mark)
+
+    def encode(self, text: str) -> np.ndarray:
+        """(n,) ids, of dtype uint16 where the vocabulary allows and uint32 elsewhere; no [CLS], no [SEP].
+
+        Raises ValueError for a text that is not UTF-8-encodable (a lone surrogate).
+        """
+        return np.frombuffer(self.encode_bytes(text), self.dtype)
+
+    def encode_bytes(self, text: str) -> bytes:
+        """The same ids as little-endian bytes, which is what a shard holds."""
+        return b"".join(map(self._cache.__getitem__, self._chunks(text)))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids. Special pieces come out by name, so that a person sees them; bytes that make up no
+        character (half of one was cut off, or masked) come out as U+FFFD."""
+        table = self._bytes
+        return b"".join([table[i] for i in ids]).decode(errors="replace")
+
+
+class _Cache(dict):
+    """chunk → ids as bytes, filled on demand and emptied when full: the words that matter are back at once."""
+
+    LIMIT = 1 << 18  # chunks; about 40 MB
+
+    def __init__(self, processor, dtype, mark: bytes):
+        super().__init__()
+        self.processor, self.dtype, self.mark = processor, dtype, mark
+
+    def __missing__(self, chunk: str) -> bytes:
+        try:
+            parts = [self.processor.encode(part) for part in chunk.split(_SPACE_MARK)]
+        except (RuntimeError, UnicodeEncodeError):
+            raise ValueError(f"text with a lone surrogate cannot be encoded: {chunk[:40]!a}") from None
+        ids = self.mark.join(np.array(part, self.dtype).tobytes() for part in parts)
+        if len(chunk) <= 64:
+            if len(self) >= self.LIMIT:
+                self.clear()
+            self[chunk] = ids
+        return ids
+
+
+def _chunks_that_cut_no_piece(pieces: list[str]):
+    """A function text → list of chunks that cuts none of these pieces, and otherwise as often as it can.
+
+    BPE only ever makes pieces, so nothing is merged across two characters that no piece holds side by side. Characters
+    that do stand side by side in some piece are put into one class; SentencePiece learns no piece of two scripts, so
+    the classes turn out to be Latin letters; digits and signs; Greek letters; and so on. A chunk is a run of one class
+    with the spaces before it.
+    """
+    if any(" " in piece.lstrip(" ") for piece in pieces):  # not learnt by `train`
+        return lambda text: [text]
+    classes: dict[str, list[str]] = {}  # character → the characters of its class, one list shared by all of them
+    for piece in pieces:
+        first, *others = piece.lstrip(" ") or " "
+        for character in (first, *others):
+            classes.setdefault(character, [character])
+        for other in others:
+            large, small = classes[first], classes[other]
+            if large is not small:
+                if len(large) < len(small):
+                    large, small = small, large
+                large += small
+                classes.update(dict.fromkeys(small, large))
+    classes.pop(" ", None)
+    sets = {id(members): "".join(map(re.escape, members)) for members in classes.values() if len(members) > 1}
+    ordered = sorted(sets.values(), key=len, reverse=True)
+    rest = f"[^{''.join(ordered)} ]"  # spelt in bytes, or a piece by itself
+    return re.compile("|".join([f" *[{members}]+" for members in ordered] + [f" *{rest}+", " +"])).findall
