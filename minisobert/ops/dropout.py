@@ -72,7 +72,8 @@ class Dropout:
 
     def drops(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
         """True where an element is dropped; the two hashes are broadcast against each other."""
-        return _top16(row_hash ^ column_hash) < threshold(self.p)
+        # as unsigned integers, hash < threshold << 16; flipping the sign bit of both makes that a signed comparison
+        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) < (threshold(self.p) << 16) - (1 << 31)
 
 
 def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -98,18 +99,14 @@ def _int32(x: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x ^ ((x >> 16) & 0xFFFF)
+    """lowbias32 in place, but for its last step."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= 0x846CA68B - (1 << 32)
     return x
 
 
 def _lowbias32(x: Tensor) -> Tensor:
-    x = _mix(x)
+    x = _mix(x.clone())
     return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _top16(x: Tensor) -> Tensor:
-    """The top 16 bits of lowbias32(x), as int32 in [0, 65,536)."""
-    return (_mix(x) >> 16) & 0xFFFF
