@@ -32,9 +32,9 @@ class Post(NamedTuple):
     comments: list[str]  # Markdown, in the dump's order
 
     def text(self) -> str:
-        """Title, body and every comment as plain text, a blank line between them; "" where the post itself has none."""
-        own = [part for part in (self.title.strip(), html_to_text(self.body)) if part]
-        return "\n\n".join(own + [text for text in map(comment_to_text, self.comments) if text]) if own else ""
+        """Title, body and every comment as plain text, a blank line between them; "" where none of them has any."""
+        parts = [self.title.strip(), html_to_text(self.body), *map(comment_to_text, self.comments)]
+        return "\n\n".join(filter(None, parts))
 
 
 def posts(
