@@ -271,6 +271,19 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
+def _die(batch):
+    os._exit(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that are forked")
+def test_a_worker_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "_render", _die)
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 2, capsys=capsys)
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("prepare: a worker process died")
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
 def test_a_real_dump_comes_back_exactly(tmp_path):
     path = SHARED / "dumps" / "french.meta.stackexchange.com.7z"
     if not path.exists():
