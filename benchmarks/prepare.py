@@ -2,8 +2,8 @@
 
 The plain one is what one would write first: ElementTree reads both files into memory, a dictionary joins the comments,
 html.parser takes the tags away, SentencePiece encodes every document. Both sides read the same unpacked XML, use the
-same trained tokenizer and write the ids to disk; neither trains. Repeats alternate; the best of each side counts, as the
-one least disturbed. One worker, and the plain pipeline, are held on one core, threads and all.
+same trained tokenizer and write the ids to disk; neither trains. Repeats alternate; the best of each side counts, as
+the one least disturbed. One worker, and the plain pipeline, are held on one core, threads and all.
 """
 
 from __future__ import annotations

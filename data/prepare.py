@@ -270,7 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a lower score")
     parser.add_argument("--posts", choices=KINDS, default="all", help="which posts, each with its comments")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     try:
         meta = prepare(options.input, options.out, vocab_size=options.vocab_size, workers=options.workers,
                        seed=options.seed, min_score=options.min_score, kind=options.posts)
@@ -288,4 +287,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())

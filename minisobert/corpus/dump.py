@@ -43,7 +43,7 @@ class _Member(io.RawIOBase):
 
     def __init__(self, dump: Path, name: str):
         self.dump, self.member = dump, name
-        self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(8)
+        self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(1)  # py7zr makes blocks of up to 128 MB
         self.block = memoryview(b"")  # what is left of the one being read
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._decompress, daemon=True)

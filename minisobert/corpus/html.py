@@ -33,8 +33,8 @@ _BREAKS = re.compile(  # one group per kind of break; each alternative begins wi
     f"({_tags('li', '')}(?: ?{_tags('p', '')})?)"  # what follows a "- " stays on its line
     f"|({_tags(BLOCK)}(?: ?{_tags(BLOCK)})*)"
     f"|({_tags(CELL, '/')} ?{_tags(CELL, '')} ?)"
-    f"|({_tags(CELL)} ?)"
-    f"|{_tags(LINE)}",
+    f"|((?:{_tags(CELL)}|{_tags(LINE, '/')}) ?)"
+    f"|{_tags(LINE, '')}",
     re.I,
 )
 _BREAK = {1: "\n- ", 2: "\n\n", 3: " | ", 4: "", None: "\n"}

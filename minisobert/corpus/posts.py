@@ -32,9 +32,9 @@ class Post(NamedTuple):
     comments: list[str]  # Markdown, in the dump's order
 
     def text(self) -> str:
-        """Title, body and every comment as plain text, a blank line between them; "" where the post itself has none."""
-        own = [part for part in (self.title.strip(), html_to_text(self.body)) if part]
-        return "\n\n".join(own + [text for text in map(comment_to_text, self.comments) if text]) if own else ""
+        """Title, body and every comment as plain text, a blank line between them; "" where none of them has any."""
+        parts = [self.title.strip(), html_to_text(self.body), *map(comment_to_text, self.comments)]
+        return "\n\n".join(filter(None, parts))
 
 
 def posts(
@@ -134,10 +134,13 @@ def rows(stream: BinaryIO, name: str, root: str, dropped: Counter, progress=lamb
     """
     found: list[dict] = []
     opened: list[str] = []  # the names of the open elements
+    started = False
 
     def start(tag, attributes):
+        nonlocal started
         if not opened and tag != root:
             raise ValueError(f"{name}: the root element is <{tag}>, not <{root}>")
+        started = True
         opened.append(tag)
         if tag == "row":
             found.append(attributes)
@@ -152,33 +155,38 @@ def rows(stream: BinaryIO, name: str, root: str, dropped: Counter, progress=lamb
         parser.EntityDeclHandler = refuse_entity
         return parser
 
-    parser, started = new_parser(), False
+    parser, unfinished = new_parser(), False
     for piece in _pieces(stream, dropped):
         progress(len(piece))
+        begins = piece.lstrip().startswith(b"<row")
+        if begins and unfinished:  # a quote that was never closed: this row is no part of that one
+            dropped["malformed rows"] += 1
+            parser = None
         if parser is None:
-            if not piece.lstrip().startswith((b"<row", f"</{root}".encode())):
+            if not (begins or piece.lstrip().startswith(f"</{root}".encode())):
                 continue
             opened.clear()
             parser = new_parser()
             parser.Parse(f"<{root}>")
+        unfinished = False
         try:
             parser.Parse(piece)
+            unfinished = begins and not found
         except expat.ExpatError as error:
-            if not started and not opened:
+            if not started:
                 raise ValueError(f"{name} is no XML dump: {error}") from None
             dropped["malformed rows"] += 1
             parser = None
-        started = started or bool(opened)
         yield from found
         found.clear()
-    if not started:
-        raise ValueError(f"{name} is empty")
     try:
         if parser:
             parser.Parse(b"", True)
-        yield from found
-    except expat.ExpatError:
-        pass  # what is still open says the same
+    except expat.ExpatError as error:
+        if not started and "no element" not in str(error):
+            raise ValueError(f"{name} is no XML dump: {error}") from None
+    if not started:
+        raise ValueError(f"{name} is empty")
     if opened:
         raise ValueError(f"{name} is truncated: it ends before </{root}>")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,14 @@ class Tokenizer:
             for i, piece in enumerate(pieces)
         ]
         self.dtype = token_dtype(self.vocab_size)
-        mark = b"".join(
-            processor.piece_to_id(f"<0x{value:02X}>").to_bytes(self.dtype.itemsize, "little")
-            for value in _SPACE_MARK.encode()
+        self._cache = _Cache(processor, self.dtype)
+
+    @cached_property
+    def _chunks(self):  # made on first use: decoding, or asking for the size, needs none
+        learnt = range(FIRST_ORDINARY_ID, self.vocab_size)
+        return _chunks_that_cut_no_piece(
+            [self._bytes[i].decode() for i in learnt if not self.sentencepiece.is_byte(i)]
         )
-        ordinary = [piece.decode() for i, piece in enumerate(self._bytes) if i >= 5 and not processor.is_byte(i)]
-        self._chunks = _chunks_that_cut_no_piece(ordinary)
-        self._cache = _Cache(processor, self.dtype, mark)
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) ids, of dtype uint16 where the vocabulary allows and uint32 elsewhere; no [CLS], no [SEP].
@@ -140,16 +142,19 @@ class _Cache(dict):
 
     LIMIT = 1 << 18  # chunks; about 40 MB
 
-    def __init__(self, processor, dtype, mark: bytes):
+    def __init__(self, processor, dtype: np.dtype):
         super().__init__()
-        self.processor, self.dtype, self.mark = processor, dtype, mark
+        self.pieces = processor.encode
+        self.id_bytes = [i.to_bytes(dtype.itemsize, "little") for i in range(processor.vocab_size())]
+        self.mark = b"".join(self.id_bytes[processor.piece_to_id(f"<0x{value:02X}>")] for value in _SPACE_MARK.encode())
 
     def __missing__(self, chunk: str) -> bytes:
+        if _SPACE_MARK in chunk:
+            return self.mark.join([self[part] if part else b"" for part in chunk.split(_SPACE_MARK)])
         try:
-            parts = [self.processor.encode(part) for part in chunk.split(_SPACE_MARK)]
+            ids = b"".join([self.id_bytes[i] for i in self.pieces(chunk)])
         except (RuntimeError, UnicodeEncodeError):
             raise ValueError(f"text with a lone surrogate cannot be encoded: {chunk[:40]!a}") from None
-        ids = self.mark.join(np.array(part, self.dtype).tobytes() for part in parts)
         if len(chunk) <= 64:
             if len(self) >= self.LIMIT:
                 self.clear()

@@ -1,0 +1,298 @@
+"""`python -m data.prepare`, from files to shards, as a person runs it."""
+
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import prepare as module
+from data.prepare import main, prepare
+from minisobert.corpus.shards import open_shards
+from minisobert.corpus.tokenizer import MASK
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT / "../shared/data"
+ROW = (
+    '<row Id="{0}" PostTypeId="1" Score="{0}" Title="How to do {0}?" '
+    'Body="&lt;p&gt;I tried {0}:&lt;/p&gt;&#xA;'
+    '&lt;pre&gt;&lt;code&gt;if a &amp;lt; {0}:&#xA;    return&lt;/code&gt;&lt;/pre&gt;" />\n'
+    '<row Id="1{0}" PostTypeId="2" ParentId="{0}" Score="1" '
+    'Body="&lt;p&gt;Do {0} &lt;b&gt;again&lt;/b&gt;.&lt;/p&gt;" />\n'
+)
+
+
+@pytest.fixture
+def site(tmp_path):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    rows = "".join(map(ROW.format, range(100, 160)))
+    empty = '<row Id="9" PostTypeId="2" Body="&lt;p&gt;&lt;/p&gt;" />\n<row Id="8" PostTypeId="5" Body="wiki" />\n'
+    (folder / "Posts.xml").write_text(f"<posts>\n{rows}{empty}</posts>")
+    of = enumerate((103, 8, 103, 77))
+    comments = "".join(f'<row Id="{n}" PostId="{post}" Text="c{n} [MASK]" />\n' for n, post in of)
+    (folder / "Comments.xml").write_text(f"<comments>\n{comments}</comments>")
+    return folder
+
+
+def texts(out):
+    shards = open_shards(out, verify=True)
+    tokenizer = shards.tokenizer()
+    return [tokenizer.decode(shards.tokens[a:b]) for a, b in zip(shards.offsets, shards.offsets[1:])]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_dump_becomes_shards(site, tmp_path):
+    meta = prepare([site], tmp_path / "out", vocab_size=400, workers=1)
+    assert meta["posts"] == meta["documents"] == 120
+    assert meta["comments"] == 2
+    assert meta["dropped"] == {
+        "neither question nor answer": 1,
+        "empty": 1,
+        "comments of dropped posts": 1,
+        "comments without their post": 1,
+    }
+    found = texts(tmp_path / "out")
+    assert "How to do 103?\n\nI tried 103:\n\nif a < 103:\n    return\n\nc0 [MASK]\n\nc2 [MASK]" in found
+    assert meta["characters"] == sum(map(len, found))
+    shards = open_shards(tmp_path / "out")
+    assert {key: shards.meta[key] for key in meta} == json.loads(json.dumps(meta))
+    assert meta["tokens"] == len(shards.tokens)
+    assert MASK not in shards.tokens
+
+
+def test_whole_threads_are_held_out_and_stored_last(site, tmp_path):
+    prepare([site], tmp_path / "out", vocab_size=400, workers=1)
+    shards, found = open_shards(tmp_path / "out"), texts(tmp_path / "out")
+    assert len(shards.validation_documents) == 6  # 3 of 60 threads, each a question and its answer
+    questions = [text.split("?")[0].removeprefix("How to do ") for text in found[-6::2]]
+    assert [text for text in found[-5::2]] == [f"Do {name} again." for name in questions]
+
+
+def test_the_result_is_the_same_for_any_number_of_workers(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 1_000)
+    pids = set()
+    render = module._render
+    monkeypatch.setattr(module, "_render", lambda batch: pids.add(os.getpid()) or render(batch))
+    prepare([site], tmp_path / "one", vocab_size=400, workers=1)
+    assert pids == {os.getpid()}  # one worker is this process
+    monkeypatch.setattr(module, "_render", render)
+    for workers in (2, 3):
+        prepare([site], tmp_path / "many", vocab_size=400, workers=workers)
+        assert files(tmp_path / "many") == files(tmp_path / "one")
+        for path in (tmp_path / "many").iterdir():
+            path.unlink()
+
+
+def test_the_seed_changes_what_is_held_out_and_nothing_else(site, tmp_path):
+    for seed in (0, 1):
+        prepare([site], tmp_path / str(seed), vocab_size=400, workers=1, seed=seed)
+    first, second = texts(tmp_path / "0"), texts(tmp_path / "1")
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_posts_can_be_chosen(site, tmp_path):
+    meta = prepare([site], tmp_path / "out", vocab_size=400, workers=1, kind="questions", min_score=150)
+    assert meta["posts"] == 10
+    assert all(text.startswith("How to do 15") for text in texts(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress)])
+def test_a_text_file_is_a_document_per_line(tmp_path, name, pack):
+    lines = "\ufeffone line\r\n\n  two ½\nbad \udcff line\nthree"
+    (tmp_path / name).write_bytes(pack(lines.encode(errors="surrogateescape")))
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    assert sorted(texts(tmp_path / "out")) == ["  two ½", "one line", "three"]
+    assert meta["posts"] == 0
+    assert meta["dropped"] == {"empty": 1, "malformed lines": 1}
+
+
+@pytest.mark.parametrize(
+    "name, pack", [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)]
+)
+def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
+    good = ['{"text": "a\\r\\nb"}', "", '{"text": "c", "more": 1}']
+    bad = ["{", "[1]", '{"other": 1}', '{"text": 5}', '{"text": "\\ud800"}', "null", '"text"', "[" * 100_000]
+    (tmp_path / name).write_bytes(pack("\n".join(good[:2] + bad + good[2:]).encode()))
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    assert sorted(texts(tmp_path / "out")) == ["a\nb", "c"]
+    assert meta["dropped"] == {"malformed lines": 8}
+
+
+def test_several_inputs_become_one_corpus(site, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    meta = prepare([site, tmp_path / "a.txt", site], tmp_path / "out", vocab_size=400, workers=1)
+    assert (meta["posts"], meta["documents"]) == (240, 242)
+    assert meta["sources"] == ["site", "a.txt", "site"]
+
+
+def test_a_given_tokenizer_is_used_as_it_is(site, tmp_path):
+    prepare([site], tmp_path / "a", vocab_size=400, workers=1)
+    prepare([site], tmp_path / "b", workers=1, tokenizer=tmp_path / "a" / "tokenizer.model")
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert all(a[name] == b[name] for name in ("tokens.bin", "documents.npy", "tokenizer.model"))
+
+
+def test_a_large_corpus_is_sampled_for_the_tokenizer(site, tmp_path, monkeypatch):
+    seen = []
+    train = module.train
+    monkeypatch.setattr(module, "train", lambda found, size: train(seen.append(list(found)) or seen[-1], size))
+    for limit in (10**9, 3_000):
+        monkeypatch.setattr(module, "TRAINING_TEXT", limit)
+        prepare([site], tmp_path / str(limit), vocab_size=320, workers=1)
+    whole, sample = seen
+    assert len(whole) == 114  # all but the held-out documents
+    assert 10 < len(sample) < 90
+    assert set(sample) < set(whole)
+
+
+# The command
+
+
+def run(*arguments, capsys) -> tuple[int, str, str]:
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    output, errors = capsys.readouterr()
+    return status, output, errors
+
+
+def test_the_command_prints_what_it_made(site, tmp_path, capsys):
+    status, output, _ = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
+    assert status == 0
+    rows = dict(line.split("  ", 1) for line in output.splitlines() if "  " in line)
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["posts"] == "120"
+    assert rows["dropped: empty"] == "1"
+    assert float(rows["characters per token"]) > 1
+    assert "of 50,000 asked for" in rows["vocabulary"]
+
+
+def broken(name, content):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def dump(content):
+    def make(folder):
+        (folder / "Posts.xml").write_text(content)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: folder / "none.7z", "does not exist"),
+        (lambda folder: folder, "holds no Posts.xml"),
+        (dump(""), "holds no Posts.xml, or an empty one"),
+        (dump("<posts>\n</posts>"), "holds no posts"),
+        (dump('<posts>\n<row Id="x" />\n</posts>'), "no document in .*1 malformed rows"),
+        (dump('<posts>\n<row Id="1" PostTypeId="1" Body="b" />\n'), "truncated"),
+        (dump('<!DOCTYPE p [<!ENTITY a "b">]>\n<posts></posts>'), "declares an XML entity"),
+        (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or no .7z archive"),
+        (broken("a.pdf", b"x"), "no known kind"),
+        (broken("a.txt", b"\n\n"), "no document"),
+        (broken("a.jsonl", b"{\n[]\n"), "no document in .*2 malformed lines"),
+        (broken("a.txt.gz", gzip.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
+        (broken("a.txt.xz", lzma.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
+        (broken("a.jsonl.gz", b"no gzip"), "truncated or damaged"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, make, message, workers):
+    pytest.importorskip("py7zr")
+    (tmp_path / "in").mkdir()
+    path = make(tmp_path / "in")
+    out = tmp_path / "a" / "out"
+    status, output, errors = run("--input", path, "--out", out, "--workers", workers, capsys=capsys)
+    assert status == 2
+    assert output == ""
+    (line,) = [line for line in errors.splitlines() if line.startswith("prepare: ")]
+    assert errors.rstrip().endswith(line)
+    with pytest.raises(ValueError, match=message):
+        prepare([path], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--vocab-size", "100"], "at least 262"),
+        (["--vocab-size", "265"], "need at least"),
+        (["--workers", "0"], "at least one process"),
+        (["--posts", "some"], "invalid choice"),
+        (["--unknown"], "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_one_line(site, tmp_path, capsys, options, message):
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", *options, capsys=capsys)
+    assert status == 2
+    assert message in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("prepare: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_a_folder_that_holds_something_is_refused(site, capsys):
+    status, _, errors = run("--input", site, "--out", site, capsys=capsys)
+    assert status == 2
+    assert "exists already" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, number):
+    (tmp_path / "in.txt").write_text("a line of words that goes on for a while\n" * 2_000_000)
+    arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "2"]
+    command = [sys.executable, "-m", "data.prepare", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not any((path / "spool").exists() for path in tmp_path.glob(".out.*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "prepare: interrupted; nothing was written"
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def _die(batch):
+    os._exit(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that are forked")
+def test_a_worker_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "_render", _die)
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 2, capsys=capsys)
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("prepare: a worker process died")
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_a_real_dump_comes_back_exactly(tmp_path):
+    path = SHARED / "dumps" / "french.meta.stackexchange.com.7z"
+    if not path.exists():
+        pytest.skip("the real dumps are not beside this checkout (../shared/data)")
+    pytest.importorskip("py7zr")
+    rendered = []
+    for batch in module._batches(module.documents([path], tmp_path, module.Counter(), kind="all", min_score=None,
+                                                  progress=lambda size: None)):  # fmt: skip
+        rendered += [post.text() for *_, post in batch]
+    meta = prepare([path], tmp_path / "out", vocab_size=4_000, workers=2)
+    assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is an image alone
+    assert sorted(texts(tmp_path / "out")) == sorted(filter(None, rendered))
