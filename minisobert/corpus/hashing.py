@@ -44,4 +44,5 @@ def permutation_keys(n: int, key: int) -> np.ndarray:
     """
     index = np.arange(n, dtype=np.uint32)
     index ^= np.uint32(key)
-    return lowbias32(lowbias32(index) ^ np.uint32(lowbias32(key)))
+    # a second key, or index 0 would come first in every shuffle: lowbias32(0) is 0
+    return lowbias32(lowbias32(index) ^ np.uint32(lowbias32((key + 0x9E3779B9) & MASK32)))

@@ -1,0 +1,35 @@
+"""A small corpus that the tests share, made once by data.prepare."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from data.prepare import prepare
+from minisobert.corpus.shards import Shards, open_shards
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Documents of a toy language: 1 to 600 words, each of which makes its successor likely."""
+    draw = random.Random(seed)
+    words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("n", "r", "st")]
+    texts = []
+    for _ in range(count):
+        at, text = draw.randrange(len(words)), []
+        for _ in range(int(draw.lognormvariate(4, 1)) % 600 + 1):
+            text.append(words[at])
+            at = (at * 7 + draw.randrange(3)) % len(words)
+        texts.append(" ".join(text) + draw.choice([".", "?", ";\n    return;"]))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Shards:
+    """About 40 rows of training text, and a few of validation text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in sentences(900, seed=0))
+    (folder / "toy.jsonl").write_text(lines)
+    prepare([folder / "toy.jsonl"], folder / "shards", vocab_size=400, workers=1)
+    return open_shards(folder / "shards")

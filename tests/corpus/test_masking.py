@@ -1,0 +1,85 @@
+"""Masking: the rates, what is never touched, and that it is a pure function of the row's key."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from minisobert.corpus.masking import mask_rows
+from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, MASK, PAD, SEP
+
+VOCAB_SIZE = 50_000
+
+
+def rows(count=400, width=2_048, seed=0) -> np.ndarray:
+    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, VOCAB_SIZE, (count, width)).astype(np.int32)
+    tokens[:, 0], tokens[:, 1_000], tokens[:, 1_900:] = CLS, SEP, PAD
+    return tokens
+
+
+def keys(count=400, first=0) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 2**32, first + count, dtype=np.uint32)[first:]
+
+
+def within(share: float, expected: float, n: int) -> bool:
+    """4.5 standard errors."""
+    return abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / n)
+
+
+def test_the_rates_are_15_percent_and_80_10_10():
+    original, tokens = rows(), rows()
+    where, targets = mask_rows(tokens, keys(), VOCAB_SIZE)
+    maskable = (original >= FIRST_ORDINARY_ID).sum()
+    assert within(len(where) / maskable, 0.15, maskable)
+    assert (targets == original.ravel()[where]).all()
+    became = tokens.ravel()[where]
+    assert within((became == MASK).mean(), 0.8, len(where))
+    assert within((became == targets).mean(), 0.1, len(where))  # a random piece is the same once in 50,000
+    random = became[(became != MASK) & (became != targets)]
+    assert within(len(random) / len(where), 0.1, len(where))
+    assert random.min() >= FIRST_ORDINARY_ID and random.max() < VOCAB_SIZE
+    counts = np.bincount((random - FIRST_ORDINARY_ID) * 10 // (VOCAB_SIZE - FIRST_ORDINARY_ID), minlength=10)
+    assert all(within(count / len(random), 0.1, len(random)) for count in counts)
+
+
+def test_nothing_else_changes_and_specials_are_never_chosen():
+    original, tokens = rows(), rows()
+    where, targets = mask_rows(tokens, keys(), VOCAB_SIZE)
+    assert targets.min() >= FIRST_ORDINARY_ID
+    assert len(np.unique(where)) == len(where)
+    untouched = np.ones(tokens.size, bool)
+    untouched[where] = False
+    assert (tokens.ravel()[untouched] == original.ravel()[untouched]).all()
+
+
+def test_choices_are_independent_along_the_row_and_between_rows():
+    chosen = np.zeros((400, 2_048), bool)
+    tokens = np.full((400, 2_048), 9, np.int32)
+    where, _ = mask_rows(tokens, keys(), VOCAB_SIZE)
+    chosen.ravel()[where] = True
+    for a, b in ((chosen[:, 1:], chosen[:, :-1]), (chosen[1:], chosen[:-1]), (chosen[:, 64:], chosen[:, :-64])):
+        assert within((a & b).mean(), 0.15**2, a.size)
+
+
+def test_a_row_is_masked_alike_wherever_it_stands():
+    together, alone = rows(), rows()[5:6]
+    where, _ = mask_rows(together, keys(), VOCAB_SIZE)
+    where_alone, _ = mask_rows(alone, keys()[5:6], VOCAB_SIZE)
+    assert (together[5] == alone[0]).all()
+    assert (where[where // 2_048 == 5] - 5 * 2_048 == where_alone).all()
+    other = rows()[5:6]
+    mask_rows(other, keys()[6:7], VOCAB_SIZE)
+    assert (other != alone).any()
+
+
+def test_a_row_with_nothing_to_mask_gives_nothing():
+    tokens = np.full((2, 64), PAD, np.int32)
+    where, targets = mask_rows(tokens, keys(2), VOCAB_SIZE)
+    assert where.shape == targets.shape == (0,) and (tokens == PAD).all()
+
+
+def test_a_vocabulary_of_specials_alone_is_refused():
+    with pytest.raises(ValueError, match="vocab_size is 5; it must be more than the 5 special ids"):
+        mask_rows(rows(1), keys(1), 5)
