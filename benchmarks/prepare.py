@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from html.parser import HTMLParser
-from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import sentencepiece
 
+from benchmarks import JAVA_DUMP, machine, write_result
 from data.prepare import prepare
 from minisobert.corpus.dump import members, open_member
 from minisobert.corpus.posts import posts
 from minisobert.corpus.tokenizer import train
 
-DUMPS = Path(__file__).resolve().parents[1] / "../shared/data/dumps"
-RESULTS = Path(__file__).parent / "results" / "prepare.md"
 BREAKS = {"p", "br", "div", "li", "ul", "ol", "pre", "blockquote", "h1", "h2", "h3", "tr"}
 
 
@@ -85,18 +82,9 @@ def _timed(function) -> tuple[float, int]:
     return time.perf_counter() - start, documents
 
 
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("sentencepiece", "numpy"))
-    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dump", type=Path, default=DUMPS / "java-questions-2025.stackoverflow.com.7z")
+    parser.add_argument("--dump", type=Path, default=JAVA_DUMP)
     parser.add_argument("--vocab-size", type=int, default=30_000)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -136,15 +124,13 @@ def main() -> None:
         "",
         f"`python -m benchmarks.prepare`: {options.dump.name}, {size:.1f} MB of XML, {documents['plain, 1 core']:,} "
         f"documents, the same {options.vocab_size:,} pieces on both sides; best of {options.repeats} alternating runs.",
-        _machine() + ".",
+        machine("sentencepiece", "numpy") + ".",
         "",
         "| | seconds | MB of XML/s | ratio |",
         "|---|---|---|---|",
         *(f"| {name} | {s:.2f} | {size / s:.1f} | {base / s:.2f} |" for name, s in best.items()),
     ]
-    print("\n".join(lines))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    write_result(lines, "prepare")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import megatron_bert
 from minisobert.config import PRESETS, ModelConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
@@ -34,73 +35,16 @@ def test_presets_have_the_published_number_of_parameters(preset, encoder, with_m
     assert sum(p.numel() for p in model.parameters()) == with_mlm_head
 
 
-def megatron_bert(config: ModelConfig, model: MaskedLM):
-    """transformers' MegatronBertForMaskedLM with the same weights, and for each of its parameters ours, reshaped."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.MegatronBertForMaskedLM(
-        transformers.MegatronBertConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.ffn,
-            max_position_embeddings=config.positions,
-            layer_norm_eps=config.norm_eps,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    ).eval()
-
-    def of_ours(get):
-        """Their parameters by name, from get(one of our modules' tensors)."""
-        encoder, head = model.encoder, model.mlm_head
-        embeddings = encoder.embeddings
-        named = {
-            "bert.embeddings.word_embeddings.weight": get(embeddings.word.weight),
-            "bert.embeddings.position_embeddings.weight": get(embeddings.position.weight),
-            "bert.embeddings.token_type_embeddings.weight": get(embeddings.token_type.weight),
-            "bert.encoder.ln.weight": get(encoder.final_norm.weight),
-            "bert.encoder.ln.bias": get(encoder.final_norm.bias),
-            "cls.predictions.transform.dense.weight": get(head.dense.weight),
-            "cls.predictions.transform.dense.bias": get(head.dense.bias),
-            "cls.predictions.transform.LayerNorm.weight": get(head.norm.weight),
-            "cls.predictions.transform.LayerNorm.bias": get(head.norm.bias),
-            "cls.predictions.bias": get(head.bias),
-        }
-        for i, block in enumerate(encoder.blocks):
-            layer = f"bert.encoder.layer.{i}"
-            weight = get(block.qkv.weight).unflatten(0, (config.heads, 3, config.head_width))
-            bias = get(block.qkv.bias).unflatten(0, (config.heads, 3, config.head_width))
-            for j, name in enumerate(("query", "key", "value")):
-                named[f"{layer}.attention.self.{name}.weight"] = weight[:, j].flatten(0, 1)
-                named[f"{layer}.attention.self.{name}.bias"] = bias[:, j].flatten()
-            pairs = {
-                "attention.ln": block.attention_norm,
-                "attention.output.dense": block.attention_output,
-                "ln": block.ffn_norm,
-                "intermediate.dense": block.ffn_input,
-                "output.dense": block.ffn_output,
-            }
-            for name, module in pairs.items():
-                named[f"{layer}.{name}.weight"], named[f"{layer}.{name}.bias"] = get(module.weight), get(module.bias)
-        return named
-
-    state = of_ours(lambda tensor: tensor.detach())
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all("decoder" in name or "position_ids" in name for name in missing), missing
-    return theirs, of_ours
-
-
 @pytest.mark.parametrize("head_width", [64, 96])
 @pytest.mark.parametrize("lengths", [[53], [7, 1, 40, 24]], ids=["one document", "several documents"])
 def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_width, lengths):
+    pytest.importorskip("transformers")
     config = ModelConfig(layers=2, hidden=2 * head_width, heads=2, ffn=160, vocabulary=384, positions=64)
     model = MaskedLM(config).initialise(0)
     with torch.no_grad():  # no zeros, no ones: every path carries signal
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
-    theirs, of_ours = megatron_bert(config, model)
+    theirs = megatron_bert.peer(model).eval()
     tokens, positions, documents, masked, targets = packed(lengths, config.vocabulary)
 
     logits = model(tokens, positions, documents, masked)
@@ -113,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_widt
 
     assert (logits - their_logits).abs().max() < 1e-5
     theirs_by_name = dict(theirs.named_parameters())
-    ours_by_name = of_ours(lambda tensor: tensor.grad)
+    ours_by_name = megatron_bert.by_their_names(model, lambda tensor: tensor.grad)
     assert theirs_by_name.keys() == ours_by_name.keys() | (theirs_by_name.keys() & {"cls.predictions.decoder.bias"})
     largest_bias_of_a_key = 0.0
     for name, ours in ours_by_name.items():

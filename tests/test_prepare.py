@@ -147,12 +147,12 @@ def test_a_large_corpus_is_sampled_for_the_tokenizer(site, tmp_path, monkeypatch
     seen = []
     train = module.train
     monkeypatch.setattr(module, "train", lambda found, size: train(seen.append(list(found)) or seen[-1], size))
-    for limit in (10**9, 3_000):
+    for limit in (10**9, 1_500):
         monkeypatch.setattr(module, "TRAINING_TEXT", limit)
         prepare([site], tmp_path / str(limit), vocab_size=320, workers=1)
     whole, sample = seen
     assert len(whole) == 114  # all but the held-out documents
-    assert 10 < len(sample) < 90
+    assert 20 < len(sample) < 75  # four in ten of them, by chance
     assert set(sample) < set(whole)
 
 

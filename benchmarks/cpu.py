@@ -1,0 +1,160 @@
+"""Training on a CPU, here and in transformers: `python -m benchmarks.cpu` (extra [hf]).
+
+The same model (4 layers, 256 wide, 4 heads, 8,000 pieces) on the same real posts in batches of 8, masked alike: here
+packed, there padded to the longest of the batch. Whole steps: forward, backward, AdamW. The three take turns batch by
+batch, so that a machine that slows down slows all of them. Real tokens per second; padding does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks import JAVA_DUMP, machine, megatron_bert, write_result
+from minisobert.config import ModelConfig, Parser, fail
+from minisobert.corpus.masking import mask_rows
+from minisobert.corpus.shards import Shards, open_shards
+from minisobert.corpus.tokenizer import CLS, SEP
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, Dropout, cross_entropy
+
+BATCH = 8
+LONGEST = 2_046
+MODEL = ModelConfig(layers=4, hidden=256, heads=4, ffn=1_024, vocabulary=8_000)
+
+
+def batches(shards: Shards, count: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Of each batch the masked documents with their specials, and for each token its target or -100."""
+    draw = np.random.default_rng(0)
+    result = []
+    for _ in range(count):
+        documents, labels = [], []
+        for i in draw.choice(len(shards.training_documents), BATCH, replace=False):
+            ids = shards.tokens[shards.offsets[i] : shards.offsets[i + 1]][:LONGEST].astype(np.int64)
+            ids = np.concatenate([[CLS], ids, [SEP]])
+            target = np.full(len(ids), -100)
+            where, what = mask_rows(ids[None], draw.integers(0, 2**32, 1, dtype=np.uint32), shards.vocab_size)
+            target[where] = what
+            documents.append(torch.from_numpy(ids))
+            labels.append(torch.from_numpy(target))
+        result.append((documents, labels))
+    return result
+
+
+def our_step(dropout: float):
+    model = MaskedLM(MODEL).initialise(0)
+
+    def loss(documents, labels, step):
+        tokens, label = torch.cat(documents), torch.cat(labels)
+        lengths = [len(document) for document in documents]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        masked = (label >= 0).nonzero()[:, 0]
+        drop = Dropout.for_step(dropout, 0, step, MODEL.layers)
+        logits = model(tokens, positions, Documents.from_bounds(np.cumsum([0, *lengths])), masked, drop)
+        return cross_entropy(logits, label[masked]).mean()
+
+    return model, loss
+
+
+def their_step(model):
+    def loss(documents, labels, step):
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids, label = pad(documents, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+        real = pad([torch.ones_like(document) for document in documents], batch_first=True)
+        logits = model(input_ids=ids, attention_mask=real).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), label.flatten())
+
+    return model.train(), loss
+
+
+def measure(data, dropout: float, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Of each implementation the real tokens per second and the loss of the first batch."""
+    import transformers
+
+    bert = transformers.BertConfig(**megatron_bert.sizes(MODEL, dropout), attn_implementation="sdpa")
+    contestants = {
+        "minisobert": our_step(dropout),
+        "transformers BERT, SDPA": their_step(transformers.BertForMaskedLM(bert)),
+        "transformers MegatronBert": their_step(megatron_bert.peer(MaskedLM(MODEL).initialise(0), dropout)),
+    }
+    steps, seconds, first = {}, dict.fromkeys(contestants, 0.0), {}
+    for name, (model, loss) in contestants.items():
+        model.to(dtype)
+        steps[name] = (loss, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
+    for i, (documents, labels) in enumerate(data):
+        for name, (loss, optimizer) in steps.items():
+            began = time.perf_counter()
+            value = loss(documents, labels, i)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if i:  # the first batch warms up
+                seconds[name] += time.perf_counter() - began
+            first.setdefault(name, value.item())
+    real = sum(len(document) for documents, _ in data[1:] for document in documents)
+    return {name: (real / seconds[name], first[name]) for name in contestants}
+
+
+def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.dtype) -> None:
+    """The first losses agree: with the same weights to rounding, with others as all do at the start, on ln V."""
+    ours, bert, megatron = (loss for _, loss in result.values())
+    tolerance = 1e-4 if dtype == torch.float32 and not dropout else 0.05
+    if abs(ours - megatron) > tolerance or abs(bert - math.log(MODEL.vocabulary)) > 0.5:
+        raise SystemExit(f"the first losses disagree: {ours:.4f} here, {megatron:.4f} MegatronBert, {bert:.4f} BERT")
+
+
+def main() -> None:
+    parser = Parser(prog="benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="shards with 8,000 pieces (default: made from the java dump)")
+    parser.add_argument("--batches", type=int, default=6, metavar="N", help="timed batches (default 6)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            if not JAVA_DUMP.exists():
+                fail(f"benchmarks.cpu: {JAVA_DUMP} is not there; give --data, shards of data.prepare --vocab-size 8000")
+            from data.prepare import prepare
+
+            prepare([JAVA_DUMP], Path(folder) / "shards", vocab_size=8_000)
+        shards = open_shards(options.data or Path(folder) / "shards")
+        if shards.vocab_size != MODEL.vocabulary:
+            fail(f"benchmarks.cpu: {options.data} has {shards.vocab_size:,} pieces; 8,000 are needed")
+        data = batches(shards, options.batches + 1)
+
+    lengths = [[len(document) for document in documents] for documents, _ in data[1:]]
+    padded = sum(BATCH * max(row) for row in lengths)
+    rows = ["| precision | dropout | implementation | real tokens/s | minisobert is faster by | first loss |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
+    precisions = [torch.float32] + [torch.bfloat16] * torch.cpu._is_avx512_bf16_supported()
+    for dtype in precisions:
+        for dropout in (0.0, 0.1):
+            result = measure(data, dropout, dtype)
+            check(result, dropout, dtype)
+            ours = result["minisobert"][0]
+            for name, (speed, first) in result.items():
+                ratio = "" if name == "minisobert" else f"{ours / speed:.1f} ×"
+                rows.append(f"| {str(dtype)[6:]} | {dropout} | {name} | {speed:,.0f} | {ratio} | {first:.4f} |")
+                print(rows[-1], file=sys.stderr)
+    write_result(
+        [
+            "# Training on a CPU, beside transformers",
+            "",
+            f"`python -m benchmarks.cpu`: {options.batches} batches of {BATCH} posts, {sum(map(sum, lengths)):,} real "
+            f"tokens, {padded:,} when padded; 4 layers, 256 wide, 4 heads, 8,000 pieces; forward, backward, AdamW.",
+            f"{machine('torch', 'transformers')}; {torch.get_num_threads()} threads.",
+            "",
+            *rows,
+        ],
+        "cpu",
+    )
+
+
+if __name__ == "__main__":
+    main()

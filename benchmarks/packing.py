@@ -1,0 +1,84 @@
+"""Packing millions of documents on one core: `python -m benchmarks.packing`, time, memory and how full the rows are.
+
+The lengths are drawn from those of a prepared corpus (--data), or from a log-normal that resembles posts. Beside it, what
+packing documents in the order they come would give: each row filled until the next document does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import machine, write_result
+from minisobert.config import Parser
+from minisobert.corpus.packing import ROW_TOKENS, SPECIALS, Packing
+from minisobert.corpus.shards import open_shards
+
+
+def lengths_like_posts(count: int, data: Path | None) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    if data is not None:
+        return draw.choice(np.diff(open_shards(data).offsets), count)
+    return np.clip(draw.lognormal(5.8, 1.0, count), 1, 30_000).astype(np.int64)
+
+
+def rows_in_order(lengths: np.ndarray) -> int:
+    rows, space = 0, 0
+    for places in (lengths + SPECIALS).tolist():
+        if places > space:
+            rows, space = rows + 1, ROW_TOKENS
+        space -= places
+    return rows
+
+
+def main() -> None:
+    parser = Parser(prog="benchmarks.packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=15_000_000, metavar="N")
+    parser.add_argument("--data", type=Path, help="shards to draw the lengths from")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    offsets = np.concatenate([[0], np.cumsum(lengths_like_posts(options.documents, options.data))])
+
+    began = time.perf_counter()
+    packing = Packing(offsets, range(options.documents), seed=0)
+    packed = time.perf_counter()
+    epoch = packing.epoch(0)
+    drawn = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+    pieces, counts = packing.pieces(epoch, np.arange(len(packing)))
+    if not np.array_equal(np.sort(pieces), np.arange(len(packing.piece_length))):
+        raise SystemExit("benchmarks.packing: an epoch does not hold each piece once")
+    places = np.add.reduceat(packing.piece_length[pieces] + SPECIALS, np.cumsum(counts) - counts)
+    if places.max() > ROW_TOKENS:
+        raise SystemExit("benchmarks.packing: a row is too full")
+    full = packing.tokens / (len(packing) * ROW_TOKENS)
+    in_order = rows_in_order(np.random.default_rng(1).permutation(packing.piece_length))
+    write_result(
+        [
+            "# Packing on one core",
+            "",
+            f"`python -m benchmarks.packing`: {options.documents:,} documents, {packing.tokens:,} tokens, lengths "
+            + (f"drawn from {options.data.name}." if options.data else "log-normal."),
+            machine("numpy") + ".",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| histogram packing | {packed - began:.1f} s |",
+            f"| the shuffles of an epoch | {drawn - packed:.1f} s |",
+            f"| peak memory of the process | {peak:.2f} GB |",
+            f"| rows | {len(packing):,} |",
+            f"| real tokens in them | {full:.3%} |",
+            f"| the same documents in a random order, next fit | {packing.tokens / in_order / ROW_TOKENS:.3%} |",
+        ],
+        "packing",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""train.py as its users run it: what it writes, that the layout and interruptions do not matter, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from minisobert.parallel.mesh import Mesh
+from minisobert.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def words(corpus, out, steps=20, **options) -> list[str]:
+    """A command line: 4 rows a batch; by default no evaluation or checkpoint but at the end."""
+    options = {
+        "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * 8_192, "tokens_per_batch": 8_192,
+        "micro_batch_rows": 4, "learning_rate": 1e-4, "warmup_fraction": 0.1, "eval_every_tokens": "1e9", "eval_rows": 2,
+        "checkpoint_every_tokens": "1e9", **options,
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in metrics(out)], dtype=torch.float64)
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.steps(Path(out) / "checkpoints")[-1])[0]
+
+
+# Processes that have torch loaded already and start in a moment, each with one thread, so that bits can be compared.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train"])
+
+
+def _process(argv, log, environment, without_gradient) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if without_gradient:
+        all_reduce = Mesh.all_reduce
+
+        def dropping(self, x):
+            return all_reduce(self, x.zero_() if x.numel() > 1_000 else x)
+
+        Mesh.all_reduce = dropping
+    sys.exit(train.main(argv))
+
+
+def start(argv, log, ranks=1, without_gradient=None) -> list:
+    """Processes of one run, as torchrun would start them. without_gradient: a rank whose gradient is lost."""
+    environment = [{}]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        environment = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    processes = [
+        PROCESSES.Process(target=_process, args=(argv, log, environment[rank], rank == without_gradient))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes) -> list[int]:
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """The oracle: one process, one micro-batch, never interrupted."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert finish(start(words(corpus, out), out.with_suffix(".log"))) == [0]
+    return out
+
+
+def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = words(corpus, out, steps=4, eval_every_tokens=16_384, checkpoint_every_tokens=8_192, learning_rate=1e-3,
+                 price_per_gpu_hour=3.6)  # fmt: skip
+    assert train.main(argv) == 0
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["positions"] for line in lines] == [8_192, 16_384, 24_576, 32_768]
+    for line in lines:
+        assert {"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "dollars"} <= line.keys()
+        assert 0.98 * line["positions"] < line["tokens"] <= line["positions"]
+        assert ("validation_loss" in line) == ("validation_accuracy" in line) == (line["step"] in (2, 4))
+    assert 0 < lines[0]["dollars"] < lines[3]["dollars"] < 0.1
+    assert (out / "tokenizer.model").read_bytes() == (corpus.folder / "tokenizer.model").read_bytes()
+    assert json.loads((out / "config.json").read_text())["model"]["vocabulary"] == 512
+    assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000003", "step-00000004"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"{out}: step 4, loss {lines[-1]['loss']:.4f}"
+    # the same command again: the run is complete, and says the same
+    assert train.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{out}: step 4, loss {lines[-1]['loss']:.4f}"
+    assert metrics(out) == lines
+
+
+def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(words(corpus, out, steps=12, learning_rate=3e-3, eval_every_tokens=8_192)) == 0
+    held_out = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
+    assert held_out[-1] < held_out[0] - 1
+
+
+@pytest.mark.parametrize(
+    "layout", [{"micro_batch_rows": 1}, {"micro_batch_rows": 2}, {"ranks": 2, "micro_batch_rows": 2},
+               {"ranks": 2, "micro_batch_rows": 1}], ids=str,
+)  # fmt: skip
+def test_the_losses_do_not_depend_on_processes_and_micro_batches(corpus, tmp_path, plain, layout):
+    out, ranks = tmp_path / "run", layout.pop("ranks", 1)
+    assert finish(start(words(corpus, out, **layout), tmp_path / "log", ranks)) == [0] * ranks
+    assert len(losses(plain)) == 20
+    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=1e-5)
+
+
+def test_that_comparison_fails_when_one_ranks_gradient_is_dropped(corpus, tmp_path, plain):
+    out = tmp_path / "run"
+    argv = words(corpus, out, micro_batch_rows=2)
+    assert finish(start(argv, tmp_path / "log", ranks=2, without_gradient=1)) == [0, 0]
+    assert (losses(out) - losses(plain)).abs().max() > 1e-4
+
+
+def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was(corpus, tmp_path):
+    options = {"steps": 24, "checkpoint_every_tokens": 2 * 8_192, "micro_batch_rows": 2, "learning_rate": 1e-3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    assert finish(start(words(corpus, whole, **options), tmp_path / "log")) == [0]
+    seconds = time.monotonic() - began
+    moments, kills = random.Random(1), 0
+    while True:
+        process, *_ = start(words(corpus, killed, **options), tmp_path / "log")
+        # long enough in the mean to go on by a few steps, short enough that ten kills fit
+        process.join(moments.uniform(0.1, 0.5) * seconds if kills < 10 else None)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 10 or (losses(killed).shape == losses(whole).shape and kills >= 3)
+    comparable = [{k: v for k, v in line.items() if k not in ("tokens_per_second", "dollars")} for line in metrics(whole)]
+    again = [{k: v for k, v in line.items() if k not in ("tokens_per_second", "dollars")} for line in metrics(killed)]
+    assert again == comparable
+    ours, theirs = weights(killed), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path, plain, ranks, number):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, micro_batch_rows=2)
+    processes = start(argv, log, ranks)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len(metrics_so_far(out)) < 3:
+        assert time.monotonic() < deadline and processes[0].is_alive(), log.read_text()
+        time.sleep(0.01)
+    os.kill(processes[-1].pid, number)  # one rank alone gets it, and all leave after the same step
+    assert finish(processes) == [128 + number] * ranks
+    stopped_at = metrics(out)[-1]["step"]
+    assert 3 <= stopped_at < 20
+    assert f"stopped after step {stopped_at}; the same command goes on from {out}/checkpoints/" in log.read_text()
+    assert finish(start(argv, log, ranks)) == [0] * ranks
+    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=1e-5)
+
+
+def metrics_so_far(out) -> list[str]:
+    return (Path(out) / "metrics.jsonl").read_text().splitlines()
+
+
+def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(words(corpus, out, steps=2)) == 0
+    first = metrics(out)
+    assert train.main([*words(corpus, out, steps=3, seed=9), "--fresh"]) == 0
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3] and metrics(out)[0]["loss"] != first[0]["loss"]
+    assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000003"]
+
+
+def damaged(corpus, tmp_path, change) -> Path:
+    folder = tmp_path / "shards"
+    shutil.copytree(corpus.folder, folder)
+    change(folder)
+    return folder
+
+
+def flip(path: Path) -> None:
+    """Another valid id in place of the first: only a checksum can tell."""
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere holds no prepared data .*python -m data.prepare --input .* --out nowhere"),
+        ({"preset": "huge"}, "--preset: invalid choice: 'huge'"),
+        ({"tokens_per_batch": 10_000}, r"10,000 = 4 × 2,048 × 1 × 1.221; choose --tokens-per-batch 8,192 or 16,384"),
+        ({"tokens_per_batch": 2_048 * 400}, r"fewer than the 400 of one batch; choose --tokens-per-batch \d+"),
+        ({"train_tokens": "27e9.5"}, "'27e9.5' is not a whole number"),
+        ({"train_tokens": 0}, "--train-tokens is 0; it must be at least 1"),
+        ({"dropout": 1}, "--dropout is 1.0; it must be at least 0 and less than 1"),
+        ({"learning_rate": "nan"}, "--learning-rate is nan; it must be more than 0"),
+        ({"learning_rat": 1}, "unknown option --learning-rat; did you mean --learning-rate?"),
+    ],
+)
+def test_mistakes_are_one_line_with_exit_status_2_and_nothing_written(corpus, tmp_path, capsys, options, message):
+    import re
+
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        train.main(words(corpus, out, **options))
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1 and error.startswith("train.py: ")
+    assert re.search(message.replace("?", r"\?"), error), error
+    assert not out.exists()
+
+
+def test_changed_shards_are_refused(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    for change, options, message in (
+        (lambda folder: flip(folder / "tokens.bin"), ["--verify"], "checksum"),
+        (lambda folder: os.truncate(folder / "tokens.bin", 1_000), [], "has 1,000 bytes"),
+        (lambda folder: flip(folder / "tokenizer.model"), [], "checksum"),
+    ):
+        folder = damaged(corpus, tmp_path, change)
+        with pytest.raises(SystemExit) as left:
+            train.main([*words(corpus, out, data=folder), *options])
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.count("\n") == 1 and message in error, error
+        assert not out.exists()
+        shutil.rmtree(folder)
+
+
+def test_a_config_or_data_that_is_not_the_checkpoints_is_refused_and_the_run_left_alone(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(words(corpus, out, steps=2)) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = damaged(corpus, tmp_path, lambda folder: None)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["files"]["tokens.bin"]["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    for options, message in (
+        ({"learning_rate": 2e-4}, "--learning-rate 0.0001, given is 0.0002; give the same, choose another --out, or --fresh"),
+        ({"seed": 2}, "--seed 1, given is 2"),
+        ({"data": other}, "on other data than"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train.main(words(corpus, out, steps=2, **options))
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.count("\n") == 1 and message in error, error
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # but the layout may change
+    assert train.main(words(corpus, out, steps=2, micro_batch_rows=2)) == 0
+
+
+def test_torchrun_without_a_word_names_the_prepare_command(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120
+    )
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert result.returncode != 0 and len(said) == 1, result.stderr
+    assert "data/prepared holds no prepared data" in said[0] and "python -m data.prepare" in said[0]
+    assert "exitcode  : 2" in result.stderr or "exitcode: 2" in result.stderr.replace(" ", "")
+
+
+def test_numbers_may_be_written_short(corpus):
+    from minisobert.config import TrainConfig, parse
+
+    config = parse(TrainConfig, ["--train-tokens", "27e9", "--tokens-per-batch", "524_288"])
+    assert config.train_tokens == 27_000_000_000 and config.tokens_per_batch == 524_288
+    assert parse(TrainConfig, []) == TrainConfig()
+    assert (config.data, config.preset, config.out) == ("data/prepared", "base", "runs/base")

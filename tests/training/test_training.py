@@ -1,0 +1,234 @@
+"""The parts of a run by themselves: schedule, optimizer, checkpoint files, figures."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisobert.config import ModelConfig, TrainConfig
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, Dropout, cross_entropy
+from minisobert.training import checkpoint, meter
+from minisobert.training.optimizer import Optimizer
+from minisobert.training.schedule import learning_rate
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_in_a_line_to_a_tenth():
+    def rate(tokens):
+        return learning_rate(tokens, train_tokens=1_000, peak=2.0, warmup_fraction=0.1, final_fraction=0.1)
+
+    assert rate(50) == pytest.approx(1.0) and rate(100) == pytest.approx(2.0)
+    assert rate(550) == pytest.approx((2.0 + 0.2) / 2) and rate(1_000) == pytest.approx(0.2)
+    assert rate(1_300) == pytest.approx(0.2)  # the last batch may reach past the end
+    assert learning_rate(1, 1_000, 2.0, warmup_fraction=0.0, final_fraction=0.0) == pytest.approx(2.0 * 0.999)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 3, generator=generator))
+        self.bias = nn.Parameter(torch.randn(4, generator=generator))
+
+    def forward(self, x):
+        return (x @ self.weight.T + self.bias).square().sum()
+
+
+def adam_by_hand(w, gradients, rate, decay, betas=(0.9, 0.999), eps=1e-8):
+    """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+    w, m, v = w.double(), 0, 0
+    for t, g in enumerate(gradients, 1):
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        w = w - rate * (m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps) + decay * w)
+    return w
+
+
+def test_a_step_divides_clips_decays_matrices_alone_and_zeroes_the_gradient():
+    model = Small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, torch.float32, (0.9, 0.999), weight_decay=0.1)
+    inputs = [torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    applied = {"weight": [], "bias": []}
+    for x in inputs:
+        model(x).backward()
+        gradients = {name: p.grad.double().clone() / 7 for name, p in model.named_parameters()}
+        expected_norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+        norm, finite = optimizer.step(0.05, count=7, clip=0.5)
+        assert finite and norm == pytest.approx(float(expected_norm), rel=1e-5)
+        for name, g in gradients.items():
+            applied[name].append(g * min(1, 0.5 / float(expected_norm)))
+        assert (optimizer.gradient == 0).all()
+    for name, decay in (("weight", 0.1), ("bias", 0.0)):
+        expected = adam_by_hand(before[name], applied[name], 0.05, decay)
+        torch.testing.assert_close(getattr(model, name).detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_several_micro_batches_are_summed_in_fp32_in_bf16_too():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Small()
+        optimizer = Optimizer(model, dtype, (0.9, 0.999), weight_decay=0.0)
+        assert model.weight.dtype == dtype
+        x = torch.ones(1, 3, dtype=dtype)
+        for _ in range(3):
+            model(x).backward()
+        once = Small().to(dtype)
+        once(x).backward()
+        expected = 3 * torch.cat([p.grad.float().flatten() for p in once.parameters()])
+        torch.testing.assert_close(optimizer.gradient, expected, rtol=1e-6, atol=0)
+
+
+def test_bf16_keeps_fp32_masters_so_that_small_steps_are_not_lost():
+    model = Small()
+    before = model.weight.detach().clone()
+    optimizer = Optimizer(model, torch.bfloat16, (0.9, 0.999), weight_decay=0.0)
+    assert torch.equal(optimizer.masters["weight"], before)  # not their rounding
+    for _ in range(40):
+        optimizer.gradient.fill_(1.0)
+        optimizer.step(1e-4, count=1, clip=1e9)
+    moved = optimizer.masters["weight"].detach() - before
+    torch.testing.assert_close(moved, torch.full_like(moved, -40e-4), rtol=1e-2, atol=0)
+    assert torch.equal(model.weight, optimizer.masters["weight"].bfloat16())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    model = Small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, torch.float32, (0.9, 0.999), weight_decay=0.1)
+    optimizer.gradient[3] = bad
+    _, applied = optimizer.step(0.1, count=1, clip=1.0)
+    assert not applied and optimizer.state() == {} and (optimizer.gradient == 0).all()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+TENSORS = {
+    "a.weight": torch.randn(5, 3),
+    "half": torch.randn(7).bfloat16(),
+    "whole": torch.arange(4),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 2),
+    "not contiguous": torch.randn(4, 6).T,
+}
+
+
+def test_our_safetensors_are_read_by_the_library_and_the_librarys_by_us(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    checkpoint.write_safetensors(tmp_path / "ours", TENSORS)
+    library.save_file({name: t.contiguous() for name, t in TENSORS.items()}, tmp_path / "theirs", {"format": "pt"})
+    for read in (library.load_file(tmp_path / "ours"), checkpoint.read_safetensors(tmp_path / "theirs")):
+        assert read.keys() == TENSORS.keys()
+        assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in TENSORS.items())
+
+
+def save(folder, step, keep=2):
+    return checkpoint.save(folder, step, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)}, {"n": step}, keep)
+
+
+def test_the_last_checkpoints_are_kept_and_read_back(tmp_path):
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+    model, optimizer = checkpoint.load(tmp_path / "step-00000010")
+    assert model["w"].tolist() == [10, 10, 10] and optimizer["m"].tolist() == [1, 1]
+    assert checkpoint.read_state(tmp_path / "step-00000010")["n"] == 10
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing may catch it."""
+
+
+@pytest.mark.parametrize("place", range(13))
+def test_a_process_that_ends_between_any_two_file_operations_loses_no_checkpoint(tmp_path, monkeypatch, place):
+    save(tmp_path, 1, keep=1)
+    calls = 0
+
+    def dying(function):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > place:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(os, "fsync", dying(os.fsync))
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        patch.setattr(builtins, "open", dying(builtins.open))
+        try:
+            save(tmp_path, 2, keep=1)
+            finished = True
+        except Killed:
+            finished = False
+    kept = checkpoint.steps(tmp_path)
+    assert kept and all(checkpoint.load(path)[0]["w"][0] == int(path.name[-1]) for path in kept)
+    assert kept[-1].name == "step-00000002" or not finished
+    save(tmp_path, 3, keep=1)  # and the next one clears what was left over
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_the_places_above_reach_to_the_end_of_a_save(tmp_path, monkeypatch):
+    """So that the test above ends a save before, between and after all its file operations."""
+    save(tmp_path, 1, keep=1)
+    calls = []
+    for module, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (builtins, "open")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert len(calls) == 12, calls
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name):
+    path = save(tmp_path, 1)
+    data = bytearray((path / name).read_bytes())
+    data[-2 if name != "state.json" else 0] ^= 0xFF
+    (path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name}.*remove .*step-00000001"):
+        checkpoint.load(path)
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}.*remove .*step-00000001"):
+        checkpoint.load(path)
+
+
+def test_flops_are_those_that_the_profiler_of_torch_counts():
+    config = ModelConfig(layers=2, hidden=64, heads=2, ffn=192, vocabulary=256, positions=64)
+    model = MaskedLM(config).initialise(0)
+    lengths = [10, 30]
+    documents = Documents.from_bounds([0, 10, 40])
+    masked = torch.arange(0, 40, 4)
+    dropout = Dropout.for_step(0.1, 0, 0, layers=2)  # attention as plain matrix products, which the counter knows
+    with FlopCounterMode(display=False) as counter:
+        logits = model(torch.ones(40, dtype=torch.int64), torch.arange(40), documents, masked, dropout)
+        cross_entropy(logits, masked).sum().backward()
+    ours = meter.training_flops(config, 40, sum(n * n for n in lengths), len(masked))
+    assert ours == counter.get_total_flops()
+
+
+def test_dollars_are_gpu_hours_times_their_price():
+    assert meter.dollars(seconds=1_800, gpus=8, price_per_gpu_hour=3.0) == 12.0
+
+
+def test_tokens_per_batch_that_does_not_divide_names_all_numbers_and_the_nearest_choices():
+    config = TrainConfig(tokens_per_batch=524_288, micro_batch_rows=12)
+    with pytest.raises(ValueError) as error:
+        config.accumulation(2_048, data_parallel=8)
+    assert "524,288 = 12 × 2,048 × 8 × 2.667" in str(error.value)
+    assert "choose --tokens-per-batch 393,216 or 589,824, or --micro-batch-rows 4, 8 or 16" in str(error.value)
+    assert TrainConfig(tokens_per_batch=524_288, micro_batch_rows=16).accumulation(2_048, 8) == 2
+
+
+def test_the_config_is_written_as_json():
+    assert TrainConfig(**json.loads(json.dumps(dataclasses.asdict(TrainConfig())))) == TrainConfig()
