@@ -65,8 +65,8 @@ def demo(inputs: list[Path]) -> None:
     held_out = read_metrics(OUT)[-1]["validation_loss"]
     plot([OUT], OUT / "loss.png", entropy)
     show_guesses(shards)
-    print(f"loss on held-out text: {held_out:.2f} nats, {entropy - held_out:.2f} below the corpus' unigram entropy, ", end="")
-    print(f"{entropy:.2f}: what knowing how frequent each piece is would give")
+    print(f"loss on held-out text: {held_out:.2f} nats; unigram entropy of the corpus: {entropy:.2f}, ", end="")
+    print(f"which is what knowing each piece's frequency gives; the model is {entropy - held_out:.2f} better")
     print(f"look at {OUT / 'loss.png'}, or ask: .venv/bin/python -m minisobert.playground {OUT} 'for i in [MASK](10):'")
 
 

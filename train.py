@@ -58,8 +58,9 @@ def pretrain(config: TrainConfig, mesh: Mesh) -> int:
     if mesh.is_first:
         run.begin(progress.step)
         print(
-            f"{config.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {'bf16' if bf16 else 'fp32'}, "
-            f"{mesh.data_parallel} × {mesh.device.type}; {len(training):,} rows of {ROW_TOKENS:,} tokens an epoch, "
+            f"{config.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × {mesh.device.type}; "
+            f"{len(training):,} rows of {ROW_TOKENS:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * ROW_TOKENS):.2%} full"
             + (f"; going on after step {progress.step:,}" if progress.step else "")
         )

@@ -7,7 +7,6 @@ batch, so that a machine that slows down slows all of them. Real tokens per seco
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
@@ -112,7 +111,7 @@ def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.d
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="benchmarks.cpu", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="shards with 8,000 pieces (default: made from the java dump)")
     parser.add_argument("--batches", type=int, default=6, metavar="N", help="timed batches (default 6)")
     options = parser.parse_args()

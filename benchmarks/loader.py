@@ -5,7 +5,6 @@ All that training asks of a loader: gather from the memory map, specials, positi
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from minisobert.corpus.shards import open_shards
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="benchmarks.loader", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="shards (default: made from the java dump)")
     parser.add_argument("--micro-batch-rows", type=int, default=8, metavar="N")
     parser.add_argument("--tokens", type=int, default=40_000_000, metavar="N", help="to load (default 40,000,000)")
@@ -48,7 +47,8 @@ def main() -> None:
             "# Loading on one core",
             "",
             f"`python -m benchmarks.loader`: {real:,} real tokens of {shards.meta['documents']:,} documents "
-            f"({', '.join(shards.meta['sources'])}), {masked / real:.2%} masked, {options.micro_batch_rows} rows at a time.",
+            f"({', '.join(shards.meta['sources'])}), {masked / real:.2%} masked, "
+            f"{options.micro_batch_rows} rows at a time.",
             machine("torch", "numpy") + ".",
             "",
             "| real tokens/s | seconds |",

@@ -1,12 +1,11 @@
 """Packing millions of documents on one core: `python -m benchmarks.packing`, time, memory and how full the rows are.
 
-The lengths are drawn from those of a prepared corpus (--data), or from a log-normal that resembles posts. Beside it, what
-packing documents in the order they come would give: each row filled until the next document does not fit.
+The lengths are drawn from those of a prepared corpus (--data), or from a log-normal that resembles posts. Beside it,
+what packing documents in the order they come would give: each row filled until the next document does not fit.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import time
@@ -37,7 +36,7 @@ def rows_in_order(lengths: np.ndarray) -> int:
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="benchmarks.packing", description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=15_000_000, metavar="N")
     parser.add_argument("--data", type=Path, help="shards to draw the lengths from")
     options = parser.parse_args()

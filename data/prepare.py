@@ -7,7 +7,6 @@ processes.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.inputs import check, documents
+from minisobert.config import Parser, fail
 from minisobert.corpus.hashing import key, permutation_keys
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, new_folder, write_meta
@@ -254,15 +254,10 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"prepare: {message} (see --help)\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(prog="python -m data.prepare", description="Make a tokenizer and shards from a dump or from text.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH",
-                        help=".7z of a site, folder with Posts.xml (and Comments.xml), .jsonl, .txt (.gz, .xz)")
+    parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
+    kinds = ".7z of a site, folder with Posts.xml (and Comments.xml), .jsonl, .txt (.gz, .xz)"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -271,17 +266,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--posts", choices=KINDS, default="all", help="which posts, each with its comments")
     options = parser.parse_args(arguments)
     try:
-        meta = prepare(options.input, options.out, vocab_size=options.vocab_size, workers=options.workers,
-                       seed=options.seed, min_score=options.min_score, kind=options.posts)
+        meta = prepare(
+            options.input,
+            options.out,
+            vocab_size=options.vocab_size,
+            workers=options.workers,
+            seed=options.seed,
+            min_score=options.min_score,
+            kind=options.posts,
+        )
     except KeyboardInterrupt:
-        print("prepare: interrupted; nothing was written", file=sys.stderr)
+        print("data.prepare: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenProcessPool:
-        print("prepare: a worker process died, perhaps for lack of memory; try fewer --workers", file=sys.stderr)
-        return 2
+        fail("data.prepare: a worker process died, perhaps for lack of memory; try fewer --workers")
     except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
+        fail(f"data.prepare: {error}")
     print(f"{table(meta)}\nwritten to {options.out}")
     return 0
 

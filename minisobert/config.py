@@ -59,8 +59,8 @@ def option(default, help: str, choices=None, free: bool = False):
 class TrainConfig:
     """A pre-training run: the recipe (SOBert's where the paper states it, Megatron-LM's BERT elsewhere) and its layout.
 
-    Everything that is counted in tokens counts row positions, as Megatron-LM does. The trajectory depends on every field
-    but the free ones.
+    Everything that is counted in tokens counts row positions, as Megatron-LM does. The trajectory depends on every
+    field but the free ones.
     """
 
     data: str = option("data/prepared", "folder that data.prepare wrote", free=True)
@@ -104,8 +104,8 @@ class TrainConfig:
         for name in ("dropout", "warmup_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least 0 and less than 1")
-        if not 0 <= self.final_learning_rate_fraction <= 1:
-            raise ValueError(f"--final-learning-rate-fraction is {self.final_learning_rate_fraction}; 0 to 1 is allowed")
+        if not 0 <= (fraction := self.final_learning_rate_fraction) <= 1:
+            raise ValueError(f"--final-learning-rate-fraction is {fraction}; it must be from 0 to 1")
         for f in dataclasses.fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise ValueError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose {_words(f.metadata['choices'])}")

@@ -1,8 +1,7 @@
-"""Curves of runs: `python -m minisobert.plot RUN [RUN …]` writes loss.png into the first run's folder (extra [plot])."""
+"""Curves of runs: `python -m minisobert.plot RUN [RUN …]` writes loss.png into the first RUN (extra [plot])."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
-    """Training and held-out loss of the runs over tokens, as a PNG. entropy: drawn as a level for comparison, in nats."""
+    """Training and held-out loss of the runs over tokens, as a PNG. entropy: in nats, drawn as a level beside them."""
     try:
         import matplotlib
     except ImportError:
@@ -54,7 +53,7 @@ def moving_mean(values: list[float], width: int) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="minisobert.plot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(prog="minisobert.plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--png", type=Path, help="where to (default: loss.png in the first run's folder)")
     options = parser.parse_args(argv)

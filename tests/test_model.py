@@ -1,4 +1,4 @@
-"""The model against an independent implementation of the same architecture, and the properties that packing promises."""
+"""The model against an independent implementation of the architecture, and the properties that packing promises."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, make, messag
     status, output, errors = run("--input", path, "--out", out, "--workers", workers, capsys=capsys)
     assert status == 2
     assert output == ""
-    (line,) = [line for line in errors.splitlines() if line.startswith("prepare: ")]
+    (line,) = [line for line in errors.splitlines() if line.startswith("data.prepare: ")]
     assert errors.rstrip().endswith(line)
     with pytest.raises(ValueError, match=message):
         prepare([path], out)
@@ -237,14 +237,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, make, messag
         (["--vocab-size", "265"], "need at least"),
         (["--workers", "0"], "at least one process"),
         (["--posts", "some"], "invalid choice"),
-        (["--unknown"], "unrecognized arguments"),
+        (["--unknown"], "unknown option --unknown"),
     ],
 )
 def test_bad_options_are_one_line(site, tmp_path, capsys, options, message):
     status, _, errors = run("--input", site, "--out", tmp_path / "out", *options, capsys=capsys)
     assert status == 2
     assert message in errors.splitlines()[-1]
-    assert errors.splitlines()[-1].startswith("prepare: ")
+    assert errors.splitlines()[-1].startswith("data.prepare: ")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
@@ -266,7 +266,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "prepare: interrupted; nothing was written"
+    assert errors.splitlines()[-1] == "data.prepare: interrupted; nothing was written"
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
@@ -280,7 +280,7 @@ def test_a_worker_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsy
     monkeypatch.setattr(module, "_render", _die)
     status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 2, capsys=capsys)
     assert status == 2
-    assert errors.splitlines()[-1].startswith("prepare: a worker process died")
+    assert errors.splitlines()[-1].startswith("data.prepare: a worker process died")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 

@@ -124,6 +124,6 @@ def load(rows: Rows, spans: Iterable[tuple[int, int]], device: torch.device) -> 
 
 
 def spans(first_row: int, last_row: int, rows: int, rank: int, ranks: int) -> Iterator[tuple[int, int]]:
-    """The part of one rank in the rows [first_row, last_row): every ranks-th group of `rows` rows, as (first row, rows)."""
+    """One rank's part of the rows [first_row, last_row): every ranks-th group of `rows` rows, as (first row, rows)."""
     for first in range(first_row + rank * rows, last_row, ranks * rows):
         yield first, min(rows, last_row - first)

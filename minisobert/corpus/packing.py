@@ -59,7 +59,7 @@ class Packing:
         return Epoch(rows, order)
 
     def pieces(self, epoch: Epoch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of some rows of an epoch, one row after another, and how many each row has: (N,) and (len(rows),)."""
+        """The pieces of some rows of an epoch, one row after another, (N,), and each row's number of them, (rows,)."""
         packed = epoch.rows[rows]
         first, counts = self._starts[packed], self._starts[packed + 1] - self._starts[packed]
         slots = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

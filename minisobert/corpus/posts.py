@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from xml.parsers import expat
 
-from .dump import members, open_member
-from .html import comment_to_text, html_to_text
+from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.html import comment_to_text, html_to_text
 
 KINDS = {"all": ("1", "2"), "questions": ("1",), "answers": ("2",)}
 LONGEST_ROW = 1 << 26  # bytes; a post has at most 30,000 characters

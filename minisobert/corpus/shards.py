@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .hashing import key, lowbias32
-from .tokenizer import Tokenizer, token_dtype
+from minisobert.corpus.hashing import key, lowbias32
+from minisobert.corpus.tokenizer import Tokenizer, token_dtype
 
 FORMAT = 1
 FILES = ("tokens.bin", "documents.npy", "tokenizer.model")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from minisobert.ops.dropout import Dropout
 
-
 BLOCK = 1 << 20  # probabilities at a time, 4 MB in fp32
 
 
@@ -96,7 +95,7 @@ def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, s
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None = None) -> Tensor:
-    """q, k, v: (T, H, d), one floating dtype, any strides. Returns (T, H, d): softmax(q kᵀ / sqrt(d)) v within documents.
+    """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides.
 
     dropout drops elements of the probabilities, by (query token, head, key token). Raises ValueError on other shapes.
     """

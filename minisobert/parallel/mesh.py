@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -18,7 +20,7 @@ class Mesh:
 
     rank: int = 0
     data_parallel: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
@@ -35,9 +37,10 @@ class Mesh:
 @contextmanager
 def start() -> Iterator[Mesh]:
     """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs."""
-    world, rank, local = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local) if cuda else CPU
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:

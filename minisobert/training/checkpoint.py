@@ -99,7 +99,8 @@ def read_state(path: Path) -> dict:
     try:
         return json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / 'state.json'} is damaged ({error}); remove {path} to go on from the one before") from None
+        damaged = f"{path / 'state.json'} is damaged ({error})"
+        raise ValueError(f"{damaged}; remove {path} to go on from the one before") from None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,7 +7,6 @@ a micro-batch happens to hold carries no weight of its own.
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -112,7 +111,6 @@ def train(
         total=steps * config.tokens_per_batch, initial=progress.consumed_tokens, unit="tok", unit_scale=True,
         desc=config.preset, disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
-    metrics = open(run.folder / "metrics.jsonl", "a") if mesh.is_first else None
     shown, stopped = "", 0
     with bar, StopSignals() as stop:
         while progress.step < steps:
@@ -138,8 +136,8 @@ def train(
             if passed(config.eval_every_tokens):
                 line["validation_loss"], line["validation_accuracy"] = evaluate(model, validation, config, mesh)
                 shown = f" held-out {line['validation_loss']:.3f}"
-            if metrics:
-                print(json.dumps(line), file=metrics, flush=True)
+            if mesh.is_first:
+                run.log(line)
             bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
             bar.update(config.tokens_per_batch)
 

@@ -78,6 +78,11 @@ class Run:
         checkpoint.write_json(self.folder / "config.json", self.described)
         shutil.copyfile(self.shards.folder / "tokenizer.model", self.folder / "tokenizer.model")
 
+    def log(self, line: dict) -> None:
+        """Appends one step's figures to metrics.jsonl."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            print(json.dumps(line), file=file)
+
     def save(self, optimizer: Optimizer, progress: Progress) -> Path:
         state = {"progress": dataclasses.asdict(progress), "run": self.identity}
         return checkpoint.save(

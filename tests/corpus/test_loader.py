@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_an_epoch_holds_each_training_document_once(corpus, rows):
     for first in range(0, len(rows), 3):
         batch = rows.micro_batch(first, min(3, len(rows) - first))
         tokens, bounds = unmasked(batch), batch.documents.bounds.tolist()
-        for start, stop in zip(bounds, bounds[1:]):
+        for start, stop in pairwise(bounds):
             document = tokens[start:stop]
             if document[0] == PAD:
                 assert (document == PAD).all() and stop % ROW_TOKENS == 0

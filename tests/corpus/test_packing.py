@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_every_token_is_in_exactly_one_place_of_every_epoch(lengths, epoch, row_
         assert sum(packing.piece_length[row] + SPECIALS) <= row_tokens and row
     covered = [
         token
-        for piece in sum(rows, [])
+        for piece in chain(*rows)
         for token in range(packing.piece_start[piece], packing.piece_start[piece] + packing.piece_length[piece])
     ]
     assert sorted(covered) == list(range(sum(lengths)))
@@ -61,7 +62,7 @@ def test_epochs_have_the_same_number_of_rows_and_other_neighbours():
     first, second, again = rows_of(packing, 0), rows_of(packing, 1), rows_of(packing, 0)
     assert first == again
     assert len(first) == len(second) == len(packing)
-    neighbours = [{frozenset(pair) for row in rows for pair in zip(row, row[1:])} for rows in (first, second)]
+    neighbours = [{frozenset(pair) for row in rows for pair in pairwise(row)} for rows in (first, second)]
     assert len(neighbours[0] & neighbours[1]) < 0.1 * len(neighbours[0])
     assert rows_of(pack(lengths, seed=2), 0) != first
 

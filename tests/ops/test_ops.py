@@ -113,6 +113,6 @@ def test_wrong_arguments_are_refused_by_name():
         bias_gelu(x, b, "relu")
     with pytest.raises(ValueError, match=r"\(4, 8\) and \(3,\)|targets \(3,\)"):
         cross_entropy(x, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="dropout is 1.0; it must be at least 0 and less than 1"):
+    with pytest.raises(ValueError, match=r"dropout is 1\.0; it must be at least 0 and less than 1"):
         Dropout.for_step(1.0, seed=0, step=0, layers=1)
     assert dropout_reference(x, None) is x
