@@ -12,13 +12,13 @@ from minisobert.corpus.shards import Shards, open_shards
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Documents of a toy language: 1 to 600 words, each of which makes its successor likely."""
+    """Documents of a toy language: 1 to 200 words, each of which makes its successor likely, and one that is long."""
     draw = random.Random(seed)
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("n", "r", "st")]
     texts = []
-    for _ in range(count):
+    for i in range(count):
         at, text = draw.randrange(len(words)), []
-        for _ in range(int(draw.lognormvariate(4, 1)) % 600 + 1):
+        for _ in range(int(draw.lognormvariate(4, 1)) % 200 + 1 if i else 2_500):
             text.append(words[at])
             at = (at * 7 + draw.randrange(3)) % len(words)
         texts.append(" ".join(text) + draw.choice([".", "?", ";\n    return;"]))
@@ -29,7 +29,7 @@ def sentences(count: int, seed: int) -> list[str]:
 def corpus(tmp_path_factory) -> Shards:
     """About 40 rows of training text, and a few of validation text."""
     folder = tmp_path_factory.mktemp("corpus")
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in sentences(900, seed=0))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in sentences(1_300, seed=0))
     (folder / "toy.jsonl").write_text(lines)
     prepare([folder / "toy.jsonl"], folder / "shards", vocab_size=400, workers=1)
     return open_shards(folder / "shards")

@@ -19,11 +19,19 @@ import pytest
 import torch
 
 import train
-from minisobert.config import TrainConfig, parse
+from minisobert.config import PRESETS, ModelConfig, TrainConfig, parse
 from minisobert.parallel.mesh import Mesh
 from minisobert.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
+
+
+SMALL = ModelConfig(layers=2, hidden=64, heads=2, ffn=128)  # in place of the tiny preset, for three times the speed
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", SMALL)
 
 
 def words(corpus, out, steps=20, **options) -> list[str]:
@@ -55,6 +63,7 @@ PROCESSES.set_forkserver_preload(["train"])
 
 def _process(argv, log, environment, without_gradient) -> None:
     torch.set_num_threads(1)
+    PRESETS["tiny"] = SMALL
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

@@ -67,30 +67,27 @@ class Documents:
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None = None):
     """Plain PyTorch, document by document: memory and time go with the documents' own sizes, never with T × T."""
     lengths = documents.bounds.diff().tolist()
-    outputs, start = [], 0
     # split, not slices: its backward is one concatenation, where a slice's fills T × H × d with zeros per document
-    for qi, ki, vi in zip(*(x.split(lengths) for x in (q, k, v))):
-        qi, ki, vi = (x.transpose(0, 1) for x in (qi, ki, vi))  # (n, H, d) → (H, n, d)
-        if dropout is None:
-            out = F.scaled_dot_product_attention(qi[None], ki[None], vi[None])[0]
-        else:
-            out = _attention_with_dropout(qi, ki, vi, dropout, start)
-        outputs.append(out.transpose(0, 1))
-        start += out.shape[1]
-    return torch.cat(outputs)
+    parts = [[x.transpose(0, 1) for x in xs] for xs in zip(*(x.split(lengths) for x in (q, k, v)))]  # (H, n, d) each
+    if dropout is None:
+        outputs = [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts]
+    else:
+        rows = dropout.row_hash(0, len(q))[:, None].split(lengths)  # (n, 1) each
+        keys = dropout.key_hash(q.shape[1], 0, len(q))[:, None].split(lengths, 2)  # (H, 1, n)
+        outputs = [_attention_with_dropout(*part, dropout, *hashes) for part, *hashes in zip(parts, rows, keys)]
+    return torch.cat([out.transpose(0, 1) for out in outputs])
 
 
-def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, start: int) -> Tensor:
-    """q, k, v: (H, n, d), one document that begins at token `start`. A block of queries at a time, so that what is
-    done to its probabilities happens in the cache: on a CPU, twice as fast for documents of 2,000 tokens."""
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, rows: Tensor, keys: Tensor) -> Tensor:
+    """q, k, v: (H, n, d) of one document. A block of queries at a time, which bounds what the hashing of a long
+    document's mask takes beside its probabilities."""
     heads, n, d = q.shape
-    keys = dropout.key_hash(heads, start, start + n)[:, None]
-    rows = dropout.row_hash(start, start + n)[:, None]
     block = max(BLOCK // (heads * n), 1)
     outputs = []
     for qi, row in zip((q * d**-0.5).split(block, 1), rows.split(block)):
         probabilities = (qi @ k.transpose(1, 2)).softmax(-1)
-        outputs.append(probabilities.masked_fill(dropout.drops(row, keys), 0) @ v)
+        # a product, not masked_fill, which is five times as slow on a CPU
+        outputs.append((probabilities * dropout.keeps(row, keys).to(v.dtype)) @ v)
     return torch.cat(outputs, 1) * dropout.scale
 
 

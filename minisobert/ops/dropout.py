@@ -70,10 +70,10 @@ class Dropout:
         token = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
         return _lowbias32(_int32(head[:, None] * MAX_TOKENS + token))
 
-    def drops(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
-        """True where an element is dropped; the two hashes are broadcast against each other."""
-        # as unsigned integers, hash < threshold << 16; flipping the sign bit of both makes that a signed comparison
-        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) < (threshold(self.p) << 16) - (1 << 31)
+    def keeps(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
+        """True where an element is kept; the two hashes are broadcast against each other."""
+        # as unsigned integers, hash >= threshold << 16; flipping the sign bit of both makes that a signed comparison
+        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) >= (threshold(self.p) << 16) - (1 << 31)
 
 
 def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -81,8 +81,8 @@ def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
     rows, features = x.shape
-    dropped = dropout.drops(dropout.row_hash(0, rows)[:, None], dropout.column_hash(0, features))
-    return x.masked_fill(dropped, 0) * dropout.scale
+    keep = dropout.keeps(dropout.row_hash(0, rows)[:, None], dropout.column_hash(0, features))
+    return x * (keep.to(x.dtype) * dropout.scale)
 
 
 def threshold(p: float) -> int:

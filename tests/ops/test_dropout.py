@@ -33,7 +33,7 @@ def features(step=0, layer=0, site="ffn_output", seed=1, token_offset=0, shape=(
 def pairs(heads=4, tokens=256, **offsets) -> np.ndarray:
     """What an attention mask drops, (heads, queries, keys)."""
     dropout = dataclasses.replace(Dropout.for_step(P, 1, 0, layers=3).at(1, "attention"), **offsets)
-    return dropout.drops(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None]).numpy()
+    return ~dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None]).numpy()
 
 
 def test_the_mask_is_the_published_hash_bit_for_bit():

@@ -24,8 +24,8 @@ def attention_by_mask(q, k, v, documents, dropout):
     scores = torch.einsum("ihd,jhd->hij", q, k) / d**0.5
     probabilities = scores.masked_fill(~same, -torch.inf).softmax(-1)
     if dropout:
-        dropped = dropout.drops(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None, :])
-        probabilities = probabilities.masked_fill(dropped, 0) * dropout.scale
+        keep = dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None, :])
+        probabilities = probabilities.masked_fill(~keep, 0) * dropout.scale
     return torch.einsum("hij,jhd->ihd", probabilities, v)
 
 
