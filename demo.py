@@ -24,7 +24,7 @@ from minisobert.training.meter import training_flops
 
 OUT = Path("runs/demo")
 VOCAB_SIZE = 4_000
-FLOPS = 12e12  # what two cores manage in three to four minutes; how many tokens that is depends on the documents
+FLOPS = 28e12  # what two cores manage in about three minutes; how many tokens that is depends on the documents
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,75 @@
+"""What a reader relies on: the README's paths exist and are complete, and imports point down."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("minisobert/**/*.py")])
+
+
+def links(page: Path) -> set[Path]:
+    found = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    return {page.parent / link for link in found if not link.startswith("http")}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "data/README.md"], ids=str)
+def test_every_path_that_a_page_links_to_exists(page):
+    assert {str(path) for path in links(page) if not path.exists()} == set()
+
+
+def test_the_reading_order_leaves_no_file_out():
+    listed = {path.resolve() for path in links(ROOT / "README.md")}
+    assert {str(path) for path in SOURCES if path.name != "__init__.py" and path not in listed} == set()
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+LAYERS = [  # each may import itself and what stands below it
+    r"train$|demo$|data\b",
+    r"minisobert\.(playground|plot)\b",
+    r"minisobert\.training\b",
+    r"minisobert\.(corpus\.loader|parallel)\b",
+    r"minisobert\.model\b",
+    r"minisobert\.ops\b",
+    r"minisobert\.(config|corpus)\b",
+]
+
+
+def layer(module: str) -> int | None:
+    return next((i for i, pattern in enumerate(LAYERS) if re.match(pattern, module)), None)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    here = layer(module)
+    above = {name for name in imports(path) if here is not None and (at := layer(name)) is not None and at < here}
+    assert above == set()
+    if re.match(r"minisobert\.(model|ops)\b", module):
+        assert not {name for name in imports(path) if name.startswith("torch.distributed")}
+
+
+def test_preparing_data_needs_no_torch():
+    names = ", ".join(f"minisobert.corpus.{path.stem}" for path in (ROOT / "minisobert/corpus").glob("*.py")
+                      if path.stem not in ("loader", "__init__"))  # fmt: skip
+    code = f"import sys, data.prepare, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_no_library_file_passes_400_lines():
+    assert {path.name: n for path in SOURCES if (n := len(path.read_text().splitlines())) > 400} == {}
