@@ -113,7 +113,7 @@ def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.d
 def main() -> None:
     parser = Parser(prog="benchmarks.cpu", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="shards with 8,000 pieces (default: made from the java dump)")
-    parser.add_argument("--batches", type=int, default=6, metavar="N", help="timed batches (default 6)")
+    parser.add_argument("--batches", type=int, default=3, metavar="N", help="timed batches (default 3)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:

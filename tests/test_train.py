@@ -120,7 +120,7 @@ def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_pa
     assert [line["positions"] for line in lines] == [8_192, 16_384, 24_576, 32_768]
     for line in lines:
         assert {"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "dollars"} <= line.keys()
-        assert 0.98 * line["positions"] < line["tokens"] <= line["positions"]
+        assert 0.9 * line["positions"] < line["tokens"] <= line["positions"]
         assert ("validation_loss" in line) == ("validation_accuracy" in line) == (line["step"] in (2, 4))
     assert 0 < lines[0]["dollars"] < lines[3]["dollars"] < 0.1
     assert (out / "tokenizer.model").read_bytes() == (corpus.folder / "tokenizer.model").read_bytes()
