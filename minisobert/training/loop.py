@@ -133,7 +133,7 @@ def train(
             }
             if peak:
                 line["mfu"] = figures["flops"] / seconds / mesh.data_parallel / peak
-            if passed(config.eval_every_tokens):
+            if len(validation) and passed(config.eval_every_tokens):
                 line["validation_loss"], line["validation_accuracy"] = evaluate(model, validation, config, mesh)
                 shown = f" held-out {line['validation_loss']:.3f}"
             if mesh.is_first:
@@ -141,8 +141,10 @@ def train(
             bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
             bar.update(config.tokens_per_batch)
 
-            # all ranks leave after the same step: whichever got the signal
-            stopped = int(mesh.all_reduce(torch.tensor(stop.received, device=mesh.device)))
+            # one rank may have got the signal, or all: they leave after the same step, with the same number
+            signals = torch.tensor([stop.received, stop.received > 0], device=mesh.device)
+            total, ranks = mesh.all_reduce(signals).tolist()
+            stopped = total // max(ranks, 1)
             if mesh.is_first and (stopped or passed(config.checkpoint_every_tokens)):
                 saved = run.save(optimizer, progress)
             if stopped:
