@@ -45,8 +45,8 @@ def _definitions(tree: ast.AST, name: str, lines: list[str]) -> Iterator[str]:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             title = f"{name}.{node.name}({ast.unparse(node.args)})"
             documentation, body = ast.get_docstring(node), node.body
-            first = body[1] if documentation and len(body) > 1 else body[0]
-            code = "\n".join(lines[first.lineno - 1 : node.end_lineno]) if not documentation or len(body) > 1 else ""
+            first = body[0].end_lineno if documentation else body[0].lineno - 1  # with the comments behind a docstring
+            code = "\n".join(lines[first : node.end_lineno]).strip("\n")
             yield "\n\n".join(part for part in (title, documentation, code) if part)
 
 

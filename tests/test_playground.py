@@ -1,0 +1,70 @@
+"""What a person looks at: guesses, plots, and the demo's own corpus."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train
+from data import stdlib
+from minisobert import playground, plot
+from minisobert.corpus.tokenizer import CLS, MASK, SEP
+from minisobert.ops import Documents
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    options = {"data": corpus.folder, "out": out, "preset": "tiny", "train-tokens": 8_192, "tokens-per-batch": 4_096,
+               "micro-batch-rows": 2, "eval-rows": 2}  # fmt: skip
+    assert train.main([word for name, value in options.items() for word in (f"--{name}", str(value))]) == 0
+    return out
+
+
+def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands(run, capsys):
+    trained = playground.load_run(run)
+    ids, places = playground.with_masks(trained, "bar[MASK] gin [MASK]")
+    assert [int(ids[place]) for place in places] == [MASK, MASK] and len(places) == 2
+    tokens = torch.tensor([CLS, *ids.tolist(), SEP])
+    documents = Documents.from_bounds([0, len(tokens)])
+    with torch.no_grad():
+        logits = trained.model(tokens, torch.arange(len(tokens)), documents, torch.tensor(places) + 1)
+    expected = logits[:, : trained.tokenizer.vocab_size].softmax(1)
+    for row, guesses in zip(expected, playground.guess(trained, ids, places, best=4)):
+        assert [p for _, p in guesses] == pytest.approx(row.sort(descending=True).values[:4].tolist())
+        assert guesses[0][0] == trained.tokenizer.decode([int(row.argmax())])
+    playground.main([str(run), "bar [MASK]", "--best", "2"])
+    assert capsys.readouterr().out.splitlines()[0] == "bar [MASK]"
+
+
+def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_line(run, tmp_path, capsys):
+    for main, argv, message in (
+        (playground.main, [str(run), "no mask"], "the text has no [MASK]"),
+        (playground.main, [str(tmp_path), "a [MASK]"], "holds no checkpoint"),
+        (playground.main, [str(run), "bar [MASK] " * 3_000], "the model reads up to 2,046"),
+        (plot.main, [str(tmp_path)], "holds no run (no metrics.jsonl)"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_the_plot_is_a_png_beside_the_metrics(run):
+    pytest.importorskip("matplotlib")
+    plot.main([str(run)])
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert plot.moving_mean([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
+
+
+def test_functions_and_classes_of_a_library_become_posts(tmp_path):
+    (tmp_path / "pkg" / "tests").mkdir(parents=True)
+    (tmp_path / "pkg" / "tests" / "test_a.py").write_text("def left_out(): pass\n")
+    (tmp_path / "pkg" / "broken.py").write_text("def (\n")
+    source = '"""About."""\n\ndef add(a, b=1):\n    """Sum."""\n    # plus\n    return a + b\n\nclass C:\n    def m(self): pass\n'
+    (tmp_path / "pkg" / "a.py").write_text(source)
+    assert list(stdlib.posts(tmp_path)) == [
+        "pkg.a\n\nAbout.",
+        "pkg.a.add(a, b=1)\n\nSum.\n\n    # plus\n    return a + b",
+        "pkg.a.C.m(self)\n\n    def m(self): pass",
+    ]
