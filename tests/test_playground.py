@@ -61,7 +61,8 @@ def test_functions_and_classes_of_a_library_become_posts(tmp_path):
     (tmp_path / "pkg" / "tests").mkdir(parents=True)
     (tmp_path / "pkg" / "tests" / "test_a.py").write_text("def left_out(): pass\n")
     (tmp_path / "pkg" / "broken.py").write_text("def (\n")
-    source = '"""About."""\n\ndef add(a, b=1):\n    """Sum."""\n    # plus\n    return a + b\n\nclass C:\n    def m(self): pass\n'
+    source = '"""About."""\n\ndef add(a, b=1):\n    """Sum."""\n    # plus\n    return a + b\n'
+    source += "\nclass C:\n    def m(self): pass\n"
     (tmp_path / "pkg" / "a.py").write_text(source)
     assert list(stdlib.posts(tmp_path)) == [
         "pkg.a\n\nAbout.",
