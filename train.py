@@ -62,7 +62,8 @@ def pretrain(config: TrainConfig, mesh: Mesh) -> int:
             f"{'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × {mesh.device.type}; "
             f"{len(training):,} rows of {ROW_TOKENS:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * ROW_TOKENS):.2%} full"
-            + (f"; going on after step {progress.step:,}" if progress.step else "")
+            + (f"; going on after step {progress.step:,}" if progress.step else ""),
+            flush=True,
         )
     stopped = train(model, optimizer, training, validation, run, mesh, progress)
     if mesh.is_first:
