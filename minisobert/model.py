@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisobert.config import ModelConfig
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, dropout_reference
+from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, drop
 
 
 class Linear(nn.Linear):
@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, dropout: Dropout | None) -> Tensor:
         x = self.word(tokens) + self.position(positions) + self.token_type.weight[0]
-        return dropout_reference(x, dropout)
+        return drop(x, dropout)
 
 
 class Block(nn.Module):

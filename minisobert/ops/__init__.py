@@ -4,7 +4,7 @@ from minisobert.ops.add_norm import add_norm, add_norm_reference
 from minisobert.ops.attention import Documents, attention, attention_reference
 from minisobert.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from minisobert.ops.cross_entropy import cross_entropy, cross_entropy_reference
-from minisobert.ops.dropout import Dropout, dropout_reference
+from minisobert.ops.dropout import Dropout, drop, drop_reference
 
 __all__ = [
     "Documents",
@@ -17,5 +17,6 @@ __all__ = [
     "bias_gelu_reference",
     "cross_entropy",
     "cross_entropy_reference",
-    "dropout_reference",
+    "drop",
+    "drop_reference",
 ]

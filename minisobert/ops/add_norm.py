@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisobert.ops.dropout import Dropout, dropout_reference
+from minisobert.ops.dispatch import implementation
+from minisobert.ops.dropout import Dropout, drop_reference
 
 
 def add_norm_reference(
@@ -28,7 +29,7 @@ def add_norm_reference(
     eps: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    residual = residual + dropout_reference(branch + bias, dropout)
+    residual = residual + drop_reference(branch + bias, dropout)
     return residual, F.layer_norm(residual, weight.shape, weight, norm_bias, eps)
 
 
@@ -52,4 +53,4 @@ def add_norm(
     for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
         if vector.shape != branch.shape[1:]:
             raise ValueError(f"{name} is {tuple(vector.shape)}; it must be ({branch.shape[1]},), the width of branch")
-    return add_norm_reference(branch, bias, residual, weight, norm_bias, eps, dropout)
+    return implementation(add_norm_reference, branch)(branch, bias, residual, weight, norm_bias, eps, dropout)

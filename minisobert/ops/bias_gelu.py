@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisobert.ops.dispatch import implementation
+
 FORMS = ("erf", "tanh")
 
 
@@ -25,4 +27,4 @@ def bias_gelu(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
     if x.dim() != 2 or bias.shape != x.shape[1:]:
         raise ValueError(f"x is {tuple(x.shape)}, bias {tuple(bias.shape)}; they must be (tokens, n) and (n,)")
-    return bias_gelu_reference(x, bias, form)
+    return implementation(bias_gelu_reference, x)(x, bias, form)

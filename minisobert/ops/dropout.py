@@ -8,7 +8,8 @@
 
 The mask of an element therefore depends neither on the layout (which rank, which micro-batch) nor on the order in which
 masks are made, and a backward pass can make it again instead of storing it. The threshold is a multiple of 2**16, so p
-is kept to 1/65,536, and the hash's last xor-shift, which changes low bits alone, need not be computed.
+is kept to 1/65,536, and the hash's last xor-shift, which changes low bits alone, need not be computed. Its first one,
+x ^ (x >> 16), is linear in xor: the methods that hash rows and columns take it there, and not once per element.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minisobert.corpus import hashing
+from minisobert.ops.dispatch import implementation
 
 SITES = ("embedding", "attention", "attention_output", "ffn_output")
 MAX_TOKENS = 1 << 24  # of a global batch: above it, columns of neighbouring heads would share their hashes
@@ -38,46 +40,51 @@ class Dropout:
     token_offset: int = 0
     head_offset: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.p < 1:
+            raise ValueError(f"dropout is {self.p}; it must be at least 0 and less than 1")
+
     @staticmethod
     def for_step(p: float, seed: int, step: int, layers: int, device: torch.device | str = "cpu") -> Dropout | None:
         """The Dropout of one optimizer step; None for p = 0, which costs nothing."""
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout is {p}; it must be at least 0 and less than 1")
-        if threshold(p) == 0:
-            return None
         keys = [[hashing.key(seed, site, step, layer) for site in SITES] for layer in range(layers)]
-        return Dropout(p, _int32(torch.tensor(keys)).to(device, non_blocking=True))
+        dropout = Dropout(p, _int32(torch.tensor(keys)).to(device, non_blocking=True))
+        return dropout if dropout.threshold else None
 
     def at(self, layer: int, site: str) -> Dropout:
         return replace(self, keys=self.keys[layer, SITES.index(site)])
 
     @property
+    def threshold(self) -> int:
+        """p in 65,536ths: a hash whose upper 16 bits are below it is dropped."""
+        return min(round(self.p * 65_536), 65_535)
+
+    @property
     def scale(self) -> float:
-        return 65_536 / (65_536 - threshold(self.p))
+        return 65_536 / (65_536 - self.threshold)
 
     def row_hash(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int32, for the tokens [start, stop) of those at hand."""
         index = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
-        return _lowbias32(_lowbias32(_int32(index)) ^ self.keys)
+        return _xor_shift_16(_lowbias32(_lowbias32(_int32(index)) ^ self.keys))
 
     def column_hash(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int32, for the features [start, stop)."""
-        return _lowbias32(_int32(torch.arange(start, stop, device=self.keys.device)))
+        return _xor_shift_16(_lowbias32(_int32(torch.arange(start, stop, device=self.keys.device))))
 
     def key_hash(self, heads: int, start: int, stop: int) -> Tensor:
         """(heads, stop - start) int32, for the keys of the tokens [start, stop) of those at hand."""
         head = torch.arange(self.head_offset, self.head_offset + heads, device=self.keys.device)
         token = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
-        return _lowbias32(_int32(head[:, None] * MAX_TOKENS + token))
+        return _xor_shift_16(_lowbias32(_int32(head[:, None] * MAX_TOKENS + token)))
 
     def keeps(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
         """True where an element is kept; the two hashes are broadcast against each other."""
         # as unsigned integers, hash >= threshold << 16; flipping the sign bit of both makes that a signed comparison
-        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) >= (threshold(self.p) << 16) - (1 << 31)
+        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) >= (self.threshold << 16) - (1 << 31)
 
 
-def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """x: (T, h), any floating dtype. The same for None."""
+def drop_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
     rows, features = x.shape
@@ -85,8 +92,11 @@ def dropout_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
     return x * (keep.to(x.dtype) * dropout.scale)
 
 
-def threshold(p: float) -> int:
-    return min(round(p * 65_536), 65_535)
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """Dropout by itself. x: (T, h), any floating dtype; None drops nothing. Raises ValueError on another shape."""
+    if x.dim() != 2:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be (tokens, hidden)")
+    return implementation(drop_reference, x)(x, dropout)
 
 
 def _int32(x: Tensor) -> Tensor:
@@ -95,12 +105,15 @@ def _int32(x: Tensor) -> Tensor:
 
 
 # `hashing.lowbias32` once more, on int32 tensors: several times faster on a CPU than int64, where attention needs one
-# hash per head and pair of tokens. Products wrap; the arithmetic right shift needs its sign bits cut off.
+# hash per head and pair of tokens. Products wrap; an arithmetic right shift needs its sign bits cut off.
+
+
+def _xor_shift_16(x: Tensor) -> Tensor:
+    return x ^ ((x >> 16) & 0xFFFF)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """lowbias32 in place, but for its last step."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    """What lies between the first and the last step of lowbias32, in place."""
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= 0x846CA68B - (1 << 32)
@@ -108,5 +121,4 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _lowbias32(x: Tensor) -> Tensor:
-    x = _mix(x.clone())
-    return x ^ ((x >> 16) & 0xFFFF)
+    return _xor_shift_16(_mix(_xor_shift_16(x)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisobert.corpus.hashing import lowbias32
-from minisobert.ops import Dropout, dropout_reference
+from minisobert.ops import Dropout, drop
 
 P = 0.1
 
@@ -27,7 +27,7 @@ def lowbias32_of_the_publication(x: int) -> int:
 def features(step=0, layer=0, site="ffn_output", seed=1, token_offset=0, shape=(512, 512)) -> np.ndarray:
     """What a hidden-state mask drops."""
     dropout = Dropout.for_step(P, seed, step, layers=3).at(layer, site)
-    return (dropout_reference(torch.ones(shape), dataclasses.replace(dropout, token_offset=token_offset)) == 0).numpy()
+    return (drop(torch.ones(shape), dataclasses.replace(dropout, token_offset=token_offset)) == 0).numpy()
 
 
 def pairs(heads=4, tokens=256, **offsets) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_the_mask_is_the_published_hash_bit_for_bit():
 
     dropout = Dropout.for_step(P, seed=7, step=3, layers=2).at(1, "attention_output")
     key = int(dropout.keys) % 2**32
-    dropped = dropout_reference(torch.ones(8, 5), dataclasses.replace(dropout, token_offset=1_000)) == 0
+    dropped = drop(torch.ones(8, 5), dataclasses.replace(dropout, token_offset=1_000)) == 0
     for i in range(8):
         row = lowbias32_of_the_publication(lowbias32_of_the_publication(1_000 + i) ^ key)
         for j in range(5):
@@ -65,7 +65,7 @@ def test_head_and_key_token_select_the_attention_mask_bit_for_bit():
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_the_rate_is_p_and_the_mean_is_kept(p):
     dropout = Dropout.for_step(p, seed=2, step=9, layers=1).at(0, "embedding")
-    y = dropout_reference(torch.ones(2_048, 512), dropout)
+    y = drop(torch.ones(2_048, 512), dropout)
     n = y.numel()
     rate = float((y == 0).double().mean())
     assert abs(rate - p) < 4.5 * math.sqrt(p * (1 - p) / n) + 1 / 65_536  # 4.5 standard errors: one run in 150,000

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, dropout_reference
+from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, drop
 
 
 def random(*shape, seed=0):
@@ -115,4 +115,4 @@ def test_wrong_arguments_are_refused_by_name():
         cross_entropy(x, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"dropout is 1\.0; it must be at least 0 and less than 1"):
         Dropout.for_step(1.0, seed=0, step=0, layers=1)
-    assert dropout_reference(x, None) is x
+    assert drop(x, None) is x

@@ -1,0 +1,62 @@
+"""The operations again, in Triton, under the same names and with the same arguments; imported when one is asked for.
+
+Each file holds its kernels, one `autograd.Function` and the function that launches it. They run on CUDA tensors, or,
+where TRITON_INTERPRET=1 was set before the import, on CPU tensors in Triton's interpreter (fp32 and fp16 only: it
+computes bf16 wrongly). Arguments are checked before anything is launched, and nothing that lies on the device is read
+for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check(**arguments: Tensor) -> None:
+    """Raises ValueError unless all are of one dtype of DTYPES, on one device, with elements of a row side by side."""
+    (first, x), *others = arguments.items()
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{first} is {x.dtype}; the kernels take {', '.join(map(str, DTYPES))}, the reference any")
+    for name, y in others:
+        if y.dtype != x.dtype:
+            raise ValueError(f"{name} is {y.dtype}, {first} {x.dtype}; they must be of one dtype")
+    check_device(**arguments)
+    for name, y in arguments.items():
+        if y.dim() and y.stride(-1) != 1 and y.shape[-1] > 1:
+            raise ValueError(f"{name} has the strides {y.stride()}; the last must be 1 (call .contiguous())")
+
+
+def check_device(**arguments: Tensor) -> None:
+    """Raises ValueError unless all lie on one device."""
+    (first, x), *others = arguments.items()
+    for name, y in others:
+        if y.device != x.device:
+            raise ValueError(f"{name} is on {y.device}, {first} on {x.device}; they must be on one device")
+
+
+def check_contiguous(**arguments: Tensor) -> None:
+    for name, x in arguments.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} has the strides {x.stride()}; it must be contiguous (call .contiguous())")
+
+
+def on_device(x: Tensor):
+    """The context to launch in: Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def chip_family(device: torch.device) -> int:
+    """Which column of a table of tiles: 0 for sm_80 and all that share its matrix instructions, 1 sm_90, 2 sm_100."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return {9: 1, 10: 2}.get(major, 0)

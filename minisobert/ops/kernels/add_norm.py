@@ -1,0 +1,168 @@
+"""Residual add and layer norm in Triton, one pass each way. `docs/layer_norm.md` derives the backward.
+
+Both are bound by memory: what counts is bytes. Per element of a bf16 tensor the forward reads branch and residual and
+writes the new residual and its normal form, 8 bytes; the backward reads the gradients of both and the residual and
+writes one gradient, 8 bytes (10 with dropout, where branch and residual have different ones). The normal form is made
+again from the residual, the mask from its hash.
+
+Gradients of weight, bias and norm bias are sums over all tokens. A fixed grid of programs, each with every G-th tile of
+rows, keeps them in registers and writes one partial sum each, which torch adds up: no atomics, the same bits each time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisobert.ops.dropout import Dropout
+from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device
+from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
+
+WIDTHS = range(128, 8_192 + 1)
+
+# padded width: (rows of a tile, warps). 16 elements a thread, two loads of 16 bytes from each input. Not tuned yet.
+TILES = {
+    128: (16, 4), 256: (8, 4), 512: (4, 4), 1_024: (2, 4), 2_048: (2, 8), 4_096: (1, 8), 8_192: (1, 16),
+}  # fmt: skip
+PROGRAMS = 4  # of the backward, per multiprocessor: few, since each writes 12 bytes per feature
+
+
+# What changes from call to call is no property of the code: no new kernel for another value of it.
+@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key"])
+def _forward(
+    branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps, key, offset, rescale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    features = column < WIDTH
+    inside = (row < tokens)[:, None] & features[None, :]
+    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    x = tl.load(branch + at, inside, 0.0).to(tl.float32)
+    x += tl.load(bias + column, features, 0.0).to(tl.float32)[None, :]
+    if THRESHOLD:
+        stays = keep(row_hash(row + offset, key)[:, None], column_hash(column)[None, :], THRESHOLD)
+        x = tl.where(stays, x * rescale, 0.0)
+    rounded = (x + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(new_residual.dtype.element_ty)
+    tl.store(new_residual + at, rounded, inside)
+    # what is normalised is the rounded residual, since that is all that the backward will have
+    r = rounded.to(tl.float32)
+    mu = tl.sum(r, 1) / WIDTH
+    centred = tl.where(inside, r - mu[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    w = tl.load(weight + column, features, 0.0).to(tl.float32)
+    c = tl.load(norm_bias + column, features, 0.0).to(tl.float32)
+    y = centred * scale[:, None] * w[None, :] + c[None, :]
+    tl.store(normal + at, y.to(normal.dtype.element_ty), inside)
+    tl.store(mean + row, mu, row < tokens)
+    tl.store(rstd + row, scale, row < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key"])
+def _backward(
+    d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
+    rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """partial: (programs, 3, h) fp32, sums for weight, norm_bias and bias. d_branch is written with dropout alone."""
+    column = tl.arange(0, BLOCK)
+    features = column < WIDTH
+    w = tl.load(weight + column, features, 0.0).to(tl.float32)[None, :]
+    hashed = column  # not used
+    if THRESHOLD:
+        hashed = column_hash(column)
+    # as wide as the tile, so that rows are added up across threads only once, at the end
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    dc = tl.zeros([ROWS, BLOCK], tl.float32)
+    db = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < tokens)[:, None] & features[None, :]
+        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        dn = tl.load(d_normal + at, inside, 0.0).to(tl.float32)
+        r = tl.load(new_residual + at, inside, 0.0).to(tl.float32)
+        scale = tl.load(rstd + row, row < tokens, 0.0)[:, None]
+        unit = (r - tl.load(mean + row, row < tokens, 0.0)[:, None]) * scale
+        g = dn * w
+        mean_g = tl.sum(g, 1)[:, None] / WIDTH
+        mean_gu = tl.sum(g * unit, 1)[:, None] / WIDTH
+        d = (g - mean_g - unit * mean_gu) * scale
+        if d_new_residual is not None:
+            d += tl.load(d_new_residual + at, inside, 0.0).to(tl.float32)
+        tl.store(d_residual + at, d.to(d_residual.dtype.element_ty), inside)
+        if THRESHOLD:
+            stays = keep(row_hash(row + offset, key)[:, None], hashed[None, :], THRESHOLD)
+            d = tl.where(stays, d * rescale, 0.0)
+            tl.store(d_branch + at, d.to(d_branch.dtype.element_ty), inside)
+        dw += dn * unit
+        dc += dn
+        db += tl.where(inside, d, 0.0)
+    at = partial + tl.program_id(0) * 3 * WIDTH + column
+    tl.store(at, tl.sum(dw, 0), features)
+    tl.store(at + WIDTH, tl.sum(dc, 0), features)
+    tl.store(at + 2 * WIDTH, tl.sum(db, 0), features)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, branch, bias, residual, weight, norm_bias, eps: float, dropout: Dropout | None):
+        ctx.set_materialize_grads(False)  # the last block's residual is used by nobody: no zeros to read
+        ctx.dropout = dropout
+        tokens, width = branch.shape
+        new_residual, normal = torch.empty_like(branch), torch.empty_like(branch)
+        mean, rstd = torch.empty(2, tokens, dtype=torch.float32, device=branch.device)
+        ctx.save_for_backward(new_residual, weight, mean, rstd)
+        if tokens:
+            block = triton.next_power_of_2(width)
+            rows, warps = TILES[block]
+            key, offset, threshold, rescale = settings(dropout, branch)
+            with on_device(branch):
+                _forward[triton.cdiv(tokens, rows),](
+                    branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps,
+                    key, offset, rescale, width, block, rows, threshold, num_warps=warps,
+                )  # fmt: skip
+        return new_residual, normal
+
+    @staticmethod
+    def backward(ctx, d_new_residual: Tensor | None, d_normal: Tensor | None):
+        new_residual, weight, mean, rstd = ctx.saved_tensors
+        tokens, width = new_residual.shape
+        d_normal = torch.zeros_like(new_residual) if d_normal is None else d_normal.contiguous()
+        d_new_residual = d_new_residual if d_new_residual is None else d_new_residual.contiguous()
+        d_residual = torch.empty_like(new_residual)
+        # without dropout branch and residual have one gradient
+        d_branch = torch.empty_like(new_residual) if ctx.dropout else d_residual
+        block = triton.next_power_of_2(width)
+        rows, warps = TILES[block]
+        programs = min(PROGRAMS * multiprocessors(weight.device), triton.cdiv(max(tokens, 1), rows))
+        partial = torch.empty(programs, 3, width, dtype=torch.float32, device=weight.device)
+        key, offset, threshold, rescale = settings(ctx.dropout, weight)
+        with on_device(weight):
+            _backward[programs,](
+                d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
+                key, offset, rescale, width, block, rows, threshold, num_warps=warps,
+            )  # fmt: skip
+        dw, dc, db = partial.sum(0).to(weight.dtype)
+        return d_branch, db, d_residual, dw, dc, None, None
+
+
+def add_norm(
+    branch: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.add_norm`. branch, residual: (T, h), contiguous, h in WIDTHS.
+
+    Raises ValueError on another dtype, device, layout or width.
+    """
+    tensors = dict(branch=branch, bias=bias, residual=residual, weight=weight, norm_bias=norm_bias)
+    check(**tensors)
+    check_contiguous(**tensors)
+    if branch.shape[1] not in WIDTHS:
+        raise ValueError(f"the width is {branch.shape[1]:,}; the kernels take {WIDTHS[0]} to {WIDTHS[-1]:,}")
+    settings(dropout, branch)
+    return _AddNorm.apply(branch, bias, residual, weight, norm_bias, eps, dropout)

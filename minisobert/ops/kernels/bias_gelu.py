@@ -1,0 +1,101 @@
+"""Bias and GELU in Triton, one pass each way.
+
+The backward makes the input of the GELU again from x and bias. The bias' gradient is a sum over all tokens: a fixed
+grid of programs keeps it in registers, as in `add_norm`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device
+
+TILE = 8, 512, 8  # rows, columns, warps: 16 elements a thread. Not tuned yet.
+PROGRAMS = 4  # of the backward, per multiprocessor
+
+
+@triton.jit
+def _gelu(z, TANH: tl.constexpr):
+    if TANH:
+        u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        return z * tl.sigmoid(2 * u)  # (1 + tanh u) / 2 = sigmoid(2u)
+    return z * (0.5 * (1 + tl.erf(z * 0.7071067811865476)))
+
+
+@triton.jit
+def _gelu_slope(z, TANH: tl.constexpr):
+    if TANH:
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        # s' = 2 s (1 - s) du/dz
+        return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+    return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _forward(x, bias, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    z = tl.load(x + at, inside, 0.0).to(tl.float32)
+    z += tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
+    tl.store(y + at, _gelu(z, TANH).to(y.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _backward(
+    dy, x, bias, dx, partial, tokens,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """partial: (programs along the rows, n) fp32, sums for bias."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
+    db = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
+        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        z = tl.load(x + at, inside, 0.0).to(tl.float32) + b
+        d = tl.load(dy + at, inside, 0.0).to(tl.float32) * _gelu_slope(z, TANH)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), inside)
+        db += d
+    tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(db, 0), column < WIDTH)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, form: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = form == "tanh"
+        y = torch.empty_like(x)
+        (tokens, width), (rows, columns, warps) = x.shape, TILE
+        with on_device(x):
+            if tokens:
+                grid = triton.cdiv(tokens, rows), triton.cdiv(width, columns)
+                _forward[grid](x, bias, y, tokens, width, rows, columns, ctx.tanh, num_warps=warps)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, bias = ctx.saved_tensors
+        (tokens, width), (rows, columns, warps) = x.shape, TILE
+        across = triton.cdiv(width, columns)
+        down = triton.cdiv(PROGRAMS * multiprocessors(x.device), across)
+        down = min(down, triton.cdiv(max(tokens, 1), rows))
+        dx = torch.empty_like(x)
+        partial = torch.empty(down, width, dtype=torch.float32, device=x.device)
+        with on_device(x):
+            _backward[down, across](
+                dy.contiguous(), x, bias, dx, partial, tokens, width, rows, columns, ctx.tanh, num_warps=warps
+            )
+        return dx, partial.sum(0).to(bias.dtype), None
+
+
+def bias_gelu(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
+    """As `ops.bias_gelu`. x: (T, n), contiguous. Raises ValueError on another dtype, device or layout."""
+    check(x=x, bias=bias)
+    check_contiguous(x=x, bias=bias)
+    return _BiasGelu.apply(x, bias, form)

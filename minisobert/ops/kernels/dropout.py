@@ -1,0 +1,115 @@
+"""The dropout mask in Triton: hashes of rows and columns, the decision, and dropout by itself.
+
+A kernel that drops makes the hashes of its rows and columns, broadcasts them against each other and asks `keep`; its
+backward asks again, so that no mask is ever stored. Bit for bit the mask of `ops.dropout.Dropout`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisobert.ops.dropout import Dropout
+from minisobert.ops.kernels import check, check_contiguous, check_device, on_device
+
+TILE = 2_048, 4  # elements, warps. By arithmetic, not tuned yet: 16 elements a thread fill its loads of 16 bytes
+
+
+@triton.jit
+def _xor_shift_16(x):
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _mix(x):
+    """What lies between the first and the last step of lowbias32."""
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x
+
+
+@triton.jit
+def _lowbias32(x):
+    return _xor_shift_16(_mix(_xor_shift_16(x)))
+
+
+@triton.jit
+def row_hash(token, key):
+    """token: indices in the global batch; key: pointer to the key of the site. As `column_hash`, one step further."""
+    return _xor_shift_16(_lowbias32(_lowbias32(token.to(tl.uint32)) ^ tl.load(key).to(tl.uint32, bitcast=True)))
+
+
+@triton.jit
+def column_hash(column):
+    """column: features; or, in attention, head * 2**24 + token of the key.
+
+    The first step that lowbias32(row ^ column) will take is linear in xor: it is taken here, once per row and column.
+    """
+    return _xor_shift_16(_lowbias32(column.to(tl.uint32)))
+
+
+@triton.jit
+def keep(row, column, THRESHOLD: tl.constexpr):
+    """True where an element stays. row, column: hashes that broadcast against each other.
+
+    lowbias32 without its last step, which changes low bits alone where THRESHOLD has none.
+    """
+    return _mix(row ^ column) >= THRESHOLD
+
+
+def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int, int, float]:
+    """Of the mask for `like`: pointer to the key, first token, threshold in 32 bits, 1/(1-p). (None, 0, 0, 1.0): all
+    stay, which is a compile-time path. Raises ValueError where the keys are not one int32 on the device of `like`."""
+    if dropout is None:
+        return None, 0, 0, 1.0
+    keys = dropout.keys
+    if keys.dtype != torch.int32 or keys.dim():
+        raise ValueError(f"dropout.keys is {tuple(keys.shape)} {keys.dtype}; dropout.at(layer, site) holds one int32")
+    check_device(input=like, **{"dropout.keys": keys})
+    return keys, dropout.token_offset, dropout.threshold << 16, dropout.scale
+
+
+# The offset of a micro-batch is no property of the code: no new kernel for another one.
+@triton.jit(do_not_specialize=["offset"], do_not_specialize_on_alignment=["key"])
+def _drop(x, out, elements, width, key, offset, rescale, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
+    # 64 bits: T * h passes 2**31 at 2.8 million tokens of 768
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    row, column = (at // width).to(tl.int32), (at % width).to(tl.int32)
+    stays = keep(row_hash(row + offset, key), column_hash(column), THRESHOLD)
+    y = tl.load(x + at, inside).to(tl.float32) * rescale
+    tl.store(out + at, tl.where(stays, y, 0.0).to(out.dtype.element_ty), inside)
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dropout: Dropout) -> Tensor:
+        ctx.dropout = dropout
+        return _launch(x, dropout)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _launch(grad.contiguous(), ctx.dropout), None
+
+
+def _launch(x: Tensor, dropout: Dropout) -> Tensor:
+    key, offset, threshold, rescale = settings(dropout, x)
+    out = torch.empty_like(x)
+    block, warps = TILE
+    with on_device(x):
+        if x.numel():
+            grid = (triton.cdiv(x.numel(), block),)
+            _drop[grid](x, out, x.numel(), x.shape[1], key, offset, rescale, threshold, block, num_warps=warps)
+    return out
+
+
+def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """As `ops.drop`. x: (T, h), contiguous. Raises ValueError on anything else."""
+    if dropout is None:
+        return x
+    check(x=x)
+    check_contiguous(x=x)
+    return _Drop.apply(x, dropout)
