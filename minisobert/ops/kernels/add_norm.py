@@ -22,11 +22,14 @@ from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = range(128, 8_192 + 1)
 
-# padded width: (rows of a tile, warps). 16 elements a thread, two loads of 16 bytes from each input. Not tuned yet.
+# padded width: (rows of a tile, warps). 16 elements a thread: two loads of 16 bytes from each input.
+# Tuned on no GPU yet.
 TILES = {
     128: (16, 4), 256: (8, 4), 512: (4, 4), 1_024: (2, 4), 2_048: (2, 8), 4_096: (1, 8), 8_192: (1, 16),
 }  # fmt: skip
-PROGRAMS = 4  # of the backward, per multiprocessor: few, since each writes 12 bytes per feature
+WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into registers: torch makes that of bias
+# Of the backward's programs, per multiprocessor: as many as its registers hold. Each writes 12 bytes per feature.
+RESIDENT_WARPS = 16
 
 
 # What changes from call to call is no property of the code: no new kernel for another value of it.
@@ -67,36 +70,41 @@ def _backward(
     """partial: (programs, 3, h) fp32, sums for weight, norm_bias and bias. d_branch is written with dropout alone."""
     column = tl.arange(0, BLOCK)
     features = column < WIDTH
-    w = tl.load(weight + column, features, 0.0).to(tl.float32)[None, :]
-    hashed = column  # not used
-    if THRESHOLD:
-        hashed = column_hash(column)
     # as wide as the tile, so that rows are added up across threads only once, at the end
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     dc = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
+    rows = tl.arange(0, ROWS)
+    at = rows[:, None] * WIDTH + column[None, :]
     for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = first + rows
         inside = (row < tokens)[:, None] & features[None, :]
-        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        dn = tl.load(d_normal + at, inside, 0.0).to(tl.float32)
-        r = tl.load(new_residual + at, inside, 0.0).to(tl.float32)
+        base = tl.cast(first, tl.int64) * WIDTH
+        mu = tl.load(mean + row, row < tokens, 0.0)[:, None]
         scale = tl.load(rstd + row, row < tokens, 0.0)[:, None]
-        unit = (r - tl.load(mean + row, row < tokens, 0.0)[:, None]) * scale
-        g = dn * w
+        dn = tl.load(d_normal + base + at, inside, 0.0).to(tl.float32)
+        unit = (tl.load(new_residual + base + at, inside, 0.0).to(tl.float32) - mu) * scale
+        # loaded anew each time, from the cache: registers are what limits how many programs run side by side
+        g = dn * tl.load(weight + column, features, 0.0).to(tl.float32)[None, :]
         mean_g = tl.sum(g, 1)[:, None] / WIDTH
         mean_gu = tl.sum(g * unit, 1)[:, None] / WIDTH
-        d = (g - mean_g - unit * mean_gu) * scale
-        if d_new_residual is not None:
-            d += tl.load(d_new_residual + at, inside, 0.0).to(tl.float32)
-        tl.store(d_residual + at, d.to(d_residual.dtype.element_ty), inside)
-        if THRESHOLD:
-            stays = keep(row_hash(row + offset, key)[:, None], hashed[None, :], THRESHOLD)
-            d = tl.where(stays, d * rescale, 0.0)
-            tl.store(d_branch + at, d.to(d_branch.dtype.element_ty), inside)
+        if BLOCK > WIDE:  # the more so here: read once more, from the cache, rather than keep
+            dn = tl.load(d_normal + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
+            r = tl.load(new_residual + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
+            unit = (r - mu) * scale
+            g = dn * tl.load(weight + column, features, 0.0, eviction_policy="evict_first").to(tl.float32)[None, :]
         dw += dn * unit
         dc += dn
-        db += tl.where(inside, d, 0.0)
+        d = (g - mean_g - unit * mean_gu) * scale
+        if d_new_residual is not None:
+            d += tl.load(d_new_residual + base + at, inside, 0.0).to(tl.float32)
+        tl.store(d_residual + base + at, d.to(d_residual.dtype.element_ty), inside)
+        if THRESHOLD:
+            stays = keep(row_hash(row + offset, key)[:, None], column_hash(column)[None, :], THRESHOLD)
+            d = tl.where(stays, d * rescale, 0.0)
+            tl.store(d_branch + base + at, d.to(d_branch.dtype.element_ty), inside)
+        if BLOCK <= WIDE:
+            db += tl.where(inside, d, 0.0)
     at = partial + tl.program_id(0) * 3 * WIDTH + column
     tl.store(at, tl.sum(dw, 0), features)
     tl.store(at + WIDTH, tl.sum(dc, 0), features)
@@ -134,7 +142,8 @@ class _AddNorm(torch.autograd.Function):
         d_branch = torch.empty_like(new_residual) if ctx.dropout else d_residual
         block = triton.next_power_of_2(width)
         rows, warps = TILES[block]
-        programs = min(PROGRAMS * multiprocessors(weight.device), triton.cdiv(max(tokens, 1), rows))
+        programs = max(RESIDENT_WARPS // warps, 1) * multiprocessors(weight.device)
+        programs = min(programs, triton.cdiv(max(tokens, 1), rows))
         partial = torch.empty(programs, 3, width, dtype=torch.float32, device=weight.device)
         key, offset, threshold, rescale = settings(ctx.dropout, weight)
         with on_device(weight):
@@ -143,6 +152,8 @@ class _AddNorm(torch.autograd.Function):
                 key, offset, rescale, width, block, rows, threshold, num_warps=warps,
             )  # fmt: skip
         dw, dc, db = partial.sum(0).to(weight.dtype)
+        if block > WIDE.value:
+            db = d_branch.sum(0, dtype=torch.float32).to(weight.dtype)
         return d_branch, db, d_residual, dw, dc, None, None
 
 

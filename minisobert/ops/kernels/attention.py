@@ -304,7 +304,7 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=["token_offset", "head_offset"], do_not_specialize_on_alignment=["key"])
 def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Made once per call: a visit that hashed its rows and columns itself would pay half as much again as for `keep`."""
+    """Made once per call: a visit that hashed its rows and columns itself would pay as much again as half of `keep`."""
     token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     column = column_hash((head + head_offset).to(tl.uint32) * PER_HEAD + (token + token_offset).to(tl.uint32))
     tl.store(keys + head * tokens + token, column.to(tl.int32, bitcast=True), token < tokens)

@@ -1,0 +1,203 @@
+"""Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled` (two cores:
+four minutes). Registers, spills and shared memory of each go to docs/kernels.md.
+
+The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
+told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from minisobert.config import Parser
+
+DOCS = Path(__file__).parents[1] / "docs/kernels.md"
+CHIPS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have (CUDA C++ guide, table 26)
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+DTYPES = ("bfloat16", "float16", "float32")
+NORM_WIDTHS = (128, 256, 512, 768, 1_536, 4_096, 8_192)  # one of each tile
+TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one chip."""
+
+    kernel: str
+    dtype: str
+    width: int
+    dropout: float
+    chip: int
+    warps: int
+    stages: int
+    registers: int  # per thread
+    spilled: int  # bytes of stack per thread
+    shared: int  # bytes per program
+    matrix: bool  # whether it uses the chip's own matrix instruction
+
+
+def attention(dtype: str, width: int, dropout: float) -> None:
+    import torch
+
+    from minisobert.ops import Documents
+    from minisobert.ops.kernels.attention import attention
+
+    q, k, v = torch.zeros(TOKENS, 2, 3, width, dtype=getattr(torch, dtype), requires_grad=True).unbind(2)
+    attention(q, k, v, Documents.from_bounds([0, TOKENS]), mask(dropout, "attention")).sum().backward()
+
+
+def add_norm(dtype: str, width: int, dropout: float) -> None:
+    import torch
+
+    from minisobert.ops.kernels.add_norm import add_norm
+
+    x, r = torch.zeros(2, TOKENS, width, dtype=getattr(torch, dtype), requires_grad=True)
+    b, w, c = torch.zeros(3, width, dtype=x.dtype)
+    residual, normal = add_norm(x, b, r, w, c, 1e-5, mask(dropout, "ffn_output"))
+    (residual + normal).sum().backward()
+
+
+def others(dtype: str, width: int, dropout: float) -> None:
+    import torch
+
+    from minisobert.ops.kernels.bias_gelu import bias_gelu
+    from minisobert.ops.kernels.cross_entropy import cross_entropy
+    from minisobert.ops.kernels.dropout import drop
+
+    x = torch.zeros(TOKENS, width, dtype=getattr(torch, dtype), requires_grad=True)
+    for form in ("erf", "tanh"):
+        bias_gelu(x, x[0].detach(), form).sum().backward()
+    cross_entropy(x * 1, torch.zeros(TOKENS, dtype=torch.int64)).sum().backward()
+    drop(x, mask(0.1, "embedding"))
+
+
+def mask(dropout: float, site: str):
+    from minisobert.ops import Dropout
+
+    step = Dropout.for_step(dropout, seed=0, step=0, layers=1)
+    return step and step.at(0, site)
+
+
+# the longest first, so that the processes end together
+JOBS = [
+    *((attention, dtype, chip, width, p) for width, dtype, chip, p in
+      product((128, 96, 64, 32), reversed(DTYPES), reversed(CHIPS), (0.1, 0.0))),
+    *((add_norm, dtype, chip, width, p) for dtype, chip, width, p in product(DTYPES, CHIPS, NORM_WIDTHS, (0.0, 0.1))),
+    *((others, dtype, chip, 3_072, 0.0) for dtype, chip in product(DTYPES, CHIPS)),
+]  # fmt: skip
+
+
+def compile_all() -> list[Compiled]:
+    """All kernels for all chips, on all cores."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, _no_interpreter) as pool:
+        return [compiled for job in pool.map(_run, JOBS) for compiled in job]
+
+
+def _no_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(job) -> list[Compiled]:
+    operation, dtype, chip, width, dropout = job
+    with _without_launching(chip) as compiled:
+        operation(dtype, width, dropout)
+    file = operation.__name__ if operation is not others else ""
+    return [_describe(kernel, file, dtype, width, dropout, chip) for kernel in compiled]
+
+
+@contextmanager
+def _without_launching(chip: int) -> Iterator[list]:
+    """Inside, launches compile for `chip` and do nothing else; what they compiled is in the list."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from minisobert.ops.kernels import attention
+
+    class Chip:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", chip, 32)
+
+        def get_current_device(self) -> int:
+            return chip  # Triton keeps what it compiled by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    compiled: list = []
+    run, family = JITFunction.run, attention.chip_family
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(Chip())
+    JITFunction.run = compile_only
+    attention.chip_family = lambda device: CHIPS.index(chip)
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, attention.chip_family = run, family
+
+
+def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        words = [str(tool), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    meta = kernel.metadata
+    return Compiled(
+        " ".join(f"{file} {meta.name}".replace("_", " ").split()), dtype, width, dropout, chip, meta.num_warps, meta.num_stages,
+        registers, stack + local, meta.shared, MATRIX_INSTRUCTION[chip] in kernel.asm["ptx"],
+    )  # fmt: skip
+
+
+def table(compiled: list[Compiled]) -> list[str]:
+    """Markdown: a line per kernel, a column per chip."""
+    lines: dict[tuple, dict[int, Compiled]] = {}
+    for c in compiled:
+        lines.setdefault((c.kernel, c.width, c.dtype, c.dropout), {})[c.chip] = c
+    cells = "warps, stages · registers · spilled · shared KiB"
+    result = ["| kernel | width | dtype | dropout | " + " | ".join(f"sm_{chip}" for chip in CHIPS) + " |",
+              "|---|---|---|---|" + "---|" * len(CHIPS),
+              "| | | | |" + f" {cells} |" * len(CHIPS)]  # fmt: skip
+    for (kernel, width, dtype, dropout), by_chip in sorted(lines.items()):
+        row = [kernel, f"{width:,}", dtype, f"{dropout:g}"]
+        for c in (by_chip[chip] for chip in CHIPS):
+            row.append(f"{c.warps}, {c.stages} · {c.registers} · {c.spilled} · {c.shared / 1024:.0f}")
+        result.append("| " + " | ".join(row) + " |")
+    return result
+
+
+def main() -> None:
+    Parser(prog="benchmarks.compiled", description=__doc__.split("\n")[0]).parse_args()
+    compiled = compile_all()
+    lines = table(compiled)
+    print("\n".join(lines))
+    before = DOCS.read_text().split("<!-- benchmarks.compiled -->")[0]
+    DOCS.write_text(before + "<!-- benchmarks.compiled -->\n\n" + "\n".join(lines) + "\n")
+    print(f"{len(compiled)} kernels, {sum(c.spilled > 0 for c in compiled)} of them spill", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
