@@ -166,8 +166,9 @@ def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: i
         usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     meta = kernel.metadata
+    name = " ".join(f"{file} {meta.name}".replace("_", " ").split())
     return Compiled(
-        " ".join(f"{file} {meta.name}".replace("_", " ").split()), dtype, width, dropout, chip, meta.num_warps, meta.num_stages,
+        name, dtype, width, dropout, chip, meta.num_warps, meta.num_stages,
         registers, stack + local, meta.shared, MATRIX_INSTRUCTION[chip] in kernel.asm["ptx"],
     )  # fmt: skip
 

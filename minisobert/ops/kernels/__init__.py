@@ -45,6 +45,11 @@ def check_contiguous(**arguments: Tensor) -> None:
             raise ValueError(f"{name} has the strides {x.stride()}; it must be contiguous (call .contiguous())")
 
 
+def options(warps: int, stages: int = 1) -> dict:
+    """Of a launch. Fusion is one rounding for a * b + c, in one instruction: Triton 3.10 will not assume it any more."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 def on_device(x: Tensor):
     """The context to launch in: Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisobert.ops.dropout import Dropout
-from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device
+from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device, options
 from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = range(128, 8_192 + 1)
@@ -127,7 +127,7 @@ class _AddNorm(torch.autograd.Function):
             with on_device(branch):
                 _forward[triton.cdiv(tokens, rows),](
                     branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps,
-                    key, offset, rescale, width, block, rows, threshold, num_warps=warps,
+                    key, offset, rescale, width, block, rows, threshold, **options(warps),
                 )  # fmt: skip
         return new_residual, normal
 
@@ -149,7 +149,7 @@ class _AddNorm(torch.autograd.Function):
         with on_device(weight):
             _backward[programs,](
                 d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
-                key, offset, rescale, width, block, rows, threshold, num_warps=warps,
+                key, offset, rescale, width, block, rows, threshold, **options(warps),
             )  # fmt: skip
         dw, dc, db = partial.sum(0).to(weight.dtype)
         if block > WIDE.value:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisobert.ops.dropout import MAX_TOKENS, Dropout
-from minisobert.ops.kernels import check, check_device, chip_family, on_device
+from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
 from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = (32, 64, 96, 128)  # 96 runs as 128, the columns behind it zero
@@ -327,7 +327,7 @@ class _Attention(torch.autograd.Function):
                 keys = torch.empty(heads, tokens, dtype=torch.int32, device=q.device)
                 block, warps = HASHES
                 _hashes[triton.cdiv(tokens, block), heads](
-                    rows, keys, key, token_offset, dropout.head_offset, tokens, MAX_TOKENS, block, num_warps=warps
+                    rows, keys, key, token_offset, dropout.head_offset, tokens, MAX_TOKENS, block, **options(warps)
                 )
             grid, meta = _launch(FORWARD_DROPOUT if threshold else FORWARD, q, threshold)
             scale = math.log2(math.e) / math.sqrt(d)
@@ -351,7 +351,7 @@ class _Attention(torch.autograd.Function):
             block, warps = DELTA
             padded = triton.next_power_of_2(d)
             _delta[triton.cdiv(tokens, block), heads](
-                out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, num_warps=warps
+                out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
             )
             grid, meta = _launch(KEY_GRADIENT, q, ctx.threshold, held="KEYS", visited="QUERIES")
             _key_gradient[grid](
@@ -379,7 +379,7 @@ def _launch(tiles: dict, q: Tensor, threshold: int, held: str = "QUERIES", visit
         "D": d, "BLOCK_D": padded, held: rows, visited: steps, "THRESHOLD": threshold,
         # exact products in fp32, at a tenth of the speed: who asks for fp32 wants it for comparisons
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_warps": warps, "num_stages": stages,
+        **options(warps, stages),
     }  # fmt: skip
 
 

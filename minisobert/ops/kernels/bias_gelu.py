@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device
+from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device, options
 
 TILE = 8, 512, 8  # rows, columns, warps: 16 elements a thread. Not tuned yet.
 PROGRAMS = 4  # of the backward, per multiprocessor
@@ -75,7 +75,7 @@ class _BiasGelu(torch.autograd.Function):
         with on_device(x):
             if tokens:
                 grid = triton.cdiv(tokens, rows), triton.cdiv(width, columns)
-                _forward[grid](x, bias, y, tokens, width, rows, columns, ctx.tanh, num_warps=warps)
+                _forward[grid](x, bias, y, tokens, width, rows, columns, ctx.tanh, **options(warps))
         return y
 
     @staticmethod
@@ -89,7 +89,7 @@ class _BiasGelu(torch.autograd.Function):
         partial = torch.empty(down, width, dtype=torch.float32, device=x.device)
         with on_device(x):
             _backward[down, across](
-                dy.contiguous(), x, bias, dx, partial, tokens, width, rows, columns, ctx.tanh, num_warps=warps
+                dy.contiguous(), x, bias, dx, partial, tokens, width, rows, columns, ctx.tanh, **options(warps)
             )
         return dx, partial.sum(0).to(bias.dtype), None
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisobert.ops.kernels import check, check_contiguous, check_device, on_device
+from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
 TILE = 4_096, 8  # columns of a tile, warps: 16 elements a thread. Not tuned yet.
 
@@ -62,7 +62,7 @@ def parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tens
     columns, warps = TILE
     with on_device(logits):
         if rows:
-            _parts[rows,](logits, targets, maximum, target_logit, total, first, width, columns, num_warps=warps)
+            _parts[rows,](logits, targets, maximum, target_logit, total, first, width, columns, **options(warps))
     return maximum, target_logit, total
 
 
@@ -72,7 +72,7 @@ def gradient_(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, firs
     columns, warps = TILE
     with on_device(logits):
         if rows:
-            _gradient[rows,](logits, targets, lse, d_loss.contiguous(), first, width, columns, num_warps=warps)
+            _gradient[rows,](logits, targets, lse, d_loss.contiguous(), first, width, columns, **options(warps))
     torch.autograd.graph.increment_version(logits)  # a launch is no in-place operation that autograd would notice
     return logits
 

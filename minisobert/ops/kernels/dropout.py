@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisobert.ops.dropout import Dropout
-from minisobert.ops.kernels import check, check_contiguous, check_device, on_device
+from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
 TILE = 2_048, 4  # elements, warps. By arithmetic, not tuned yet: 16 elements a thread fill its loads of 16 bytes
 
@@ -102,7 +102,7 @@ def _launch(x: Tensor, dropout: Dropout) -> Tensor:
     with on_device(x):
         if x.numel():
             grid = (triton.cdiv(x.numel(), block),)
-            _drop[grid](x, out, x.numel(), x.shape[1], key, offset, rescale, threshold, block, num_warps=warps)
+            _drop[grid](x, out, x.numel(), x.shape[1], key, offset, rescale, threshold, block, **options(warps))
     return out
 
 
