@@ -1,4 +1,4 @@
-"""How long posts are: `python -m benchmarks.lengths --data SHARDS` writes post_lengths.json, which benchmarks draw from.
+"""How long posts are: `python -m benchmarks.lengths --data SHARDS` makes post_lengths.json, which benchmarks draw from.
 
 Counted are the pieces that packing makes: [CLS] and [SEP] included, a post longer than a row cut into rows. Lengths up
 to 64 are counted one by one, longer ones in buckets that are 3 % wide.
