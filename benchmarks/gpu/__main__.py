@@ -119,7 +119,7 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> Iterator[Measuremen
 def run_tests(log: Path, left: Callable[[], float]) -> dict:
     """tests/gpu in a process of its own; its output is kept in log."""
     with log.open("w") as file:
-        command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-rfE", "--durations=10"]
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--durations=10"]
         try:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             code = subprocess.run(
@@ -187,6 +187,8 @@ def main() -> int:
     def left() -> float:
         return options.seconds - (time.monotonic() - BEGAN)
 
+    if options.dry:
+        torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
     setting = toy_setting() if options.dry else real_setting()
     folder = output_folder(options.dry)
     folder.mkdir(parents=True, exist_ok=True)

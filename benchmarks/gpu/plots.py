@@ -11,6 +11,7 @@ from benchmarks.gpu.report import called, number, shares
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
 
 COLORS = {  # ours stands out
     "minisobert": "#d1495b", "minisobert, dropout 0.1": "#eaa4ad",
@@ -47,7 +48,7 @@ def _bars(axes, groups: list[str], series: dict[str, list], labels: dict[str, li
             inside = value > 0.35 * top
             axes.text(at, value * 0.97 if inside else value + 0.02 * top, labels[name][x], rotation=90, ha="center",
                       va="top" if inside else "bottom", fontsize=7.5,
-                      color="white" if inside and name != "minisobert, dropout 0.1" else "black")  # fmt: skip
+                      color="white" if inside and sum(to_rgb(COLORS[name])) < 1.8 else "black")  # fmt: skip
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylim(0, 1.08 * top)
     axes.grid(axis="y", alpha=0.3)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 
 from benchmarks.lengths import packed_rows
 from minisobert.config import PRESETS, ModelConfig
@@ -47,7 +48,7 @@ class Setting:
         if self.dry:
             return function
         # what is saved for backward is otherwise given away in the first one ("donated buffers")
-        torch._functorch.config.donated_buffer = not repeat_backward
+        functorch_config.donated_buffer = not repeat_backward
         return torch.compile(function, dynamic=False)
 
     def bounds(self, lengths: str, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
