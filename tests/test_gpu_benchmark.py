@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from benchmarks import RESULTS, lengths
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import attention, rowwise, training
+from benchmarks.gpu.goals import Goal
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.report import DRY, Goal
+from benchmarks.gpu.report import DRY
 from benchmarks.gpu.setting import DTYPE, toy_setting
 from benchmarks.gpu.timing import Disagreement, check
 

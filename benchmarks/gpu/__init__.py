@@ -6,7 +6,7 @@
     rowwise.py    copies and matrix products (the ceilings); layer norm, GELU and cross-entropy beside torch's
     training.py   training throughput, beside transformers' MegatronBert and ModernBert
     records.py    what was measured, kept as soon as it is; what need not be measured again
-    report.py     gpu.md; plots.py: the PNGs
+    report.py     gpu.md, with goals.py and words.py; plots.py: the PNGs
     __main__.py   the plan, most valuable first, and the clock
 """
 

@@ -74,7 +74,7 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> Iterator[Measuremen
         for dropout in DROPOUTS:
             for lengths in LENGTHS:
                 measure = partial(training.measure, setting, preset, lengths, dropout)
-                yield Measurement(f"training/{preset}/{lengths}/{dropout}/minisobert", measure, True, 12)
+                yield Measurement(f"training/{preset}/{lengths}/{dropout}/minisobert", measure, True, 15)
 
     def peers(preset: str, lengths: str, dropout: float) -> Iterator[Measurement]:
         for name in training.PEERS:
@@ -227,8 +227,11 @@ def main() -> int:
     if records.not_reached:
         print("the same command goes on with what is left")
     print(folder / "gpu.md")
-    if broken := records.failures(ours=True):
-        print("\n".join(["FAILED:", *[f"  {name}: {reason}" for name, reason in broken.items()]]), file=sys.stderr)
+    if not options.dry:
+        print("\n".join(["", *report.goal_lines(records)]))
+    broken = records.failures(ours=True)
+    for name, reason in broken.items():
+        print(f"FAILED {name}: {reason} (--fresh {name} tries again)", file=sys.stderr)
     return 1 if broken else 0
 
 

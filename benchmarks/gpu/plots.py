@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.report import called, number, shares
+from benchmarks.gpu.report import shares
+from benchmarks.gpu.words import called, number
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,7 +51,7 @@ def _bars(axes, groups: list[str], series: dict[str, list], labels: dict[str, li
                       va="top" if inside else "bottom", fontsize=7.5,
                       color="white" if inside and sum(to_rgb(COLORS[name])) < 1.8 else "black")  # fmt: skip
     axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylim(0, 1.08 * top)
+    axes.set(xlim=(-0.5, len(groups) - 0.5), ylim=(0, 1.08 * top))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -88,7 +89,7 @@ def _attention(records: Records):
 def _bandwidth(records: Records):
     if not (found := shares(records)):
         return None
-    order = sorted(found, key=lambda key: (key[0], int(key[1] or 0), key[2]), reverse=True)
+    order = sorted(found, key=lambda key: (key[0], int(key[1] or 0), key[2]))[::-1]  # the lowest bar first
     labels = []
     for operation, width, dropout, name in order:
         size = f" {int(width):,}" if width else ""
@@ -102,7 +103,8 @@ def _bandwidth(records: Records):
         axes.axvline(100, color="black", linewidth=0.8)
         axes.axvline(85, color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(order)), labels, fontsize=8)
-        axes.set(xlim=(0, max(112, max(values) * 1.1)), xlabel="% of measured copy bandwidth",
+        axes.set(xlim=(0, max(112, max(values) * 1.1)), ylim=(-0.7, len(order) - 0.3),
+                 xlabel="% of measured copy bandwidth",
                  title=direction + (" (of cross-entropy: forward and backward)" if direction == "backward" else ""))
         axes.spines[["top", "right"]].set_visible(False)  # fmt: skip
     figure.suptitle("What memory bounds, in bf16 (dotted: 85 %, the goal of layer norm)")

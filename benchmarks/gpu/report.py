@@ -2,56 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu.goals import dollars, goals, ratio
 from benchmarks.gpu.records import Records
+from benchmarks.gpu.words import called, line, number, table
 
 DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"
-TOKENS = 27e9  # of a whole pre-training
-GOALS_PRICE = 3.0  # dollars per GPU-hour
-NAMES = {  # as tables and plots call them
-    "sdpa-cudnn": "SDPA, cuDNN",
-    "sdpa-flash": "SDPA, flash",
-    "sdpa-efficient": "SDPA, efficient",
-    "varlen": "varlen_attn",
-    "flex": "FlexAttention",
-    "eager": "torch, eager",
-    "eager-bf16": "F.cross_entropy, bf16",
-    "eager-fp32": "F.cross_entropy, fp32",
-    "compiled": "torch, compiled",
-    "compiled-fp32": "F.cross_entropy, fp32, compiled",
-    "layer_norm": "F.layer_norm alone",
-    "rows": "whole rows",
-    "posts": "posts",
-}
-
-
-def called(name: str) -> str:
-    return NAMES.get(name, name)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """With so many significant digits; an empty cell for None."""
-    if value is None:
-        return ""
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def dollars(tokens_per_second: float, price: float) -> float:
-    """For 27 billion tokens on one GPU."""
-    return TOKENS / tokens_per_second / 3_600 * price
-
-
-def table(*header: str) -> list[str]:
-    """The first two lines of one; the first column holds words, the others numbers."""
-    return [line(*header), "|---|" + "--:|" * (len(header) - 1)]
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def headline(record: dict) -> str:
@@ -70,77 +27,8 @@ def headline(record: dict) -> str:
     return ", ".join(text.format(result[name]) for name, text in shown.items() if name in result)
 
 
-@dataclass(frozen=True)
-class Goal:
-    what: str
-    unit: str
-    goal: float | None
-    reach: float | None
-    measured: float | None
-    at_most: bool = False
-
-    def met(self) -> str:
-        """The highest mark that was met; empty where nothing was measured."""
-        if self.measured is None:
-            return ""
-        marks = {"reach": self.reach, "goal": self.goal}
-        sign = -1 if self.at_most else 1
-        return next((name for name, mark in marks.items() if mark and sign * self.measured >= sign * mark), "no")
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def goals(records: Records) -> list[Goal]:
-    """Those of the project, which are meant for an H200."""
-
-    def ours(lengths: str, dropout: float, direction: str) -> float | None:
-        return records.get("attention", 64, lengths, dropout, "minisobert").get(f"{direction}_tflops")
-
-    def total(name: str) -> float | None:
-        result = records.get("attention", 64, "posts", 0.0, name)
-        parts = ("forward_seconds", "backward_seconds", "build_seconds")
-        return sum(result[part] for part in parts) if result else None
-
-    def tokens(preset: str, lengths: str) -> float | None:
-        return records.get("training", preset, lengths, 0.0, "minisobert").get("tokens_per_second")
-
-    def cost(preset: str, lengths: str) -> float | None:
-        speed = tokens(preset, lengths)
-        return dollars(speed, GOALS_PRICE) if speed else None
-
-    found = []
-    for direction, goal, reach in (("forward", 350, 420), ("backward", 230, 300)):
-        found.append(Goal(f"attention d = 64, whole rows, {direction}", "TFLOP/s", goal, reach,
-                          ours("rows", 0.0, direction)))  # fmt: skip
-    for direction in ("forward", "backward"):
-        share = ratio(ours("posts", 0.0, direction), ours("rows", 0.0, direction))
-        found.append(Goal(f"the same on posts, {direction}", "of the rate on whole rows", 0.8, None, share))
-    found.append(Goal("the same on posts, beside FlexAttention and its mask", "times as fast", 1.5, None,
-                      ratio(total("flex"), total("minisobert"))))  # fmt: skip
-    for lengths in ("rows", "posts"):
-        for direction in ("forward", "backward"):
-            share = ratio(ours(lengths, 0.1, direction), ours(lengths, 0.0, direction))
-            found.append(Goal(f"dropout 0.1, {called(lengths)}, {direction}", "of the rate without", 0.6, None, share))
-    bandwidth = records.get("ceilings", "copy").get("bytes_per_second")
-    for width in (768, 1_536):
-        for direction in ("forward", "backward"):
-            speed = records.get("add_norm", width, 0.0, "minisobert").get(f"{direction}_bytes_per_second")
-            found.append(Goal(f"layer norm, {width:,} wide, {direction}", "of copy bandwidth", 0.85, None,
-                              ratio(speed, bandwidth)))  # fmt: skip
-    for preset, lengths, goal, reach in (("base", "rows", 475e3, 600e3), ("base", "posts", None, 800e3),
-                                         ("large", "rows", 74e3, 100e3)):  # fmt: skip
-        found.append(Goal(f"training {preset}, {called(lengths)}", "tokens/s", goal, reach, tokens(preset, lengths)))
-    for preset, lengths, goal, reach in (("base", "rows", 47, 37), ("base", "posts", None, 28),
-                                         ("large", "rows", 304, 225)):  # fmt: skip
-        found.append(Goal(f"27 B tokens, {preset}, {called(lengths)}, at ${GOALS_PRICE:.0f} per hour", "dollars",
-                          goal, reach, cost(preset, lengths), at_most=True))  # fmt: skip
-    return found
-
-
 def write(records: Records, folder: Path) -> None:
-    stages = (_goals, _trouble, _tests, _ceilings, _attention, _rowwise, _training, _profile)
+    stages = (goal_lines, _trouble, _tests, _ceilings, _attention, _rowwise, _training, _profile)
     title = "# Kernels and training on one GPU (`make gpu`)"
     head = [title, "", DRY] if records.dry else [title]
     lines = [*head, "", *_machine(records)]
@@ -163,7 +51,7 @@ def _machine(records: Records) -> list[str]:
     ]
 
 
-def _goals(records: Records) -> list[str]:
+def goal_lines(records: Records) -> list[str]:
     lines = ["## Goals", "", "Set for an H200 (989 TFLOP/s by datasheet) at dropout 0 unless it says otherwise.", ""]
     lines += table("", "goal", "reach", "measured", "met")
     for each in goals(records):
@@ -279,7 +167,8 @@ def _rowwise(records: Records) -> list[str]:
         operation, width, dropout, name = key
         result = found[key]
         cells = [f"{number(result[f'{d}_ms'])} | {result[d]:.0%}" for d in ("forward", "backward")]
-        lines.append(line(f"{operation}: {called(name)}", width, dropout, *cells, number(result["difference"], 2)))
+        shown = f"{int(width):,}" if width else ""
+        lines.append(line(f"{operation}: {called(name)}", shown, dropout, *cells, number(result["difference"], 2)))
     return lines
 
 
@@ -317,7 +206,7 @@ def _training(records: Records) -> list[str]:
         "cheaper model: two of three layers see 128 tokens. *Differs*: nats between the first losses, with the same "
         "weights for MegatronBert, with its own random ones for ModernBERT.",
         "",
-        *table("", "dropout", "tokens/s", "minisobert", "times as fast", "padding", "peak GB", "differs"),
+        *table("", "dropout", "tokens/s", "minisobert's", "times as fast", "padding", "peak GB", "differs"),
     ]
     for (preset, lengths, dropout, name), result in peers.items():
         speed = result["micro_batch_tokens_per_second"]

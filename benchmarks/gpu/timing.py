@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,11 +12,6 @@ from torch import Tensor
 FEWEST, MOST = 3, 50  # calls
 SECONDS = 0.3  # of one measurement, about
 FLUSH_BYTES = 1 << 30  # many times any L2; clearing it also gives the host time to queue what is timed
-
-
-@cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
 def seconds(function: Callable[[], object], device: torch.device, flush: bool = True) -> float:
@@ -37,9 +31,10 @@ def seconds(function: Callable[[], object], device: torch.device, flush: bool = 
         torch.cuda.synchronize()
     calls = min(max(int(SECONDS / (time.perf_counter() - began)), FEWEST), MOST)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    much = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if flush else None
     for start, stop in events:
         if flush:
-            _flush_buffer(device).zero_()
+            much.zero_()
         start.record()
         function()
         stop.record()
