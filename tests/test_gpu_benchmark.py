@@ -92,7 +92,7 @@ def test_failures_are_told_apart(tmp_path):
     records = Records(tmp_path, toy_setting(), price=3.0)
     for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
         gpu.make(gpu.Measurement(name, measure, ours), records)
-    assert records.failures(ours=False) == {"b": "no kernel"}
+    assert records.failures(ours=False) == {"b": "no kernel at all"}
     assert list(records.failures(ours=True)) == ["a", "c"], "that two disagree is for us to look into"
     with pytest.raises(Disagreement):
         wrong()

@@ -143,9 +143,9 @@ def make(measurement: Measurement, records: Records) -> None:
     try:
         record["result"] = measurement.measure()
     except Exception as error:
-        message = " ".join((str(error).strip() or "no message").split("\n")[0].split())
-        record["failed"] = message if type(error) is RuntimeError else f"{type(error).__name__}: {message}"
-        record["failed"] = record["failed"][:300]
+        message = " ".join(str(error).split()) or "no message"
+        reason = message if type(error) is RuntimeError else f"{type(error).__name__}: {message}"
+        record["failed"] = reason if len(reason) <= 300 else f"{reason[:299]}…"
         record["ours"] |= isinstance(error, Disagreement)
     record["seconds"] = round(time.monotonic() - began, 2)
     records.measurements[measurement.name] = record
