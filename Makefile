@@ -1,8 +1,8 @@
-# Every target makes its own .venv and installs what it needs.
+# Every target makes its own .venv and installs what it needs; but gpu and gpu-sanitize use PYTHON as it is, offline.
 PYTHON ?= python3
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint
+.PHONY: demo test lint gpu gpu-dry gpu-sanitize
 
 demo: .venv/installed-demo    ## train a small real model: make demo [DUMP=path/to/site.7z]
 	.venv/bin/python demo.py $(if $(DUMP),"$(DUMP)")
@@ -12,6 +12,21 @@ test: .venv/installed-test lint    ## lint, then every test
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
+
+gpu:    ## tests, kernels and training on one GPU, in under nine minutes; results in $OUT or benchmarks/results/gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+gpu-dry: .venv/installed-test    ## the same at toy sizes on the CPU, so that it can't rot
+	.venv/bin/python -m benchmarks.gpu --dry --fresh
+
+# without torch's caching each tensor is an allocation of its own, and a step past its end is seen
+gpu-sanitize:    ## the kernels' tests under compute-sanitizer
+	@command -v compute-sanitizer >/dev/null || \
+		{ echo "gpu-sanitize: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2; exit 2; }
+	for tool in memcheck racecheck; do \
+		PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest tests/gpu -m "not slow" || exit 1; \
+	done
 
 .venv/installed-%: setup.cfg pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

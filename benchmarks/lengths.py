@@ -1,0 +1,91 @@
+"""How long posts are: `python -m benchmarks.lengths --data SHARDS` makes post_lengths.json, which benchmarks draw from.
+
+Counted are the pieces that packing makes: [CLS] and [SEP] included, a post longer than a row cut into rows. Lengths up
+to 64 are counted one by one, longer ones in buckets that are 3 % wide.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minisobert.config import Parser, fail
+from minisobert.corpus.packing import ROW_TOKENS, SPECIALS, Packing
+from minisobert.corpus.shards import open_shards
+
+HISTOGRAM = Path(__file__).parent / "post_lengths.json"
+EXACT, WIDTH = 64, 1.03
+
+
+def bucket_edges() -> np.ndarray:
+    """The first length of each bucket, and one past the last length."""
+    edges = list(range(SPECIALS + 1, EXACT + 2))
+    while edges[-1] <= ROW_TOKENS:
+        edges.append(max(edges[-1] + 1, int(edges[-1] * WIDTH)))
+    full_row = [ROW_TOKENS, ROW_TOKENS + 1]  # a bucket of its own: all but the last piece of a long post
+    return np.array([edge for edge in edges if edge < ROW_TOKENS] + full_row)
+
+
+def histogram(lengths: np.ndarray) -> list[list[int]]:
+    """Of lengths with specials: [first length, last length, pieces] of each bucket that holds any."""
+    edges = bucket_edges()
+    counts, _ = np.histogram(lengths, edges)  # its last bucket holds both of the last two edges
+    return [[int(a), int(b) - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts) if n]
+
+
+def draw(count: int, seed: int) -> np.ndarray:
+    """(count,) int64 lengths with specials, from the committed histogram; even within a bucket."""
+    first, last, counts = np.array(json.loads(HISTOGRAM.read_text())["buckets"]).T
+    generator = np.random.default_rng(seed)
+    bucket = generator.choice(len(counts), count, p=counts / counts.sum())
+    return generator.integers(first[bucket], last[bucket] + 1)
+
+
+def packed_rows(rows: int, row_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of documents of drawn lengths, packed as pre-training packs them: some rows of a large epoch.
+
+    Returns bounds (D+1,), and (D,) whether each document is real; the others are the padding at the end of a row.
+    """
+    lengths = draw(max(20_000, 100 * rows), seed) - SPECIALS
+    packing = Packing(np.concatenate([[0], np.cumsum(lengths)]), range(len(lengths)), seed, row_tokens)
+    pieces, counts = packing.pieces(packing.epoch(0), np.arange(rows))
+    lengths = packing.piece_length[pieces].astype(np.int64) + SPECIALS
+    padding = row_tokens - np.add.reduceat(lengths, np.cumsum(counts) - counts)
+    ends = np.cumsum(counts)[padding > 0]
+    real = np.insert(np.ones(len(lengths), bool), ends, False)
+    return np.concatenate([[0], np.cumsum(np.insert(lengths, ends, padding[padding > 0]))]), real
+
+
+def main() -> None:
+    parser = Parser(prog="benchmarks.lengths", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="shards of data.prepare")
+    options = parser.parse_args()
+    try:
+        shards = open_shards(options.data)
+    except ValueError as error:
+        fail(f"{parser.prog}: {error}")
+    packing = Packing(shards.offsets, range(shards.meta["documents"]), seed=0)
+    lengths = packing.piece_length + SPECIALS
+    p50, p95 = np.percentile(lengths, (50, 95), method="lower").tolist()
+    about = {
+        "about": "lengths in tokens of posts as packing cuts them, [CLS] and [SEP] included: [first, last, pieces]",
+        "made_by": "python -m benchmarks.lengths",
+        "sources": shards.meta["sources"],
+        "vocabulary": shards.vocab_size,
+        "documents": shards.meta["documents"],
+        "pieces": len(lengths),
+        "mean": round(float(lengths.mean()), 1),
+        "p50": p50,
+        "p95": p95,
+        "mean_square": round(float((lengths.astype(np.float64) ** 2).mean()), 1),
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
+    buckets = ",\n    ".join(json.dumps(bucket) for bucket in histogram(lengths))
+    HISTOGRAM.write_text("\n".join(["{", *lines, '  "buckets": [', f"    {buckets}", "  ]", "}"]) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""`make gpu` where there is no GPU: its dry run, its counts of FLOPs and bytes, and the lengths it draws."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks import RESULTS, lengths
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import attention, rowwise, training
+from benchmarks.gpu.goals import Goal
+from benchmarks.gpu.records import Records
+from benchmarks.gpu.report import DRY
+from benchmarks.gpu.setting import DTYPE, toy_setting
+from benchmarks.gpu.timing import Disagreement, check
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A dry run takes one thread; the tests after it get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def call(monkeypatch, out: Path, *words: str) -> int:
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *words])
+    return gpu.main()
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, monkeypatch, capfd):
+    before = sorted(RESULTS.rglob("*"))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True,
+                          timeout=60)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ", 0 were there already, 0 not reached" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "gpu.json", "gpu.md", "tests.log", "attention.png", "bandwidth.png", "training.png",
+    }  # fmt: skip
+    assert sorted(RESULTS.rglob("*")) == before
+
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["dry"] and DRY in (tmp_path / "gpu.md").read_text()
+    failed = {name for name, record in kept["measurements"].items() if "failed" in record}
+    assert {name.split("/")[-1] for name in failed} == {"varlen", "flex"}, "these two alone need a GPU"
+
+    assert call(monkeypatch, tmp_path, "--dry") == 0
+    count = len(kept["measurements"])
+    assert f"0 measured, {count} were there already, 0 not reached" in capfd.readouterr().out
+    assert json.loads((tmp_path / "gpu.json").read_text())["measurements"] == kept["measurements"]
+
+    assert call(monkeypatch, tmp_path, "--dry", "--fresh", "bias_gelu/256") == 0
+    assert f"0 measured, {count} were" not in capfd.readouterr().out
+
+
+def test_what_there_was_no_time_for_is_listed(tmp_path, monkeypatch, capfd):
+    assert call(monkeypatch, tmp_path, "--dry", "--seconds", "0") == 0
+    planned = [each.name for each in gpu.plan(toy_setting(), dict)]
+    page = (tmp_path / "gpu.md").read_text()
+    assert len(planned) == len(set(planned)) and all(f"- `{name}`\n" in page for name in planned)
+    assert f"0 measured, 0 were there already, {len(planned)} not reached" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_ends_in_one_line(tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, tmp_path)
+    assert ended.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_failures_are_told_apart(tmp_path):
+    def broken():
+        raise RuntimeError("no kernel\nat all")
+
+    def wrong():
+        check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])], 0.01)
+
+    records = Records(tmp_path, toy_setting(), price=3.0)
+    for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
+        gpu.make(gpu.Measurement(name, measure, ours), records)
+    assert records.failures(ours=False) == {"b": "no kernel at all"}
+    assert list(records.failures(ours=True)) == ["a", "c"], "that two disagree is for us to look into"
+    with pytest.raises(Disagreement):
+        wrong()
+
+
+def test_attention_counts_its_flops_as_torch_does():
+    rows, heads, n, d = shape = (2, 3, 128, 64)
+    work = attention.flops(rows * n * n, heads, d)
+    assert work == sdpa_flop_count(shape, shape, shape)
+    assert work * attention.BACKWARD == sdpa_backward_flop_count(shape, shape, shape, shape)
+
+
+def test_the_products_are_those_of_a_model():
+    setting = toy_setting()
+    config = setting.training["base"].model
+    batch = training.batch(config, *setting.bounds("posts", 1_024, seed=0), setting.device, seed=0)
+    assert 0.1 < len(batch.masked) / batch.real_tokens < 0.2
+    with FlopCounterMode(display=False) as counter:
+        training.our_loss(training.new_model(config, setting.device), batch, None)
+    flops = {name: 2 * m * n * k for name, (m, n, k) in rowwise.products(config, 1_024, len(batch.masked)).items()}
+    counted = counter.get_flop_counts()["Global"].items()
+    products = sum(n for operation, n in counted if "attention" not in str(operation))
+    head = flops.pop("decoder") + 2 * len(batch.masked) * config.hidden**2
+    assert products == config.layers * sum(flops.values()) + head
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_bytes_are_those_of_the_tensors(dropout):
+    setting, width = toy_setting(), 64
+    result = rowwise.measure_norm(setting, width, dropout, "minisobert")
+    matrix = torch.empty(setting.tokens, width, dtype=DTYPE).nbytes
+    branch, residual, new_residual, normal = [matrix] * 4
+    read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # gradients, but the residual
+    moved = {d: result[f"{d}_bytes_per_second"] * result[f"{d}_seconds"] for d in ("forward", "backward")}
+    assert moved == pytest.approx({"forward": branch + residual + new_residual + normal, "backward": read + written})
+
+
+def test_goals_are_met_from_their_own_side():
+    assert [Goal("", "", 350, 420, x).met() for x in (None, 349, 350, 421)] == ["", "no", "goal", "reach"]
+    assert [Goal("", "", 47, 37, x, at_most=True).met() for x in (48, 40, 37)] == ["no", "goal", "reach"]
+
+
+def test_lengths_are_drawn_as_they_were_counted():
+    about = json.loads(lengths.HISTOGRAM.read_text())
+    first, last, counts = np.array(about["buckets"]).T
+    assert (first <= last).all() and (last[:-1] < first[1:]).all() and (first[0], last[-1]) >= (3, 2_048)
+    assert counts.sum() == about["pieces"] >= about["documents"]
+    drawn = lengths.draw(200_000, seed=0)
+    assert drawn.mean() == pytest.approx(about["mean"], rel=0.02)
+    assert (drawn.astype(float) ** 2).mean() == pytest.approx(about["mean_square"], rel=0.03)
+    assert np.percentile(drawn, 50) == pytest.approx(about["p50"], rel=0.05)
+    assert lengths.histogram(np.repeat(first, counts)) == about["buckets"]
+
+
+def test_packed_rows_are_full_rows_of_whole_documents():
+    bounds, real = lengths.packed_rows(64, 2_048, seed=0)
+    assert set(range(0, 64 * 2_048 + 1, 2_048)) <= set(bounds.tolist()), "each row begins with a document"
+    assert (np.diff(bounds) > 0).all() and len(real) == len(bounds) - 1
+    assert np.diff(bounds)[~real].sum() < 0.02 * bounds[-1]
