@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run in its interpreter
 
 from data.prepare import prepare
 from minisobert.corpus.shards import Shards, open_shards

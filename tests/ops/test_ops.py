@@ -56,6 +56,7 @@ def test_gradients_of_the_references_are_those_of_finite_differences(dropout):
     x, r = random(5, 6, seed=3), random(5, 6, seed=4)
     b, w, c = (random(6, seed=seed) for seed in (5, 6, 7))
     assert torch.autograd.gradcheck(lambda x, b, r, w, c: add_norm(x, b, r, w, c, 1e-5, dropout), (x, b, r, w, c))
+    assert torch.autograd.gradcheck(lambda x: drop(x, dropout), (x,))
     for form in ("erf", "tanh"):
         assert torch.autograd.gradcheck(lambda x, b, form=form: bias_gelu(x, b, form), (x, b))
     targets = torch.tensor([0, 5, 2, 2, 1])
@@ -113,6 +114,10 @@ def test_wrong_arguments_are_refused_by_name():
         bias_gelu(x, b, "relu")
     with pytest.raises(ValueError, match=r"\(4, 8\) and \(3,\)|targets \(3,\)"):
         cross_entropy(x, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets is torch.float32; it must be torch.int64"):
+        cross_entropy(x, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"x is \(8,\); it must be \(tokens, hidden\)"):
+        drop(b, None)
     with pytest.raises(ValueError, match=r"dropout is 1\.0; it must be at least 0 and less than 1"):
         Dropout.for_step(1.0, seed=0, step=0, layers=1)
     assert drop(x, None) is x

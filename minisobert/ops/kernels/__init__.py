@@ -46,7 +46,7 @@ def check_contiguous(**arguments: Tensor) -> None:
 
 
 def options(warps: int, stages: int = 1) -> dict:
-    """Of a launch. Fusion is one rounding for a * b + c, in one instruction: Triton 3.10 will not assume it any more."""
+    """Of a launch. Fusion makes a * b + c one instruction; Triton 3.10 will not do it unasked."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 

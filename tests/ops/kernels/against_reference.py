@@ -1,0 +1,82 @@
+"""What the interpreter's tests and a GPU's share: a kernel beside its reference in fp64, and how near is equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minisobert.ops import Documents, Dropout
+
+# Bounds of documents that a tile may meet. Tiles hold 16 to 128 tokens and visit 16 to 64.
+DOCUMENTS = {
+    "one token": [0, 1],
+    "a prime, one document": [0, 131],
+    "a document per token": list(range(68)),
+    "documents of a tile and one token more or less": [0, 63, 127, 192, 193, 320, 449, 576],
+    "long and short, none aligned": [0, 1, 64, 65, 197, 300],
+}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest error as a share of the largest element.
+
+    bf16, fp16: a result is rounded (half an eps), and so were the probabilities or their gradients that it is a sum of
+    (as much again, if all went one way); a second eps for delta, which is made of the rounded output.
+    fp32: sums of up to a thousand terms, whose errors grow like their root: 16 eps.
+    """
+    eps = torch.finfo(dtype).eps
+    return 16 * eps if dtype == torch.float32 else 2 * eps
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu", scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def qkv(bounds: list[int], heads: int, d: int, dtype: torch.dtype, device: str = "cpu"):
+    """q, k, v as the model gives them, views of one tensor, and their documents."""
+    tokens = bounds[-1]
+    parts = random(tokens, heads, 3, d, dtype=dtype, device=device).unbind(2)
+    return parts, Documents.from_bounds(bounds, device)
+
+
+def mask(p: float, site: str, device: str = "cpu", token_offset: int = 0, head_offset: int = 0) -> Dropout | None:
+    step = Dropout.for_step(p, seed=5, step=3, layers=2, device=device)
+    return step and Dropout(p, step.at(1, site).keys, token_offset, head_offset)
+
+
+def compare(
+    kernel: Callable,
+    reference: Callable,
+    inputs: tuple[Tensor, ...],
+    allowed: float | None = None,
+    least: float = 0.01,
+) -> None:
+    """Asserts that outputs and all gradients of kernel(*inputs) are those of reference in fp64, on the same inputs.
+
+    allowed: error as a share of a tensor's largest element, or of `least` where that is larger: where all is 0 because
+    larger numbers cancel, as the gradients of queries that see one key, rounding is a share of those numbers.
+    """
+    ours = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = _tuple(kernel(*ours)), _tuple(reference(*exact))
+    upstream = [random(*y.shape, dtype=y.dtype, seed=9 + i, device=y.device) for i, y in enumerate(out)]
+    gradients = torch.autograd.grad(out, ours, upstream)
+    expected_gradients = torch.autograd.grad(expected, exact, [g.double() for g in upstream])
+    names = [f"output {i}" for i in range(len(out))] + [f"gradient of input {i}" for i in range(len(ours))]
+    for name, x, y in zip(names, (*out, *gradients), (*expected, *expected_gradients)):
+        assert_close(x, y, name, tolerance(inputs[0].dtype) if allowed is None else allowed, least)
+
+
+def assert_close(x: Tensor, expected: Tensor, name: str, allowed: float, least: float = 0.01) -> None:
+    x, expected = x.detach().double(), expected.detach().double()
+    assert x.shape == expected.shape, name
+    if x.numel():
+        error = (x - expected).abs().max() / expected.abs().max().clamp(min=least)
+        assert error <= allowed, f"{name}: {error:.2e} of its largest element, allowed are {allowed:.2e}"  # NaN fails
+
+
+def _tuple(x) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)

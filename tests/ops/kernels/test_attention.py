@@ -1,0 +1,156 @@
+"""Attention's kernels against the fp64 reference, at shapes where tiles, documents and the end meet awkwardly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from against_reference import DOCUMENTS, compare, mask, qkv
+
+from minisobert.ops import Documents, attention_reference
+from minisobert.ops.kernels import attention as kernels
+from minisobert.ops.kernels.attention import attention
+
+DTYPES = [torch.float16, torch.float32]
+P = [0.0, 0.3]
+
+
+def check(parts, documents, dropout):
+    compare(
+        lambda *x: attention(*x, documents, dropout),
+        lambda *x: attention_reference(*x, documents, dropout),
+        parts,
+        # one key each: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
+        least=4.0 if documents.bounds.diff().max() == 1 else 0.01,
+    )
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_output_and_gradients_at_awkward_shapes(bounds, dtype, p):
+    parts, documents = qkv(bounds, 1, 64, dtype)
+    check(parts, documents, mask(p, "attention", token_offset=2_048, head_offset=3))
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [32, 96, 128])
+def test_head_widths(d, dtype, p):
+    parts, documents = qkv([0, 40, 41, 150], 2, d, dtype)
+    check(parts, documents, mask(p, "attention"))
+
+
+def test_queries_keys_and_values_may_have_strides_of_their_own():
+    (q, k, v), documents = qkv([0, 40, 150], 2, 32, torch.float32)
+    check((q, k.transpose(0, 1).contiguous().transpose(0, 1), v.contiguous()), documents, None)
+
+
+def test_offsets_beyond_31_bits():
+    """The last token lies 2.5 billion elements behind the first, as at a million tokens of a wide model."""
+    stride, tokens = 1 << 23, 300
+    memory = torch.UntypedStorage(tokens * stride * 2)  # 5 GB of addresses, of which 300 pages are touched
+    q = torch.tensor([], dtype=torch.float16).set_(memory, 0, (tokens, 1, 32), (stride, 32, 1))
+    k = q.clone().normal_(generator=torch.Generator().manual_seed(0))
+    documents = Documents.from_bounds([0, 130, tokens])
+    q.copy_(k.flip(0))
+    check((q, k, k), documents, None)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_mask_is_the_references_bit_for_bit_forward_and_backward(p):
+    """Equal scores make all probabilities 1/n; values and upstream gradients that are rows of the identity show each.
+
+    Three documents of 100 tokens, so that tiles hold parts of two.
+    """
+    n, heads, documents = 100, 2, Documents.from_bounds([0, 100, 200, 300])
+    dropout = mask(p, "attention", token_offset=4_096, head_offset=7)
+    rows, keys = dropout.row_hash(0, 3 * n), dropout.key_hash(heads, 0, 3 * n)
+    expected = dropout.keeps(rows[:, None], keys[:, None])  # (heads, T, T)
+
+    q = torch.zeros(3 * n, heads, 128, dtype=torch.float16)
+    one = torch.eye(n, 128).half().repeat(3, 1)[:, None].expand(-1, heads, -1).clone().requires_grad_()
+    out = attention(q, q, one, documents, dropout)
+    out.backward(one.detach())
+    kept = total = 0
+    for i in range(3):
+        span = slice(i * n, (i + 1) * n)
+        truth = expected[:, span, span]
+        assert torch.equal(out[span, :, :n].transpose(0, 1) != 0, truth)
+        assert torch.equal(one.grad[span, :, :n].permute(1, 2, 0) != 0, truth)
+        kept, total = kept + int((out[span] != 0).sum()), total + truth.numel()
+    bound = 4.5 * math.sqrt(p * (1 - p) / total) + 1 / 65_536  # 4.5 standard errors: one run in 150,000
+    assert abs(1 - kept / total - p) < bound
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that do not see each other: masked
+def test_scores_far_from_zero_neither_overflow_nor_vanish():
+    (q, k, v), documents = qkv([0, 70, 131], 1, 32, torch.float32)
+    compare(
+        lambda q, k, v: attention(q, k, v, documents),
+        lambda q, k, v: attention_reference(q, k, v, documents),
+        (q * 30, k * 30, v),
+        allowed=1e-3,  # scores of 5,000 are rounded by 5e-4, which is the relative error of a probability
+    )
+
+
+def test_a_token_sees_nothing_of_other_documents():
+    (q, k, v), documents = qkv([0, 50, 120, 200], 1, 32, torch.float32)
+    out = attention(q, k, v, documents)
+    others = [x.clone() for x in (q, k, v)]
+    for x in others:
+        x[50:120] = -3 * x[50:120]
+    changed = attention(*others, documents)
+    assert torch.equal(out[:50], changed[:50]) and torch.equal(out[120:], changed[120:])
+    assert not torch.equal(out[50:120], changed[50:120])
+
+
+def test_results_repeat_bit_for_bit():
+    parts, documents = qkv([0, 40, 200], 2, 64, torch.float16)
+    dropout = mask(0.1, "attention")
+
+    def run():
+        x = [part.detach().requires_grad_() for part in parts]
+        out = attention(*x, documents, dropout)
+        return out, *torch.autograd.grad(out.float().square().sum(), x)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
+    """One document of three full tiles: with `start` and `stop` as they are, the loop that masks has nothing to do.
+
+    Shown by breaking it: bounds that would hide every key change nothing, since nobody looks at them.
+    """
+    (q, k, v), documents = qkv([0, 192], 1, 64, torch.float16)
+    expected = attention(q, k, v, documents)
+    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens: (rows, rows))
+    assert torch.equal(attention(q, k, v, documents), expected)
+    partial, documents = qkv([0, 190], 1, 64, torch.float16)
+    assert not torch.equal(attention(*partial, documents), attention_reference(*partial, documents))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: (q.double(), q.double(), q.double()), "q is torch.float64; the kernels take torch.bfloat16"),
+        (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on one device"),
+        (lambda q: (q, q.transpose(1, 2).contiguous().transpose(1, 2), q), r"k has the strides .* the last must be 1"),
+        (lambda q: (q[..., :80],) * 3, "the head width is 80; the kernels take 32, 64, 96, 128"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_launch(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(torch.zeros(10, 2, 96)), Documents.from_bounds([0, 10]))
+
+
+def test_wrong_documents_and_dropout_are_refused():
+    q = torch.zeros(10, 2, 32)
+    with pytest.raises(ValueError, match=r"documents.start is on meta, q on cpu"):
+        attention(q, q, q, Documents.from_bounds([0, 10], device="meta"))
+    step = mask(0.1, "attention")
+    with pytest.raises(ValueError, match=r"dropout.keys is \(1,\) torch.int32; dropout.at\(layer, site\) holds one"):
+        attention(q, q, q, Documents.from_bounds([0, 10]), type(step)(0.1, step.keys[None]))
+    with pytest.raises(ValueError, match=r"dropout is 1\.5; it must be at least 0 and less than 1"):
+        type(step)(1.5, step.keys)

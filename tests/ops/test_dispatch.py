@@ -1,0 +1,60 @@
+"""CUDA tensors take the kernels, all others the references; the model does not notice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minisobert import ops
+from minisobert.config import ModelConfig
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, Dropout, dispatch
+from minisobert.training.optimizer import Optimizer
+
+REFERENCES = [getattr(ops, name) for name in ops.__all__ if name.endswith("_reference")]
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.__name__)
+def test_every_operation_has_a_kernel_that_cuda_tensors_take(reference, monkeypatch):
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    kernel = dispatch.implementation(reference, on_gpu)
+    assert kernel.__module__.startswith("minisobert.ops.kernels.")
+    assert kernel.__name__ + "_reference" == reference.__name__
+    assert dispatch.implementation(reference, on_cpu) is reference
+    monkeypatch.setattr(dispatch, "HAVE_TRITON", False)  # as on Windows
+    assert dispatch.implementation(reference, on_gpu) is reference
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_model_learns_the_same_with_kernels_as_with_references(p, monkeypatch):
+    """Two steps of a whole model in fp32: loss, gradients and weights."""
+    config = ModelConfig(layers=2, hidden=128, heads=2, ffn=256, vocabulary=384, positions=128)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, 384, (150,), generator=generator)
+    documents = Documents.from_bounds([0, 50, 51, 150])
+    positions = torch.cat([torch.arange(n) for n in documents.bounds.diff().tolist()])
+    masked = torch.arange(0, 150, 7)
+
+    def train() -> list[torch.Tensor]:
+        model = MaskedLM(config).initialise(0)
+        optimizer = Optimizer(model, torch.float32, (0.9, 0.999), 0.01)
+        seen = []
+        for step in range(2):
+            dropout = Dropout.for_step(p, 1, step, config.layers)
+            dropout = dropout and replace(dropout, token_offset=4_096)
+            loss = ops.cross_entropy(model(tokens, positions, documents, masked, dropout), tokens[masked]).sum()
+            loss.backward()
+            seen += [loss.detach(), optimizer.gradient.clone()]
+            optimizer.step(1e-4, len(masked), 1.0)
+        return seen
+
+    with_references = train()
+    asked = []
+    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: asked.append(x) or True)
+    with_kernels = train()
+    assert len(asked) >= 2 * (1 + 2 * 4 + 2)  # per step: drop, four operations a block, GELU and loss of the head
+    for ours, expected in zip(with_kernels, with_references):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
