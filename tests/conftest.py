@@ -1,4 +1,4 @@
-"""A small corpus that the tests share, made once by data.prepare."""
+"""What tests share: a small corpus, made once by data.prepare, and memory in which unwritten results show."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def corpus(tmp_path_factory) -> Shards:
     (folder / "toy.jsonl").write_text(lines)
     prepare([folder / "toy.jsonl"], folder / "shards", vocab_size=400, workers=1)
     return open_shards(folder / "shards")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty and empty_like filled with what no result may contain: NaN, or the largest integer."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def poison(*args, make=make, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        monkeypatch.setattr(torch, name, poison)

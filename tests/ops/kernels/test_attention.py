@@ -12,6 +12,7 @@ from minisobert.ops import Documents, attention_reference
 from minisobert.ops.kernels import attention as kernels
 from minisobert.ops.kernels.attention import attention
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float16, torch.float32]
 P = [0.0, 0.3]
 

@@ -15,7 +15,10 @@ from minisobert.ops.kernels.bias_gelu import bias_gelu
 from minisobert.ops.kernels.cross_entropy import cross_entropy
 from minisobert.ops.kernels.dropout import drop
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # sigmoid(-large) is 1 / inf
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # sigmoid(-large) is 1 / inf
+]
 DTYPES = [torch.float16, torch.float32]
 
 

@@ -1,0 +1,205 @@
+"""Every kernel on a real GPU against the fp64 reference there: bf16, fp16 and fp32, real sizes, repeats, no waiting.
+
+`make gpu` runs these first, `make gpu-sanitize` under compute-sanitizer, those marked slow left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from against_reference import DOCUMENTS, assert_close, compare, mask, qkv, random, tolerance
+
+from minisobert import ops
+from minisobert.config import ModelConfig
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, drop
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+P = [0.0, 0.1]
+POSTS = [0, 1, 130, 700, 2_048, 2_049, 3_000, 4_096]
+
+
+def check_attention(bounds: list[int], heads: int, d: int, dtype: torch.dtype, p: float) -> None:
+    parts, documents = qkv(bounds, heads, d, dtype, "cuda")
+    dropout = mask(p, "attention", "cuda", token_offset=2_048, head_offset=3)
+    compare(
+        lambda *x: attention(*x, documents, dropout),
+        lambda *x: ops.attention_reference(*x, documents, dropout),
+        parts,
+        # one key each: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
+        least=4.0 if documents.bounds.diff().max() == 1 else 0.01,
+    )
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+def test_attention(d, dtype, p):
+    check_attention(POSTS, 3, d, dtype, p)
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_attention_at_awkward_shapes(bounds, p):
+    check_attention(bounds, 2, 64, torch.bfloat16, p)
+
+
+def test_attention_over_a_million_tokens():
+    """Views of a qkv of 2.4 billion elements: offsets pass 31 bits. Its last documents are compared, by themselves."""
+    tokens, heads, d = 1_048_581, 12, 64
+    lengths = [1_000] * 1_048 + [1, 580]
+    documents = Documents.from_bounds([0, *torch.tensor(lengths).cumsum(0).tolist()], "cuda")
+    qkv = torch.randn(tokens, heads, 3, d, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    dropout = mask(0.1, "attention", "cuda")
+    out = attention(*qkv.unbind(2), documents, dropout)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+
+    first = tokens - 2_581  # three documents from here on
+    exact = qkv.detach()[first:].double().requires_grad_()
+    last = Documents.from_bounds([0, 1_000, 2_000, 2_001, 2_581])
+    expected = ops.attention_reference(*exact.unbind(2), last, replace(dropout, token_offset=first))
+    expected.backward(upstream[first:].double())
+    assert_close(out[first:], expected, "output", tolerance(torch.bfloat16))
+    for i, name in enumerate(("q", "k", "v")):
+        assert_close(qkv.grad[first:, :, i], exact.grad[:, :, i], f"gradient of {name}", tolerance(torch.bfloat16))
+
+
+def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
+    shapes = (tokens, width), (width,), (tokens, width), (width,), (width,)
+    return tuple(random(*shape, dtype=dtype, seed=i, device="cuda") for i, shape in enumerate(shapes))
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [128, 192, 512, 768, 1_536, 3_000, 8_192])
+def test_add_norm(width, dtype, p):
+    dropout = mask(p, "ffn_output", "cuda", token_offset=2_048)
+    compare(
+        lambda *x: add_norm(*x, 1e-5, dropout),
+        lambda *x: ops.add_norm_reference(*x, 1e-5, dropout),
+        norm_inputs(4_099, width, dtype),
+    )
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_gelu(dtype, form):
+    inputs = random(4_099, 3_072, dtype=dtype, scale=3.0, device="cuda"), random(3_072, dtype=dtype, device="cuda")
+    compare(lambda x, b: bias_gelu(x, b, form), lambda x, b: ops.bias_gelu_reference(x, b, form), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 128), (1_001, 50_048), (77, 5_003)])
+def test_cross_entropy(rows, vocabulary, dtype):
+    targets = (torch.arange(rows, device="cuda") * 7_919) % vocabulary
+    logits = random(rows, vocabulary, dtype=dtype, scale=3.0, device="cuda")
+    compare(lambda x: cross_entropy(x * 1, targets), lambda x: ops.cross_entropy_reference(x, targets), (logits,))
+
+
+@pytest.mark.slow
+def test_cross_entropy_of_more_than_two_billion_logits():
+    rows, vocabulary = 43_000, 50_048
+    logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,), device="cuda")
+    loss = cross_entropy(logits * 1, targets)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    exact = logits.detach()[-50:].double().requires_grad_()
+    expected = ops.cross_entropy_reference(exact, targets[-50:])
+    assert_close(loss[-50:], expected, "loss", tolerance(torch.float32))
+    assert_close(gradient[-50:], torch.autograd.grad(expected.sum(), exact)[0], "gradient", tolerance(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drop(dtype):
+    x, dropout = random(4_099, 768, dtype=dtype, device="cuda"), mask(0.3, "embedding", "cuda", token_offset=99)
+    compare(lambda x: drop(x, dropout), lambda x: ops.drop_reference(x, dropout), (x,))
+
+
+def test_masks_are_those_of_a_cpu_bit_for_bit():
+    on_cpu = mask(0.1, "attention", token_offset=4_096, head_offset=7)
+    on_gpu = replace(on_cpu, keys=on_cpu.keys.cuda())
+    n, heads = 100, 2
+    rows, keys = on_cpu.row_hash(0, n), on_cpu.key_hash(heads, 0, n)
+    expected = on_cpu.keeps(rows[:, None], keys[:, None])
+    q = torch.zeros(n, heads, 128, dtype=torch.bfloat16, device="cuda")
+    one = torch.eye(n, 128, dtype=q.dtype, device="cuda")[:, None].expand(-1, heads, -1).clone().requires_grad_()
+    out = attention(q, q, one, Documents.from_bounds([0, n], "cuda"), on_gpu)
+    out.backward(one.detach())
+    assert torch.equal((out[..., :n].transpose(0, 1) != 0).cpu(), expected)
+    assert torch.equal((one.grad[..., :n].permute(1, 2, 0) != 0).cpu(), expected)
+
+    on_cpu = mask(0.1, "ffn_output", token_offset=4_096)
+    on_gpu = replace(on_cpu, keys=on_cpu.keys.cuda())
+    expected = on_cpu.keeps(on_cpu.row_hash(0, n)[:, None], on_cpu.column_hash(0, 768))
+    ones, zeros = torch.ones(n, 768, device="cuda"), torch.zeros(768, device="cuda")
+    assert torch.equal((drop(ones, on_gpu) != 0).cpu(), expected)
+    residual, _ = add_norm(ones, zeros, torch.zeros_like(ones), zeros, zeros, 1e-5, on_gpu)
+    assert torch.equal((residual != 0).cpu(), expected)
+
+
+def all_operations(dtype: torch.dtype):
+    """A function that runs each forward and backward, on 4,096 tokens of 768, and returns all that came out."""
+    (q, k, v), documents = qkv(POSTS, 12, 64, dtype, "cuda")
+    inputs = [q, k, v, *norm_inputs(4_096, 768, dtype), random(600, 5_003, dtype=dtype, device="cuda")]
+    targets = torch.arange(600, device="cuda")
+    dropouts = [mask(0.1, site, "cuda") for site in ("attention", "ffn_output", "embedding")]
+
+    def run():
+        q, k, v, x, b, r, w, c, logits = leaves = [x.detach().requires_grad_() for x in inputs]
+        context = attention(q, k, v, documents, dropouts[0])
+        residual, normal = add_norm(x, b, r, w, c, 1e-5, dropouts[1])
+        results = [context, residual, bias_gelu(normal, b), drop(x, dropouts[2]), cross_entropy(logits * 1, targets)]
+        return [*results, *torch.autograd.grad([y.float().square().sum() for y in results], leaves)]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ten_repeats_are_bitwise_equal(dtype):
+    run = all_operations(dtype)
+    first = run()
+    for _ in range(10):
+        assert all(torch.equal(x, y) for x, y in zip(run(), first))
+
+
+def test_no_operation_waits_for_the_device():
+    run = all_operations(torch.bfloat16)
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_learns_on_a_gpu_what_it_learns_on_a_cpu(dtype):
+    """Loss and gradient of a step with dropout; in half precision beside the same model in fp32."""
+    config = ModelConfig(layers=4, hidden=256, heads=4, ffn=1_024, vocabulary=8_064, positions=2_048)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, 8_064, (4_096,), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in torch.tensor(POSTS).diff().tolist()])
+    masked = torch.arange(0, 4_096, 7)
+
+    def step(device: str, dtype: torch.dtype):
+        model = MaskedLM(config).initialise(0).to(device, dtype)
+        documents = Documents.from_bounds(POSTS, device)
+        dropout = Dropout.for_step(0.1, seed=1, step=0, layers=config.layers, device=device)
+        logits = model(tokens.to(device), positions.to(device), documents, masked.to(device), dropout)
+        loss = cross_entropy(logits, tokens[masked].to(device)).mean()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
+
+    loss, gradient = step("cuda", dtype)
+    expected_loss, expected = step("cpu", torch.float32)
+    # weights of 0.02 rounded to bf16 change every activation by about its eps; they add up like random numbers
+    allowed = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    assert loss == pytest.approx(expected_loss, rel=allowed / 10)
+    assert (gradient - expected).norm() <= allowed * expected.norm()
