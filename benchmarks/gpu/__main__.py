@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -119,7 +120,9 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> Iterator[Measuremen
 def run_tests(log: Path, left: Callable[[], float]) -> dict:
     """tests/gpu in a process of its own; its output is kept in log."""
     with log.open("w") as file:
-        command = [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--durations=10"]
+        # compiling takes most of the time, a core for each process
+        at_once = ["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else []
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--durations=10", *at_once]
         try:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             code = subprocess.run(

@@ -93,7 +93,8 @@ def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, r
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides.
+    """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides
+    (but on a GPU the last is 1).
 
     dropout drops elements of the probabilities, by (query token, head, key token). Raises ValueError on other shapes.
     """

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device, options
@@ -25,7 +26,7 @@ WIDTHS = range(128, 8_192 + 1)
 # padded width: (rows of a tile, warps). 16 elements a thread: two loads of 16 bytes from each input.
 # Tuned on no GPU yet.
 TILES = {
-    128: (16, 4), 256: (8, 4), 512: (4, 4), 1_024: (2, 4), 2_048: (2, 8), 4_096: (1, 8), 8_192: (1, 16),
+    128: (16, 4), 256: (4, 2), 512: (4, 4), 1_024: (2, 4), 2_048: (2, 8), 4_096: (1, 8), 8_192: (1, 16),
 }  # fmt: skip
 WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into registers: torch makes that of bias
 # Of the backward's programs, per multiprocessor: as many as its registers hold. Each writes 12 bytes per feature.
@@ -132,6 +133,7 @@ class _AddNorm(torch.autograd.Function):
         return new_residual, normal
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_new_residual: Tensor | None, d_normal: Tensor | None):
         new_residual, weight, mean, rstd = ctx.saved_tensors
         tokens, width = new_residual.shape

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minisobert.ops.dropout import MAX_TOKENS, Dropout
 from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
@@ -339,6 +340,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do: Tensor):
         q, k, v, out, lse, start, stop, rows, keys = ctx.saved_tensors
         tokens, heads, d = q.shape

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device, options
 
@@ -79,6 +80,7 @@ class _BiasGelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, bias = ctx.saved_tensors
         (tokens, width), (rows, columns, warps) = x.shape, TILE

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
@@ -86,6 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
         return lse - target_logit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_loss: Tensor):
         logits, targets, lse = ctx.saved_tensors
         return gradient_(logits.detach(), targets, lse, d_loss), None

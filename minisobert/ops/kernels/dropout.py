@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
@@ -91,6 +92,7 @@ class _Drop(torch.autograd.Function):
         return _launch(x, dropout)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         return _launch(grad.contiguous(), ctx.dropout), None
 

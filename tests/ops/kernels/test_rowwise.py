@@ -199,3 +199,10 @@ X, B, N = torch.zeros(4, 256), torch.zeros(256), torch.zeros(4, 64)
 def test_wrong_arguments_are_refused_before_any_launch(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    x = random(3, 64, dtype=torch.float32).requires_grad_()
+    (slope,) = torch.autograd.grad(bias_gelu(x, torch.zeros(64)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        slope.sum().backward()

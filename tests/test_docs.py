@@ -1,0 +1,47 @@
+"""The derivations in docs/ end in a few lines of Python: they give what autograd gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def code(page: str) -> dict:
+    """The names that the page's Python defines."""
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S):
+        exec(block, names)
+    return names
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+def check(ours, theirs) -> None:
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_attention():
+    q, k, v, do = (random(11, 8, seed=seed) for seed in range(4))
+    keep = (random(11, 11, seed=5) > -0.5).double()
+    p = 0.3
+    out = (torch.softmax(q @ k.T / 8**0.5, -1) * keep / (1 - p)) @ v
+    expected = torch.autograd.grad(out, (q, k, v), do)
+    o, dq, dk, dv = code("attention.md")["attention_backward"](q, k, v, keep, p, do)
+    check((o, dq, dk, dv), (out, *expected))
+
+
+def test_layer_norm():
+    branch, r, dr_new, dn = (random(7, 12, seed=seed) for seed in range(4))
+    bias, weight, norm_bias = (random(12, seed=seed) for seed in range(4, 7))
+    keep, p, eps = (random(7, 12, seed=8) > -0.5).double(), 0.3, 1e-5
+    r_new = r + (branch + bias) * keep / (1 - p)
+    normal = torch.nn.functional.layer_norm(r_new, (12,), weight, norm_bias, eps)
+    expected = torch.autograd.grad((r_new, normal), (branch, bias, r, weight, norm_bias), (dr_new, dn))
+    check(code("layer_norm.md")["add_norm_backward"](r_new, weight, keep, p, eps, dr_new, dn), expected)
