@@ -92,7 +92,13 @@ def test_add_norm(width, dtype, p):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_gelu(dtype, form):
     inputs = random(4_099, 3_072, dtype=dtype, scale=3.0, device="cuda"), random(3_072, dtype=dtype, device="cuda")
-    compare(lambda x, b: bias_gelu(x, b, form), lambda x, b: ops.bias_gelu_reference(x, b, form), inputs)
+    compare(
+        lambda x, b: bias_gelu(x, b, form),
+        lambda x, b: ops.bias_gelu_reference(x, b, form),
+        inputs,
+        # what stands in the exponent is up to 100 and rounded; exp2 and division are the chip's fast ones
+        allowed=max(tolerance(dtype), 5e-6),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,13 +199,14 @@ def test_a_model_learns_on_a_gpu_what_it_learns_on_a_cpu(dtype):
         documents = Documents.from_bounds(POSTS, device)
         dropout = Dropout.for_step(0.1, seed=1, step=0, layers=config.layers, device=device)
         logits = model(tokens.to(device), positions.to(device), documents, masked.to(device), dropout)
-        loss = cross_entropy(logits, tokens[masked].to(device)).mean()
+        loss = cross_entropy(logits, tokens[masked].to(device)).sum()  # a mean's gradients would vanish in fp16
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
 
     loss, gradient = step("cuda", dtype)
     expected_loss, expected = step("cpu", torch.float32)
-    # weights of 0.02 rounded to bf16 change every activation by about its eps; they add up like random numbers
-    allowed = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    # weights of 0.02 rounded to bf16 change every activation by about its eps; they add up like random numbers.
+    # fp32: sums of thousands in another order
+    allowed = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     assert loss == pytest.approx(expected_loss, rel=allowed / 10)
     assert (gradient - expected).norm() <= allowed * expected.norm()

@@ -153,14 +153,12 @@ def _forward(
     total = tl.zeros([QUERIES], tl.float32)
     # below all scores, but finite: where a query sees nothing in the first tiles, -inf - -inf would be NaN
     peak = tl.full([QUERIES], -1e38, tl.float32)
-    acc, total, peak = _attend(
-        acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hashes, lo, full, k_t, v_t, scale,
-        D, BLOCK_D, KEYS, False, THRESHOLD, PRECISION,
-    )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hashes, full, hi, k_t, v_t, scale,
-        D, BLOCK_D, KEYS, True, THRESHOLD, PRECISION,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        acc, total, peak = _attend(
+            acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hashes,
+            full if masked else lo, hi if masked else full, k_t, v_t, scale,
+            D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
+        )  # fmt: skip
     total = tl.where(queries < tokens, total, 1.0)
     acc *= (rescale / total)[:, None]
     _store(out + head * out_h, acc, first, tokens, out_t, QUERIES, D, BLOCK_D)
@@ -228,14 +226,12 @@ def _query_gradient(
         row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0))
         key_hashes += head * tokens
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    acc = _visit_keys(
-        acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hashes, lo, full,
-        k_t, v_t, scale, D, BLOCK_D, KEYS, False, THRESHOLD, PRECISION,
-    )  # fmt: skip
-    acc = _visit_keys(
-        acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hashes, full, hi,
-        k_t, v_t, scale, D, BLOCK_D, KEYS, True, THRESHOLD, PRECISION,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        acc = _visit_keys(
+            acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hashes,
+            full if masked else lo, hi if masked else full, k_t, v_t, scale,
+            D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
+        )  # fmt: skip
     _store(dq + head * out_h, acc * factor, first, tokens, out_t, QUERIES, D, BLOCK_D)
 
 
@@ -291,14 +287,12 @@ def _key_gradient(
     if THRESHOLD:
         column = _uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0))
     dk_n, dv_n = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dk_n, dv_n = _visit_queries(
-        dk_n, dv_n, kn, vn, begin, end, column, q, do, lse, delta, row_hashes, lo, full, q_t, out_t, scale,
-        D, BLOCK_D, QUERIES, False, THRESHOLD, PRECISION,
-    )  # fmt: skip
-    dk_n, dv_n = _visit_queries(
-        dk_n, dv_n, kn, vn, begin, end, column, q, do, lse, delta, row_hashes, full, hi, q_t, out_t, scale,
-        D, BLOCK_D, QUERIES, True, THRESHOLD, PRECISION,
-    )  # fmt: skip
+    for masked in tl.static_range(2):
+        dk_n, dv_n = _visit_queries(
+            dk_n, dv_n, kn, vn, begin, end, column, q, do, lse, delta, row_hashes,
+            full if masked else lo, hi if masked else full, q_t, out_t, scale,
+            D, BLOCK_D, QUERIES, masked, THRESHOLD, PRECISION,
+        )  # fmt: skip
     _store(dk + head * out_h, dk_n * factor, first, tokens, out_t, KEYS, D, BLOCK_D)
     _store(dv + head * out_h, dv_n * rescale, first, tokens, out_t, KEYS, D, BLOCK_D)
 
