@@ -44,7 +44,7 @@ def by_their_names(model: MaskedLM, get: Callable[[Tensor], Tensor]) -> dict[str
         "bert.embeddings.word_embeddings.weight": get(encoder.embeddings.word.weight),
         "bert.embeddings.position_embeddings.weight": get(encoder.embeddings.position.weight),
         "bert.embeddings.token_type_embeddings.weight": get(encoder.embeddings.token_type.weight),
-        "cls.predictions.bias": get(head.bias),
+        "cls.predictions.bias": get(head.decoder.bias),
     }
     modules = {
         "bert.encoder.ln": encoder.final_norm,

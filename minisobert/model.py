@@ -99,20 +99,31 @@ class Encoder(nn.Module):
         return normal
 
 
+class Decoder(nn.Module):
+    """Logits: how much a state is like each word embedding, plus a bias."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        return F.linear(x, word_embeddings, self.bias)
+
+
 class MaskedLMHead(nn.Module):
-    """Dense → GELU → layer norm → the word embeddings again, plus a bias. Meant for the masked rows alone."""
+    """Dense → GELU → layer norm → decoder. Meant for the masked rows alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gelu = config.gelu
         self.dense = Linear(config.hidden, config.hidden)
         self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocabulary))
+        self.decoder = Decoder(config.vocabulary)
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """hidden: (M, h), word_embeddings: (V, h). Returns logits (M, V)."""
         x = self.norm(bias_gelu(self.dense(hidden), self.dense.bias, self.gelu))
-        return F.linear(x, word_embeddings, self.bias)
+        return self.decoder(x, word_embeddings)
 
 
 class MaskedLM(nn.Module):

@@ -3,7 +3,14 @@
 from minisobert.ops.add_norm import add_norm, add_norm_reference
 from minisobert.ops.attention import Documents, attention, attention_reference
 from minisobert.ops.bias_gelu import bias_gelu, bias_gelu_reference
-from minisobert.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from minisobert.ops.cross_entropy import (
+    cross_entropy,
+    cross_entropy_gradient,
+    cross_entropy_gradient_reference,
+    cross_entropy_parts,
+    cross_entropy_parts_reference,
+    cross_entropy_reference,
+)
 from minisobert.ops.dropout import Dropout, drop, drop_reference
 
 __all__ = [
@@ -16,6 +23,10 @@ __all__ = [
     "bias_gelu",
     "bias_gelu_reference",
     "cross_entropy",
+    "cross_entropy_gradient",
+    "cross_entropy_gradient_reference",
+    "cross_entropy_parts",
+    "cross_entropy_parts_reference",
     "cross_entropy_reference",
     "drop",
     "drop_reference",

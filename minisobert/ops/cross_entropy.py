@@ -2,7 +2,11 @@
 
     loss = log Σ_j exp(z_j) - z_t                   dz_j = (softmax(z)_j - [j = t]) · dloss
 
-Dimensions: M masked tokens, V vocabulary.
+Where the vocabulary is split over ranks, each has n columns of z, and the loss is made of three numbers of each slice,
+max z, z_t (0 where t is in another slice) and Σ exp(z - max z), which are reduced over the slices. For that there are
+`cross_entropy_parts` and `cross_entropy_gradient`, which know of no other slice; `parallel/tensor.py` joins them.
+
+Dimensions: M masked tokens, V vocabulary, n columns of a slice.
 """
 
 from __future__ import annotations
@@ -20,6 +24,25 @@ def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def cross_entropy_parts_reference(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.float()
+    column = targets - first
+    here = (column >= 0) & (column < logits.shape[1])
+    target = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    maximum = logits.amax(1)
+    return maximum, target.where(here, 0), (logits - maximum[:, None]).exp().sum(1)
+
+
+def cross_entropy_gradient_reference(
+    logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0
+) -> Tensor:
+    p = (logits.float() - lse[:, None]).exp()
+    column = targets - first
+    here = ((column >= 0) & (column < logits.shape[1])).nonzero()[:, 0]
+    p[here, column[here]] -= 1
+    return (p * d_loss[:, None]).to(logits.dtype)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits: (M, V), targets: (M,) int64 in [0, V). Returns (M,) losses in nats, in fp32 (fp64 for fp64). M may be 0.
 
@@ -31,3 +54,17 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype}; it must be torch.int64")
     return implementation(cross_entropy_reference, logits)(logits, targets)
+
+
+def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row max z, z_t and Σ exp(z - max z), (M,) fp32 each; no gradient.
+
+    logits: (M, n), the columns [first, first + n) of the vocabulary; targets: (M,) int64. z_t is 0 where the target is
+    not among the columns.
+    """
+    return implementation(cross_entropy_parts_reference, logits)(logits, targets, first)
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0) -> Tensor:
+    """(softmax - onehot) d_loss, (M, n), on a GPU in the memory of logits. lse: (M,), log Σ exp(z) of whole rows."""
+    return implementation(cross_entropy_gradient_reference, logits)(logits, targets, lse, d_loss, first)

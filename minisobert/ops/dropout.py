@@ -33,12 +33,14 @@ class Dropout:
     p: probability in [0, 1).
     keys: (layers, sites) int32 on the device, the bits of unsigned keys, made once per step; () for one site.
     token_offset: index in the global batch of the first token at hand. head_offset: likewise of the first head.
+    row_offset: what to add for hidden states, where a rank has some tokens of them and all tokens in attention.
     """
 
     p: float
     keys: Tensor
     token_offset: int = 0
     head_offset: int = 0
+    row_offset: int = 0
 
     def __post_init__(self):
         if not 0 <= self.p < 1:
@@ -52,7 +54,8 @@ class Dropout:
         return dropout if dropout.threshold else None
 
     def at(self, layer: int, site: str) -> Dropout:
-        return replace(self, keys=self.keys[layer, SITES.index(site)])
+        token_offset = self.token_offset + (self.row_offset if site != "attention" else 0)
+        return replace(self, keys=self.keys[layer, SITES.index(site)], token_offset=token_offset)
 
     @property
     def threshold(self) -> int:

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, drop
+from minisobert.ops import (
+    Documents,
+    Dropout,
+    add_norm,
+    attention,
+    bias_gelu,
+    cross_entropy,
+    cross_entropy_gradient,
+    cross_entropy_parts,
+    drop,
+)
 
 
 def random(*shape, seed=0):
@@ -121,3 +131,20 @@ def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match=r"dropout is 1\.0; it must be at least 0 and less than 1"):
         Dropout.for_step(1.0, seed=0, step=0, layers=1)
     assert drop(x, None) is x
+
+
+def test_parts_of_slices_of_the_vocabulary_are_those_of_the_formula():
+    logits, targets = random(5, 30, seed=3).detach().float() * 4, torch.tensor([0, 9, 10, 29, 12])
+    lse, upstream = logits.logsumexp(1), torch.arange(5.0)
+    exact = logits.double().requires_grad_()
+    cross_entropy(exact, targets).backward(upstream.double())
+    for first, n in ((0, 10), (10, 20)):
+        part = logits[:, first : first + n]
+        maximum, target, total = cross_entropy_parts(part, targets, first)
+        here = (targets >= first) & (targets < first + n)
+        assert torch.equal(maximum, part.amax(1))
+        assert torch.equal(target[here], logits.gather(1, targets[:, None])[here, 0])
+        assert (target[~here] == 0).all()
+        torch.testing.assert_close(maximum + total.log(), part.logsumexp(1))
+        gradient = cross_entropy_gradient(part, targets, lse, upstream, first)
+        torch.testing.assert_close(gradient.double(), exact.grad[:, first : first + n], rtol=0, atol=1e-5)

@@ -53,11 +53,8 @@ def _gradient(logits, targets, lse, d_loss, first, WIDTH: tl.constexpr, COLUMNS:
         tl.store(z + column, p.to(logits.dtype.element_ty), column < WIDTH)
 
 
-def parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row max z, z[target] and Σ exp(z - max z), (M,) fp32 each.
-
-    logits: (M, n), the columns [first, first + n) of the vocabulary. z[target] is 0 where the target is not among them.
-    """
+def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.cross_entropy_parts`; logits contiguous."""
     rows, width = logits.shape
     maximum, target_logit, total = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     columns, warps = TILE
@@ -67,8 +64,8 @@ def parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tens
     return maximum, target_logit, total
 
 
-def gradient_(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0) -> Tensor:
-    """Overwrites logits (M, n) with (softmax - onehot) d_loss. lse: log Σ exp(z) of the whole rows, (M,) fp32."""
+def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0) -> Tensor:
+    """As `ops.cross_entropy_gradient`; logits contiguous, and overwritten."""
     rows, width = logits.shape
     columns, warps = TILE
     with on_device(logits):
@@ -81,7 +78,7 @@ def gradient_(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, firs
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        maximum, target_logit, total = parts(logits, targets)
+        maximum, target_logit, total = cross_entropy_parts(logits, targets)
         lse = maximum + total.log()
         ctx.save_for_backward(logits, targets, lse)
         return lse - target_logit
@@ -90,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_loss: Tensor):
         logits, targets, lse = ctx.saved_tensors
-        return gradient_(logits.detach(), targets, lse, d_loss), None
+        return cross_entropy_gradient(logits.detach(), targets, lse, d_loss), None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_parts_of_two_slices_of_the_vocabulary_make_the_whole_loss():
     targets = torch.tensor([0, 349, 350, 999, 5])
     whole = random(5, 1_000, dtype=torch.float32, scale=4.0)
     slices = [(0, whole[:, :350].contiguous()), (350, whole[:, 350:].contiguous())]
-    parts = [losses.parts(logits, targets, first) for first, logits in slices]
+    parts = [losses.cross_entropy_parts(logits, targets, first) for first, logits in slices]
     maximum = torch.stack([m for m, _, _ in parts]).amax(0)
     target_logit = sum(t for _, t, _ in parts)
     total = sum(s * (m - maximum).exp() for m, _, s in parts)
@@ -119,7 +119,7 @@ def test_parts_of_two_slices_of_the_vocabulary_make_the_whole_loss():
     assert_close(lse - target_logit, expected, "loss", tolerance(torch.float32))
     upstream = random(5, dtype=torch.float32, seed=1)
     expected.backward(upstream.double())
-    ours = torch.cat([losses.gradient_(logits, targets, lse, upstream, first) for first, logits in slices], 1)
+    ours = torch.cat([losses.cross_entropy_gradient(z, targets, lse, upstream, first) for first, z in slices], 1)
     assert_close(ours, exact.grad, "gradient", tolerance(torch.float32))
 
 
