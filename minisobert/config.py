@@ -30,7 +30,7 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden % self.heads:
             divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
-            choices = _words(nearest(divisors, self.heads))
+            choices = words(nearest(divisors, self.heads))
             raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads; choose {choices}")
 
     @property
@@ -79,6 +79,11 @@ class TrainConfig:
     beta1: float = option(0.9, "Adam's, for the mean of the gradients")
     beta2: float = option(0.999, "Adam's, for the mean of their squares")
     clip: float = option(1.0, "largest norm of the gradient of one step")
+    tensor_parallel: int = option(1, "processes that share one model, neighbours in rank", free=True)
+    sequence_parallel: bool = option(
+        False, "split layer norms and dropout over those processes too, by tokens", free=True
+    )
+    recompute: bool = option(False, "keep the input of each block alone and compute it again in the backward", free=True)
     precision: str = option(
         "auto", "of weights and activations; masters are fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
     )
@@ -93,7 +98,8 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {
             "train_tokens": 1, "tokens_per_batch": 1, "micro_batch_rows": 1, "eval_every_tokens": 1, "eval_rows": 1,
-            "checkpoint_every_tokens": 1, "keep_checkpoints": 1, "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+            "checkpoint_every_tokens": 1, "keep_checkpoints": 1, "tensor_parallel": 1,
+            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -108,7 +114,7 @@ class TrainConfig:
             raise ValueError(f"--final-learning-rate-fraction is {fraction}; it must be from 0 to 1")
         for f in dataclasses.fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise ValueError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose {_words(f.metadata['choices'])}")
+                raise ValueError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose {words(f.metadata['choices'])}")
 
     def model(self, vocab_size: int) -> ModelConfig:
         """The preset's model for a tokenizer of vocab_size pieces."""
@@ -119,11 +125,11 @@ class TrainConfig:
         per_pass = self.micro_batch_rows * row_tokens * data_parallel
         if self.tokens_per_batch % per_pass:
             below = self.tokens_per_batch // per_pass * per_pass
-            choices = f"--tokens-per-batch {_words([f'{n:,}' for n in (below, below + per_pass) if n])}"
+            choices = f"--tokens-per-batch {words([f'{n:,}' for n in (below, below + per_pass) if n])}"
             rows, rest = divmod(self.tokens_per_batch, row_tokens * data_parallel)
             if rows and not rest:
                 divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-                choices += f", or --micro-batch-rows {_words(nearest(divisors, self.micro_batch_rows))}"
+                choices += f", or --micro-batch-rows {words(nearest(divisors, self.micro_batch_rows))}"
             raise ValueError(
                 f"tokens_per_batch = micro_batch_rows × row × data_parallel × accumulation does not come out even: "
                 f"{self.tokens_per_batch:,} = {self.micro_batch_rows} × {row_tokens:,} × {data_parallel} × "
@@ -149,9 +155,10 @@ def nearest(values: list[int], wanted: int) -> list[int]:
     return sorted(sorted(values, key=lambda n: abs(n - wanted))[:3])
 
 
-def _words(values) -> str:
+def words(values, joint: str = "or") -> str:
+    """`1, 2 or 4`."""
     values = [str(value) for value in values]
-    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} {joint} {values[-1]}"
 
 
 def flag(name: str) -> str:

@@ -15,12 +15,13 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from minisobert.config import TrainConfig
+from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.loader import MicroBatch, Rows, load, spans
 from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.model import MaskedLM
-from minisobert.ops import Dropout, cross_entropy
+from minisobert.ops import Dropout
 from minisobert.parallel.mesh import Mesh
+from minisobert.parallel.tensor import cross_entropy, guessed
 from minisobert.training import meter
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress, Run
@@ -43,16 +44,16 @@ def train_step(
     masked = real_tokens = pairs = 0
     for batch in batches:
         offset = (batch.first_row - first_row) * ROW_TOKENS
-        here = dropout and dataclasses.replace(dropout, token_offset=offset)
+        here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
         logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, here)
-        loss = cross_entropy(logits, batch.targets).sum()
+        loss = cross_entropy(logits, batch.targets, mesh).sum()
         loss.backward()
         loss_sum += loss.detach()
         masked, real_tokens, pairs = masked + len(batch.targets), real_tokens + batch.real_tokens, pairs + batch.pairs
 
     counts = torch.tensor([masked, real_tokens, pairs], dtype=torch.float64, device=device)
-    sums = mesh.all_reduce(torch.cat([loss_sum[None], counts]))
-    mesh.all_reduce(optimizer.gradient)
+    sums = mesh.sum_over_data(torch.cat([loss_sum[None], counts]))
+    mesh.sum_over_data(optimizer.gradient)
     loss, masked, real_tokens, pairs = sums.tolist()
     masked = max(masked, 1)  # nothing to guess in a whole batch: loss and gradient are 0
 
@@ -71,18 +72,28 @@ def train_step(
     return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops}
 
 
+def place(dropout: Dropout, offset: int, tokens: int, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Dropout:
+    """dropout for what this rank has of a micro-batch whose first token has the index `offset` in the global batch."""
+    return dataclasses.replace(
+        dropout,
+        token_offset=offset,
+        head_offset=mesh.tensor_rank * model.heads // mesh.tensor_parallel,
+        row_offset=mesh.tensor_rank * tokens // mesh.tensor_parallel if config.sequence_parallel else 0,
+    )
+
+
 @torch.no_grad()
 def evaluate(model: MaskedLM, rows: Rows, config: TrainConfig, mesh: Mesh) -> tuple[float, float]:
     """Loss in nats and share of right guesses over the first eval_rows held-out rows, masked alike every time."""
     last_row = min(len(rows), config.eval_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, right guesses, masked tokens
-    share = spans(0, last_row, config.micro_batch_rows, mesh.rank, mesh.data_parallel)
+    share = spans(0, last_row, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
     for batch in load(rows, share, mesh.device):
         logits = model(batch.tokens, batch.positions, batch.documents, batch.masked)
-        sums[0] += cross_entropy(logits, batch.targets).sum()
-        sums[1] += (logits.argmax(1) == batch.targets).sum()
+        sums[0] += cross_entropy(logits, batch.targets, mesh).sum()
+        sums[1] += guessed(logits, batch.targets, mesh).sum()
         sums[2] += len(batch.targets)
-    loss, right, masked = mesh.all_reduce(sums).tolist()
+    loss, right, masked = mesh.sum_over_data(sums).tolist()
     return loss / max(masked, 1), right / max(masked, 1)
 
 
@@ -98,7 +109,7 @@ def train(
     steps = -(-config.train_tokens // config.tokens_per_batch)
     accumulation = config.accumulation(ROW_TOKENS, mesh.data_parallel)
     first_row = progress.consumed_tokens // ROW_TOKENS
-    share = spans(first_row, steps * batch_rows, config.micro_batch_rows, mesh.rank, mesh.data_parallel)
+    share = spans(first_row, steps * batch_rows, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
     micro_batches = load(training, share, mesh.device)
     peak = meter.peak_flops(mesh.device)
 
@@ -128,11 +139,11 @@ def train(
                 "lr": figures["lr"],
                 "grad_norm": figures["grad_norm"],
                 "tokens_per_second": figures["real_tokens"] / seconds,
-                "dollars": meter.dollars(progress.seconds, mesh.data_parallel, config.price_per_gpu_hour),
+                "dollars": meter.dollars(progress.seconds, mesh.world, config.price_per_gpu_hour),
                 "skipped": progress.skipped,
             }
             if peak:
-                line["mfu"] = figures["flops"] / seconds / mesh.data_parallel / peak
+                line["mfu"] = figures["flops"] / seconds / mesh.world / peak
             if len(validation) and passed(config.eval_every_tokens):
                 line["validation_loss"], line["validation_accuracy"] = evaluate(model, validation, config, mesh)
                 shown = f" held-out {line['validation_loss']:.3f}"
@@ -143,10 +154,10 @@ def train(
 
             # one rank may have got the signal, or all: they leave after the same step, with the same number
             signals = torch.tensor([stop.received, stop.received > 0], device=mesh.device)
-            total, ranks = mesh.all_reduce(signals).tolist()
+            total, ranks = mesh.sum_over_all(signals).tolist()
             stopped = total // max(ranks, 1)
-            if mesh.is_first and (stopped or passed(config.checkpoint_every_tokens)):
-                saved = run.save(optimizer, progress)
+            if stopped or passed(config.checkpoint_every_tokens):
+                saved = run.save(optimizer, progress, mesh)
             if stopped:
                 break
     micro_batches.close()

@@ -1,0 +1,182 @@
+"""Tensor parallelism: a whole model becomes one rank's slice of it, layer by layer as `plan.py` says.
+
+    column   y = x Wᵀ        W = [W₀; W₁; …]        rank i makes yᵢ = x Wᵢᵀ                    dx = Σᵢ dyᵢ Wᵢ
+    row      y = x Wᵀ        W = [W₀, W₁, …]        rank i makes xᵢ Wᵢᵀ, of which y is the sum
+
+so that a block communicates four times: after each row layer in the forward pass, before each column layer in the
+backward (Shoeybi et al. 2019). Sequence parallelism (Korthikanti et al. 2022) halves each of these sums: reduce-scatter
+behind a row layer, all-gather before the next column layer, and between them, in layer norms and dropout, each rank has
+its share of the tokens only. The bytes are the same, the memory between the layers is divided.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisobert import ops
+from minisobert.model import Decoder, Linear, MaskedLM
+from minisobert.parallel import plan
+from minisobert.parallel.collectives import all_gather, gather_for_all, leave, own_slice, scatter_tokens
+from minisobert.parallel.mesh import Mesh
+
+
+class _ColumnProduct(torch.autograd.Function):
+    """x Wᵀ + b. In the backward the sum of dx over the ranks is under way while dW is computed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh, by_tokens: bool) -> Tensor:
+        # what is kept is the rank's own share of the tokens: the whole is gathered once more in the backward
+        ctx.save_for_backward(x, weight)
+        ctx.mesh, ctx.by_tokens, ctx.has_bias = mesh, by_tokens, bias is not None
+        return F.linear(all_gather(x, mesh) if by_tokens else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        group = ctx.mesh.tensor_group
+        dx = dy @ weight
+        if ctx.by_tokens:
+            x, whole = all_gather(x, ctx.mesh), dx
+            dx = torch.empty_like(own_slice(whole, ctx.mesh))
+            under_way = dist.reduce_scatter_tensor(dx, whole, group=group, async_op=True)
+        else:
+            under_way = dist.all_reduce(dx, group=group, async_op=True)
+        dw = dy.T @ x
+        db = dy.sum(0) if ctx.has_bias else None
+        under_way.wait()
+        return dx, dw, db, None, None
+
+
+class ColumnParallel(nn.Module):
+    """One rank's rows of a linear. weight: (out / tensor_parallel, in), bias: (out / tensor_parallel,)."""
+
+    def __init__(self, whole: nn.Linear, mesh: Mesh, by_tokens: bool):
+        super().__init__()
+        self.mesh, self.by_tokens = mesh, by_tokens
+        self.adds_bias = not isinstance(whole, Linear)
+        self.weight, self.bias = _slice(whole.weight, 0, mesh), _slice(whole.bias, 0, mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.adds_bias else None
+        return _ColumnProduct.apply(x, self.weight, bias, self.mesh, self.by_tokens)
+
+
+class RowParallel(nn.Module):
+    """One rank's columns of a linear. weight: (out, in / tensor_parallel); bias: (out,), which the op behind adds."""
+
+    def __init__(self, whole: Linear, mesh: Mesh, by_tokens: bool):
+        super().__init__()
+        self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
+        self.weight, self.bias = _slice(whole.weight, 1, mesh), whole.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.linear(x, self.weight), self.mesh)
+
+
+class VocabularyParallelEmbedding(nn.Module):
+    """One rank's words; a token of another rank's is zeros here, and the sum over the ranks has it.
+
+    An id that is in no rank's slice would be zeros everywhere: ids are checked where they come in, on the host.
+    """
+
+    def __init__(self, whole: nn.Embedding, mesh: Mesh, by_tokens: bool):
+        super().__init__()
+        self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
+        self.weight = _slice(whole.weight, 0, mesh)
+        self.first = mesh.tensor_rank * len(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        here = (tokens >= self.first) & (tokens < self.first + len(self.weight))
+        x = F.embedding((tokens - self.first).where(here, 0), self.weight)
+        return self.leave(x * here[:, None].to(x.dtype), self.mesh)
+
+
+class VocabularyParallelDecoder(nn.Module):
+    """Logits of one rank's words, (M, V / tensor_parallel)."""
+
+    def __init__(self, whole: Decoder, mesh: Mesh, by_tokens: bool):
+        super().__init__()
+        self.mesh = mesh
+        self.bias = _slice(whole.bias, 0, mesh)
+
+    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        # M masked tokens are on every rank, with or without sequence parallelism
+        return _ColumnProduct.apply(x, word_embeddings, self.bias, self.mesh, False)
+
+
+PARALLEL = {
+    ("column", nn.Linear): ColumnParallel,
+    ("column", Linear): ColumnParallel,
+    ("row", Linear): RowParallel,
+    ("vocab", nn.Embedding): VocabularyParallelEmbedding,
+    ("vocab", Decoder): VocabularyParallelDecoder,
+}
+
+
+def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> MaskedLM:
+    """The same model with this rank's slices in place of what `plan.PLAN` splits. Logits become (M, V / tensor_parallel).
+
+    Names of parameters stay. A mesh without tensor parallelism leaves the model as it is.
+    """
+    if mesh.tensor_parallel == 1:
+        return model
+    for name, module in list(model.named_modules()):
+        if kind := plan.kind(name):
+            parent, _, child = name.rpartition(".")
+            split = PARALLEL[kind, type(module)](module, mesh, sequence_parallel)
+            setattr(model.get_submodule(parent), child, split)
+    if sequence_parallel:
+        # positions are looked up for the rank's own tokens; what the encoder returns goes to a head on every rank
+        model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
+        model.encoder.register_forward_hook(lambda _, args, hidden: gather_for_all(hidden, mesh))
+    return model
+
+
+def _slice(whole: nn.Parameter, dimension: int, mesh: Mesh) -> nn.Parameter:
+    return nn.Parameter(whole.detach().chunk(mesh.tensor_parallel, dimension)[mesh.tensor_rank].clone())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Three reductions over the slices of the vocabulary: max, then target logit and sum of exponentials."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
+        ctx.first = mesh.tensor_rank * logits.shape[1]
+        maximum, target_logit, total = ops.cross_entropy_parts(logits, targets, ctx.first)
+        highest = _highest(maximum, mesh)
+        target_logit, total = mesh.sum_over_slices(torch.stack([target_logit, total * (maximum - highest).exp()]))
+        lse = highest + total.log()
+        ctx.save_for_backward(logits, targets, lse)
+        return lse - target_logit
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor):
+        logits, targets, lse = ctx.saved_tensors
+        return ops.cross_entropy_gradient(logits.detach(), targets, lse, d_loss, ctx.first), None, None
+
+
+def _highest(x: Tensor, mesh: Mesh) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX, mesh.tensor_group)
+    return x
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
+    """(M,) losses in nats, the same on all ranks of a tensor group.
+
+    logits: (M, V / tensor_parallel), the columns of this rank; targets: (M,) in the whole vocabulary.
+    """
+    if mesh.tensor_parallel == 1:
+        return ops.cross_entropy(logits, targets)
+    return _CrossEntropy.apply(logits, targets, mesh)
+
+
+def guessed(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
+    """(M,) bool: whether no word has a higher logit than the target."""
+    maximum, target_logit, _ = ops.cross_entropy_parts(logits, targets, mesh.tensor_rank * logits.shape[1])
+    if mesh.tensor_parallel > 1:
+        maximum, target_logit = _highest(maximum, mesh), mesh.sum_over_slices(target_logit.clone())
+    return target_logit >= maximum
