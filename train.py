@@ -1,10 +1,11 @@
-"""Pre-train an encoder: config → mesh → data → model → loop.
+"""Pre-train an encoder: config → data → mesh → model → loop.
 
     python train.py --preset tiny                             one process
     torchrun --nproc_per_node=8 train.py                      one process per GPU: the paper's recipe
+    torchrun --nproc_per_node=8 train.py --preset large --tensor-parallel 2 --shard-optimizer
 
 The folder --out holds config.json, metrics.jsonl, tokenizer.model and checkpoints/. The same command goes on where an
-interrupted run was, bit for bit.
+interrupted run was, bit for bit; another layout may be chosen for that.
 """
 
 from __future__ import annotations
@@ -19,52 +20,68 @@ from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
+from minisobert.parallel import tensor
 from minisobert.parallel.mesh import Mesh
-from minisobert.training.loop import train
+from minisobert.training.checkpoint import SaveFailed
+from minisobert.training.loop import TooManySkipped, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, or 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
-    with meshes.start() as mesh:
-        try:
-            return pretrain(config, mesh)
-        except ValueError as error:  # a user's mistake: found before anything is written, by all ranks alike
-            if mesh.is_first:
-                fail(f"train.py: {error}")
-            return 2
+    first = meshes.from_torchrun("RANK", 0) == 0
+    try:
+        # Data, and whether everything fits together: before any process waits for another and anything is written
+        world = meshes.from_torchrun("WORLD_SIZE", 1)
+        shards = open_shards(config.data, verify=config.verify)
+        model_config = config.model(shards.vocab_size)
+        meshes.check_layout(model_config, world, config.tensor_parallel)
+        training = Rows(shards, shards.training_documents, config.seed)
+        validation = Rows(shards, shards.validation_documents, config.seed, purpose="validation")
+        config.check(len(training), ROW_TOKENS, world // config.tensor_parallel)
+        run = Run(config, model_config, shards)
+
+        with meshes.start(config.tensor_parallel, config.timeout) as mesh:
+            return pretrain(run, training, validation, mesh)
+    except ValueError as error:  # a user's mistake, found by all ranks alike
+        if first:
+            fail(f"train.py: {error}")
+        return 2
+    except (SaveFailed, TooManySkipped) as error:
+        if str(error):
+            print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
 
 
-def pretrain(config: TrainConfig, mesh: Mesh) -> int:
-    """Returns the exit status: 0, or 128 + the signal that ended the run."""
-    # Data
-    shards = open_shards(config.data, verify=config.verify)
-    training = Rows(shards, shards.training_documents, config.seed)
-    validation = Rows(shards, shards.validation_documents, config.seed, purpose="validation")
-    config.check(len(training), ROW_TOKENS, mesh.data_parallel)
-
-    # Model and optimizer, as they begin or as the last checkpoint left them
-    model_config = config.model(shards.vocab_size)
-    run = Run(config, model_config, shards)
-    model = MaskedLM(model_config).initialise(config.seed).to(mesh.device)
+def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
+    config = run.config
+    # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
+    # its slice, so that the layout cannot change how it begins
+    model = MaskedLM(run.model).initialise(config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    model = tensor.shard(model, mesh, config.sequence_parallel).to(mesh.device)
+    model.encoder.recompute = config.recompute
     bf16 = config.precision == "bf16" or (config.precision == "auto" and mesh.device.type == "cuda")
     optimizer = Optimizer(
-        model, torch.bfloat16 if bf16 else torch.float32, (config.beta1, config.beta2), config.weight_decay
-    )
-    progress = run.load(optimizer)
+        model, torch.bfloat16 if bf16 else torch.float32, (config.beta1, config.beta2), config.weight_decay, mesh,
+        sharded=config.shard_optimizer, sequence_parallel=config.sequence_parallel,
+    )  # fmt: skip
+    progress = run.load(optimizer, mesh)
 
     # Loop
     if mesh.is_first:
         run.begin(progress.step)
         print(
-            f"{config.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × {mesh.device.type}; "
+            f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × "
+            f"{mesh.tensor_parallel} {mesh.device.type}; "
             f"{len(training):,} rows of {ROW_TOKENS:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * ROW_TOKENS):.2%} full"
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
+    mesh.wait_for_all()  # the folder is there, and those that are to be begun anew are gone
     stopped = train(model, optimizer, training, validation, run, mesh, progress)
     if mesh.is_first:
         print(f"{run.folder}: step {progress.step:,}, loss {progress.loss:.4f}")

@@ -10,6 +10,8 @@ import sys
 import typing
 from dataclasses import dataclass, field
 
+MOST_TOKENS = 1 << 24  # of a batch: above it, columns of neighbouring heads would share their dropout hashes
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -50,9 +52,10 @@ def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def option(default, help: str, choices=None, free: bool = False):
-    """A field of a config: its default, one line for --help, what it may be. free: a resumed run may change it."""
-    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
+def option(default, help: str, choices=None, free: bool = False, metavar: str = "PATH"):
+    """A field of a config: its default, one line for --help, what it may be. free: a resumed run may change it.
+    metavar: what --help calls the value of a text."""
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class TrainConfig:
     seed: int = option(1, "of initial weights, shuffling, masking and dropout")
     train_tokens: int = option(27_000_000_000, "length of training, in row positions")
     tokens_per_batch: int = option(524_288, "row positions per optimizer step, whatever the layout")
+    batch_schedule: str = option(
+        "", "in its place, batches that grow: 0:131072,1e9:524288 is 131,072 until 1e9 positions are read", metavar="AT:N,…"
+    )
     micro_batch_rows: int = option(8, "rows of 2,048 tokens in one forward pass of one process", free=True)
     dropout: float = option(0.1, "of embeddings, attention probabilities and both branches of a block")
     gelu: str = option("erf", "form of the GELU", choices=("erf", "tanh"))
@@ -79,10 +85,15 @@ class TrainConfig:
     beta1: float = option(0.9, "Adam's, for the mean of the gradients")
     beta2: float = option(0.999, "Adam's, for the mean of their squares")
     clip: float = option(1.0, "largest norm of the gradient of one step")
+    loss_average: str = option(
+        "token", "over all masked tokens of a batch, or Megatron-LM's mean of micro-batch means", ("token", "micro-batch")
+    )
+    max_skipped: int = option(10, "how many steps in a row may have a gradient that is not finite", free=True)
     tensor_parallel: int = option(1, "processes that share one model, neighbours in rank", free=True)
     sequence_parallel: bool = option(
         False, "split layer norms and dropout over those processes too, by tokens", free=True
     )
+    shard_optimizer: bool = option(False, "split masters and Adam's moments over the data-parallel processes", free=True)
     recompute: bool = option(False, "keep the input of each block alone and compute it again in the backward", free=True)
     precision: str = option(
         "auto", "of weights and activations; masters are fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
@@ -94,17 +105,18 @@ class TrainConfig:
     price_per_gpu_hour: float = option(0.0, "dollars, to report what the run has cost", free=True)
     verify: bool = option(False, "check the checksums of the data before training", free=True)
     fresh: bool = option(False, "discard the checkpoints in out and start over", free=True)
+    timeout: float = option(600.0, "seconds to wait for another process before the job gives up", free=True)
 
     def __post_init__(self):
         at_least = {
             "train_tokens": 1, "tokens_per_batch": 1, "micro_batch_rows": 1, "eval_every_tokens": 1, "eval_rows": 1,
             "checkpoint_every_tokens": 1, "keep_checkpoints": 1, "tensor_parallel": 1,
-            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+            "max_skipped": 0, "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be more than 0")
         for name in ("dropout", "warmup_fraction", "beta1", "beta2"):
@@ -115,36 +127,61 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise ValueError(f"{flag(f.name)} is {getattr(self, f.name)!r}; choose {words(f.metadata['choices'])}")
+        if (largest := max(size for _, size in self.batches)) > MOST_TOKENS:
+            raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """(from how many consumed row positions on, row positions per optimizer step), in order."""
+        if not self.batch_schedule:
+            return [(0, self.tokens_per_batch)]
+        try:
+            batches = [tuple(_whole(part) for part in pair.split(":")) for pair in self.batch_schedule.split(",")]
+            starts, sizes = zip(*batches, strict=True)
+        except (ValueError, OverflowError):
+            starts, sizes = (), ()
+        if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(sizes) < 1:
+            raise ValueError(
+                f"--batch-schedule is {self.batch_schedule!r}; it must be pairs of row positions read and row positions "
+                "per step, beginning with 0 and increasing: 0:131072,1e9:524288"
+            )
+        return batches
+
+    def batch_at(self, consumed: int) -> int:
+        """Row positions of the step that begins after `consumed`."""
+        return next(size for start, size in reversed(self.batches) if start <= consumed)
 
     def model(self, vocab_size: int) -> ModelConfig:
         """The preset's model for a tokenizer of vocab_size pieces."""
         return dataclasses.replace(PRESETS[self.preset], vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
 
-    def accumulation(self, row_tokens: int, data_parallel: int) -> int:
+    def accumulation(self, tokens_per_batch: int, row_tokens: int, data_parallel: int) -> int:
         """Micro-batches of each process in one step. Raises ValueError where tokens_per_batch is not a multiple."""
         per_pass = self.micro_batch_rows * row_tokens * data_parallel
-        if self.tokens_per_batch % per_pass:
-            below = self.tokens_per_batch // per_pass * per_pass
-            choices = f"--tokens-per-batch {words([f'{n:,}' for n in (below, below + per_pass) if n])}"
-            rows, rest = divmod(self.tokens_per_batch, row_tokens * data_parallel)
+        if tokens_per_batch % per_pass:
+            option = "--batch-schedule" if self.batch_schedule else "--tokens-per-batch"
+            below = tokens_per_batch // per_pass * per_pass
+            choices = f"{option} {words([f'{n:,}' for n in (below, below + per_pass) if n])}"
+            rows, rest = divmod(tokens_per_batch, row_tokens * data_parallel)
             if rows and not rest:
                 divisors = [n for n in range(1, rows + 1) if rows % n == 0]
                 choices += f", or --micro-batch-rows {words(nearest(divisors, self.micro_batch_rows))}"
             raise ValueError(
                 f"tokens_per_batch = micro_batch_rows × row × data_parallel × accumulation does not come out even: "
-                f"{self.tokens_per_batch:,} = {self.micro_batch_rows} × {row_tokens:,} × {data_parallel} × "
-                f"{self.tokens_per_batch / per_pass:.4g}; choose {choices}"
+                f"{tokens_per_batch:,} = {self.micro_batch_rows} × {row_tokens:,} × {data_parallel} × "
+                f"{tokens_per_batch / per_pass:.4g}; choose {choices}"
             )
-        return self.tokens_per_batch // per_pass
+        return tokens_per_batch // per_pass
 
     def check(self, rows: int, row_tokens: int, data_parallel: int) -> None:
-        """Raises ValueError where the layout or the data (rows in an epoch) does not go with tokens_per_batch."""
-        self.accumulation(row_tokens, data_parallel)
-        if rows * row_tokens < self.tokens_per_batch:
-            raise ValueError(
-                f"{self.data} packs into {rows:,} rows, fewer than the {self.tokens_per_batch // row_tokens:,} of one "
-                f"batch; choose --tokens-per-batch {rows * row_tokens:,} or less, or prepare more text"
-            )
+        """Raises ValueError where the layout or the data (rows in an epoch) does not go with a batch."""
+        for _, tokens_per_batch in self.batches:
+            self.accumulation(tokens_per_batch, row_tokens, data_parallel)
+            if rows * row_tokens < tokens_per_batch:
+                raise ValueError(
+                    f"{self.data} packs into {rows:,} rows, fewer than the {tokens_per_batch // row_tokens:,} of one "
+                    f"batch; choose --tokens-per-batch {rows * row_tokens:,} or less, or prepare more text"
+                )
 
     def free_fields(self) -> set[str]:
         return {f.name for f in dataclasses.fields(self) if f.metadata["free"]}
@@ -196,7 +233,7 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
             flag(f.name),
             type=_integer if kind is int else kind,
             default=f.default,
-            metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: "PATH"}[kind],
+            metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: f.metadata["metavar"]}[kind],
             choices=f.metadata["choices"],
             help=f"{f.metadata['help']} (default {default})".replace("%", "%%"),
         )
@@ -206,12 +243,16 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
         parser.error(str(error))
 
 
+def _whole(text: str) -> int:
+    """`524288`, `524_288` or `27e9`. Raises ValueError on anything else."""
+    value = float(text) if any(c in text for c in ".eE") else int(text)
+    if value != int(value):
+        raise ValueError(text)
+    return int(value)
+
+
 def _integer(text: str) -> int:
-    """`524288`, `524_288` or `27e9`."""
     try:
-        value = float(text) if any(c in text for c in ".eE") else int(text)
-        if value != int(value):
-            raise ValueError
-        return int(value)
+        return _whole(text)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (27e9 and 524288 are)") from None

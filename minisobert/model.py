@@ -11,9 +11,12 @@ No process group is known here. Under tensor parallelism `parallel/` replaces wh
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minisobert.config import ModelConfig
 from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, drop
@@ -82,6 +85,7 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.hidden, config.norm_eps)
+        self.recompute = False  # whether the backward computes each block again from its two inputs, kept alone
 
     def forward(
         self, tokens: Tensor, positions: Tensor, documents: Documents, dropout: Dropout | None = None
@@ -95,7 +99,12 @@ class Encoder(nn.Module):
         residual = self.embeddings(tokens, positions, dropout_at(0, "embedding"))
         normal = norms[0](residual)
         for i, block in enumerate(self.blocks):
-            residual, normal = block(residual, normal, norms[i + 1], documents, lambda site, i=i: dropout_at(i, site))
+            arguments = residual, normal, norms[i + 1], documents, partial(dropout_at, i)
+            if self.recompute and torch.is_grad_enabled():
+                # no generator to rewind: the same masks come from the same hashes
+                residual, normal = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual, normal = block(*arguments)
         return normal
 
 

@@ -31,7 +31,8 @@ def load_run(run: str | Path) -> Trained:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
     config = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
     model = MaskedLM(config)
-    model.load_state_dict(checkpoint.load(saved[-1])[0])
+    checkpoint.verify(saved[-1])
+    model.load_state_dict(checkpoint.load(saved[-1])["model"])
     return Trained(model.eval(), Tokenizer(run / "tokenizer.model"))
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,89 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import SMALL, column, finish, metrics, start, weights, words
 
 import train
-from minisobert.config import PRESETS, ModelConfig, TrainConfig, parse
-from minisobert.parallel.mesh import Mesh
+from minisobert.config import PRESETS, TrainConfig, parse
 from minisobert.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
 
-SMALL = ModelConfig(layers=2, hidden=64, heads=2, ffn=128)  # in place of the tiny preset, for three times the speed
-
-
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
-
-
-def words(corpus, out, steps=20, **options) -> list[str]:
-    """A command line: 4 rows a batch; by default no evaluation or checkpoint but at the end."""
-    options = {
-        "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * 8_192, "tokens_per_batch": 8_192,
-        "micro_batch_rows": 4, "learning_rate": 1e-4, "warmup_fraction": 0.1, "eval_rows": 2,
-        "eval_every_tokens": "1e9", "checkpoint_every_tokens": "1e9", **options,
-    }  # fmt: skip
-    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out) -> torch.Tensor:
-    return torch.tensor([line["loss"] for line in metrics(out)], dtype=torch.float64)
-
-
-def weights(out) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.steps(Path(out) / "checkpoints")[-1])[0]
-
-
-# Processes that have torch loaded already and start in a moment, each with one thread, so that bits can be compared.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])
-
-
-def _process(argv, log, environment, without_gradient) -> None:
-    torch.set_num_threads(1)
-    PRESETS["tiny"] = SMALL
-    os.environ.update(environment)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if without_gradient:
-        all_reduce = Mesh.all_reduce
-
-        def dropping(self, x):
-            return all_reduce(self, x.zero_() if x.numel() > 1_000 else x)
-
-        Mesh.all_reduce = dropping
-    sys.exit(train.main(argv))
-
-
-def start(argv, log, ranks=1, without_gradient=None) -> list:
-    """Processes of one run, as torchrun would start them. without_gradient: a rank whose gradient is lost."""
-    environment = [{}]
-    if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        environment = [{**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    processes = [
-        PROCESSES.Process(target=_process, args=(argv, log, environment[rank], rank == without_gradient))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def finish(processes) -> list[int]:
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +65,6 @@ def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):
     assert train.main(words(corpus, out, steps=12, learning_rate=3e-3, eval_every_tokens=8_192)) == 0
     held_out = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
     assert held_out[-1] < held_out[0] - 1
-
-
-@pytest.mark.parametrize(
-    "layout", [{"micro_batch_rows": 1}, {"micro_batch_rows": 2}, {"ranks": 2, "micro_batch_rows": 2},
-               {"ranks": 2, "micro_batch_rows": 1}], ids=str,
-)  # fmt: skip
-def test_the_losses_do_not_depend_on_processes_and_micro_batches(corpus, tmp_path, plain, layout):
-    out, ranks = tmp_path / "run", layout.pop("ranks", 1)
-    assert finish(start(words(corpus, out, **layout), tmp_path / "log", ranks)) == [0] * ranks
-    assert len(losses(plain)) == 20
-    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=1e-5)
-
-
-def test_that_comparison_fails_when_one_ranks_gradient_is_dropped(corpus, tmp_path, plain):
-    out = tmp_path / "run"
-    argv = words(corpus, out, micro_batch_rows=2)
-    assert finish(start(argv, tmp_path / "log", ranks=2, without_gradient=1)) == [0, 0]
-    assert (losses(out) - losses(plain)).abs().max() > 1e-4
 
 
 def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was(corpus, tmp_path):
@@ -204,7 +113,7 @@ def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path,
     assert 3 <= stopped_at < 20
     assert f"stopped after step {stopped_at}; the same command goes on from {out}/checkpoints/" in log.read_text()
     assert finish(start(argv, log, ranks)) == [0] * ranks
-    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=1e-5)
+    torch.testing.assert_close(column(out), column(plain), rtol=0, atol=1e-5)
 
 
 def metrics_so_far(out) -> list[str]:

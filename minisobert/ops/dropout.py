@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minisobert.config import MOST_TOKENS
 from minisobert.corpus import hashing
 from minisobert.ops.dispatch import implementation
 
 SITES = ("embedding", "attention", "attention_output", "ffn_output")
-MAX_TOKENS = 1 << 24  # of a global batch: above it, columns of neighbouring heads would share their hashes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Dropout:
         """(heads, stop - start) int32, for the keys of the tokens [start, stop) of those at hand."""
         head = torch.arange(self.head_offset, self.head_offset + heads, device=self.keys.device)
         token = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
-        return _xor_shift_16(_lowbias32(_int32(head[:, None] * MAX_TOKENS + token)))
+        return _xor_shift_16(_lowbias32(_int32(head[:, None] * MOST_TOKENS + token)))
 
     def keeps(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
         """True where an element is kept; the two hashes are broadcast against each other."""

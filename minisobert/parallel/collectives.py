@@ -1,13 +1,14 @@
 """Collectives that gradients pass through, in conjugate pairs: what is one's forward is the other's backward.
 
                         forward                          backward
-    enter               identity                         all-reduce           into the split part of a layer
+    (enter              identity                         all-reduce)          into the split part of a layer
     leave               all-reduce                       identity             out of it: partial sums become the sum
-    gather_tokens       all-gather                       reduce-scatter       as enter and leave, where what lies
+    (gather_tokens      all-gather                       reduce-scatter)      as enter and leave, where what lies
     scatter_tokens      reduce-scatter                   all-gather           between layers is split by tokens
     gather_for_all      all-gather                       own slice            to a part that every rank computes alike
 
-All act along dimension 0, tokens, among the ranks of one tensor group. A group of one does nothing.
+All act along dimension 0, tokens, among the ranks of one tensor group. The two in brackets are no functions here: a
+column layer does their work itself, so that it can compute its weights' gradient meanwhile (`tensor.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minisobert.parallel.mesh import Mesh
+
+# torch 2.13 renames them and warns of the old names
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
@@ -28,14 +33,14 @@ def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
 def all_gather(x: Tensor, mesh: Mesh) -> Tensor:
     """(n, …) of each rank → (tensor_parallel · n, …)."""
     out = x.new_empty((mesh.tensor_parallel * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=mesh.tensor_group)
+    all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 
 def reduce_scatter(x: Tensor, mesh: Mesh) -> Tensor:
     """(tensor_parallel · n, …) → (n, …): this rank's slice of the sum over the ranks."""
     out = x.new_empty((len(x) // mesh.tensor_parallel, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=mesh.tensor_group)
+    reduce_scatter_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
 
 
@@ -60,13 +65,13 @@ class _Pair(torch.autograd.Function):
         return ctx.conjugate(gradient, ctx.mesh), None, None, None
 
 
-def _pair(forward, backward):
-    def apply(x: Tensor, mesh: Mesh) -> Tensor:
-        return x if mesh.tensor_parallel == 1 else _Pair.apply(x, mesh, forward, backward)
-
-    return apply
+def leave(x: Tensor, mesh: Mesh) -> Tensor:
+    return _Pair.apply(x, mesh, all_reduce, identity)
 
 
-enter, leave = _pair(identity, all_reduce), _pair(all_reduce, identity)
-gather_tokens, scatter_tokens = _pair(all_gather, reduce_scatter), _pair(reduce_scatter, all_gather)
-gather_for_all = _pair(all_gather, own_slice)
+def scatter_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+    return _Pair.apply(x, mesh, reduce_scatter, all_gather)
+
+
+def gather_for_all(x: Tensor, mesh: Mesh) -> Tensor:
+    return _Pair.apply(x, mesh, all_gather, own_slice)

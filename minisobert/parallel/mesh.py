@@ -6,14 +6,21 @@ tensor_parallel apart:
 
     data_parallel 2, tensor_parallel 4        tensor groups    0 1 2 3 | 4 5 6 7
                                               data groups      0 4 | 1 5 | 2 6 | 3 7
+
+What the hosts have to tell each other once a step (counts, signals) goes over gloo, on GPUs too. There it comes before
+the first wait for the device, so that a process that hangs is noticed by a host that can still say so.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +29,7 @@ from torch import Tensor
 from minisobert.config import ModelConfig, nearest, words
 
 CPU = torch.device("cpu")
+ROLL_CALL = 5.0  # seconds in which who is alive has to answer
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Mesh:
     device: torch.device = CPU
     data_group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
+    hosts: dist.ProcessGroup | None = None  # all processes, gloo
 
     @property
     def world(self) -> int:
@@ -69,54 +78,117 @@ class Mesh:
             dist.all_reduce(x)
         return x
 
+    def sum_on_hosts(self, numbers: list[int]) -> list[int]:
+        """Each number summed over all processes."""
+        if self.world == 1:
+            return numbers
+        x = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(x, group=self.hosts)
+        return x.tolist()
+
     def wait_for_all(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        self.sum_on_hosts([0])
 
 
-def world_size() -> int:
-    """Of what torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def from_torchrun(name: str, otherwise: int) -> int:
+    """One of the numbers that torchrun puts into the environment of the processes it starts."""
+    return int(os.environ.get(name, otherwise))
 
 
-def check_layout(model: ModelConfig, world: int, tensor_parallel: int, micro_batch: int) -> None:
-    """Raises ValueError, with the sizes that fit everything, where the model, the processes or the tokens of a
-    micro-batch cannot be split so."""
+def check_layout(model: ModelConfig, world: int, tensor_parallel: int) -> None:
+    """Raises ValueError, with the sizes that fit everything, where model or processes cannot be split so."""
     divided = {
         "processes": world, "attention heads": model.heads, "hidden": model.hidden, "ffn": model.ffn,
-        "vocabulary": model.vocabulary, "tokens of a micro-batch": micro_batch,
+        "vocabulary": model.vocabulary,
     }  # fmt: skip
     if any(n % tensor_parallel for n in divided.values()):
-        fitting = [n for n in range(1, world + 1) if not any(size % n for size in divided.values())]
         unfit = words([f"{n:,} {name}" for name, n in divided.items() if n % tensor_parallel], "and")
-        choices = words(nearest(fitting, tensor_parallel))
+        choices = words(nearest(tensor_parallel_sizes(model, world), tensor_parallel))
         raise ValueError(f"{unfit} cannot be split over --tensor-parallel {tensor_parallel}; choose {choices}")
 
 
+def tensor_parallel_sizes(model: ModelConfig, world: int) -> list[int]:
+    """All that `world` processes and the model's sizes can be divided by."""
+    divided = (world, model.heads, model.hidden, model.ffn, model.vocabulary)
+    return [n for n in range(1, world + 1) if not any(size % n for size in divided)]
+
+
 @contextmanager
-def start(tensor_parallel: int = 1) -> Iterator[Mesh]:
-    """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs."""
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world = world_size()
+def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
+    """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs.
+
+    timeout: seconds that a process waits for another. When one has died or does not come, the others leave by
+    `_give_up`, with a line that names it.
+    """
+    rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else CPU
     if cuda:
         torch.cuda.set_device(device)
-    data_parallel = world // tensor_parallel
-    mesh = Mesh(rank, data_parallel, tensor_parallel, device)
+    mesh = Mesh(rank, world // tensor_parallel, tensor_parallel, device)
     if world == 1:
         yield mesh
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
+        # the device waits longer: the hosts, which can name who is missing, give up first
+        timeout=timedelta(seconds=2 * timeout if cuda else timeout),
+    )  # fmt: skip
     try:
-        yield Mesh(rank, data_parallel, tensor_parallel, device, *_groups(mesh))
-    finally:
-        dist.destroy_process_group()
+        yield _with_groups(mesh, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        _give_up(error, store, mesh)
+    dist.destroy_process_group()
 
 
-def _groups(mesh: Mesh) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The data group and the tensor group of this rank. All ranks make all groups, in one order."""
+def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
+    """All ranks make all groups, in one order."""
     ranks = torch.arange(mesh.world).view(mesh.data_parallel, mesh.tensor_parallel)
     data = [dist.new_group(column) for column in ranks.T.tolist()]
     tensor = [dist.new_group(row) for row in ranks.tolist()]
-    return data[mesh.tensor_rank], tensor[mesh.data_rank]
+    hosts = dist.new_group(backend="gloo", timeout=timeout)
+    return replace(mesh, data_group=data[mesh.tensor_rank], tensor_group=tensor[mesh.data_rank], hosts=hosts)
+
+
+def _lost_contact(error: RuntimeError) -> bool:
+    """Whether the error is a collective's: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh) -> None:
+    """Ends the process: nothing can be said to the others any more, not even goodbye.
+
+    A roll call in torchrun's store tells who else got here. Who did not is dead, stopped, or busy with something else.
+    """
+    missing = _roll_call(store, mesh)
+    answered = [rank for rank in range(mesh.world) if rank not in missing]
+    if mesh.rank == answered[0]:
+        who = f"rank {words(missing, 'and')} does not answer" if missing else "the processes lost each other"
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"{who}; this is rank {mesh.rank} on {socket.gethostname()}, which waited in vain ({reason}). The same "
+            "command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # threads and other processes that hang must not hold this one
+
+
+def _roll_call(store: dist.Store, mesh: Mesh) -> list[int]:
+    """The ranks that do not answer in time."""
+    missing = [rank for rank in range(mesh.world) if rank != mesh.rank]
+    until = time.monotonic() + ROLL_CALL
+    try:
+        store.set(f"roll-call/{mesh.rank}", "here")
+        while time.monotonic() < until:
+            missing = [rank for rank in missing if not store.check([f"roll-call/{rank}"])]
+            if not missing and not mesh.is_first:  # rank 0 may keep the store, and others still have to read it
+                break
+            time.sleep(0.1)
+    except (RuntimeError, OSError):  # the store is gone, and with it who kept it
+        missing = missing if 0 in missing else [0, *missing]
+    return missing

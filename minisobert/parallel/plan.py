@@ -10,7 +10,11 @@ what its slice of the second takes. Attention heads (of qkv) and MLP features (o
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
+
+from torch import Tensor
 
 PLAN = {
     r"encoder\.embeddings\.word": "vocab",
@@ -35,7 +39,7 @@ def kind(module: str) -> str | None:
 
 def split_dimension(parameter: str) -> int | None:
     """The dimension along which the parameter of this dotted name is split; None: it is whole on every rank."""
-    module, name = parameter.rsplit(".", 1)
+    module, _, name = parameter.rpartition(".")
     if kind(module) == "row":
         return 1 if name == "weight" else None
     return 0 if kind(module) else None
@@ -44,3 +48,32 @@ def split_dimension(parameter: str) -> int | None:
 def summed_over_tokens(parameter: str) -> bool:
     """Whether sequence parallelism leaves each rank with a part of this parameter's gradient."""
     return re.fullmatch(BY_TOKENS, parameter) is not None
+
+
+def slice_of(parameter: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
+    """What one of `ranks` tensor-parallel ranks has of a parameter, a view."""
+    dimension = split_dimension(parameter)
+    return whole if dimension is None else whole.chunk(ranks, dimension)[rank]
+
+
+def whole_shape(parameter: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Of the parameter of which one of `ranks` ranks has `shape`."""
+    dimension = split_dimension(parameter)
+    return tuple(n * ranks if i == dimension else n for i, n in enumerate(shape))
+
+
+def runs(
+    parameter: str, shape: tuple[int, ...], first: int, count: int, rank: int, ranks: int
+) -> Iterator[tuple[int, int, int]]:
+    """Where `count` elements from `first` on, of one rank's flattened slice of `shape`, lie in the flattened whole.
+
+    Yields runs of neighbours: (first in the whole, first among the `count`, how many).
+    """
+    if split_dimension(parameter) != 1:
+        before = rank * math.prod(shape) if split_dimension(parameter) == 0 else 0
+        yield before + first, 0, count
+        return
+    width = shape[1]  # a rank's part of every row
+    for row in range(first // width, -(-(first + count) // width)):
+        start, stop = max(first, row * width), min(first + count, (row + 1) * width)
+        yield (row * (ranks - 1) + rank) * width + start, start - first, stop - start

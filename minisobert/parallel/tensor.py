@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from minisobert import ops
 from minisobert.model import Decoder, Linear, MaskedLM
 from minisobert.parallel import plan
-from minisobert.parallel.collectives import all_gather, gather_for_all, leave, own_slice, scatter_tokens
+from minisobert.parallel.collectives import (
+    all_gather,
+    gather_for_all,
+    leave,
+    own_slice,
+    reduce_scatter_into,
+    scatter_tokens,
+)
 from minisobert.parallel.mesh import Mesh
 
 
@@ -41,7 +48,7 @@ class _ColumnProduct(torch.autograd.Function):
         if ctx.by_tokens:
             x, whole = all_gather(x, ctx.mesh), dx
             dx = torch.empty_like(own_slice(whole, ctx.mesh))
-            under_way = dist.reduce_scatter_tensor(dx, whole, group=group, async_op=True)
+            under_way = reduce_scatter_into(dx, whole, group=group, async_op=True)
         else:
             under_way = dist.all_reduce(dx, group=group, async_op=True)
         dw = dy.T @ x
@@ -53,11 +60,11 @@ class _ColumnProduct(torch.autograd.Function):
 class ColumnParallel(nn.Module):
     """One rank's rows of a linear. weight: (out / tensor_parallel, in), bias: (out / tensor_parallel,)."""
 
-    def __init__(self, whole: nn.Linear, mesh: Mesh, by_tokens: bool):
+    def __init__(self, whole: nn.Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh, self.by_tokens = mesh, by_tokens
         self.adds_bias = not isinstance(whole, Linear)
-        self.weight, self.bias = _slice(whole.weight, 0, mesh), _slice(whole.bias, 0, mesh)
+        self.weight, self.bias = own["weight"], own["bias"]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.adds_bias else None
@@ -67,10 +74,10 @@ class ColumnParallel(nn.Module):
 class RowParallel(nn.Module):
     """One rank's columns of a linear. weight: (out, in / tensor_parallel); bias: (out,), which the op behind adds."""
 
-    def __init__(self, whole: Linear, mesh: Mesh, by_tokens: bool):
+    def __init__(self, whole: Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
-        self.weight, self.bias = _slice(whole.weight, 1, mesh), whole.bias
+        self.weight, self.bias = own["weight"], own["bias"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(F.linear(x, self.weight), self.mesh)
@@ -82,10 +89,10 @@ class VocabularyParallelEmbedding(nn.Module):
     An id that is in no rank's slice would be zeros everywhere: ids are checked where they come in, on the host.
     """
 
-    def __init__(self, whole: nn.Embedding, mesh: Mesh, by_tokens: bool):
+    def __init__(self, whole: nn.Embedding, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
-        self.weight = _slice(whole.weight, 0, mesh)
+        self.weight = own["weight"]
         self.first = mesh.tensor_rank * len(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -97,10 +104,10 @@ class VocabularyParallelEmbedding(nn.Module):
 class VocabularyParallelDecoder(nn.Module):
     """Logits of one rank's words, (M, V / tensor_parallel)."""
 
-    def __init__(self, whole: Decoder, mesh: Mesh, by_tokens: bool):
+    def __init__(self, whole: Decoder, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh = mesh
-        self.bias = _slice(whole.bias, 0, mesh)
+        self.bias = own["bias"]
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         # M masked tokens are on every rank, with or without sequence parallelism
@@ -126,17 +133,19 @@ def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> Maske
     for name, module in list(model.named_modules()):
         if kind := plan.kind(name):
             parent, _, child = name.rpartition(".")
-            split = PARALLEL[kind, type(module)](module, mesh, sequence_parallel)
+            own = {
+                each: nn.Parameter(
+                    plan.slice_of(f"{name}.{each}", whole.detach(), mesh.tensor_rank, mesh.tensor_parallel).clone()
+                )
+                for each, whole in module.named_parameters()
+            }
+            split = PARALLEL[kind, type(module)](module, own, mesh, sequence_parallel)
             setattr(model.get_submodule(parent), child, split)
     if sequence_parallel:
         # positions are looked up for the rank's own tokens; what the encoder returns goes to a head on every rank
         model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
         model.encoder.register_forward_hook(lambda _, args, hidden: gather_for_all(hidden, mesh))
     return model
-
-
-def _slice(whole: nn.Parameter, dimension: int, mesh: Mesh) -> nn.Parameter:
-    return nn.Parameter(whole.detach().chunk(mesh.tensor_parallel, dimension)[mesh.tensor_rank].clone())
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -1,52 +1,54 @@
 """Checkpoints: folders that appear whole or not at all, and the safetensors format in a few lines.
 
     step-00001000/
-        model.safetensors       the fp32 weights, under the model's own names
+        model.safetensors       the fp32 weights, whole, under the model's own names
         optimizer.safetensors   Adam's moments, under the same names
         state.json              config, counters, sha256 of the two files
 
-A checkpoint is written beside its final name, flushed to disk, and renamed; older ones are removed after that. Nothing
-is pickled.
+Every rank writes what it owns into the one file of each kind, so that a checkpoint does not show which layout made it.
+It is written in the background, beside its final name, flushed to disk, and renamed; older ones are removed after that.
+Nothing is pickled. With several machines the folder must be on storage that all of them see.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minisobert.parallel.mesh import Mesh
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TENSORS = ("model", "optimizer")
+FILES = ("model", "optimizer")
 UNFINISHED = ".unfinished-"
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes the tensors and flushes them to disk. Returns the file's sha256.
+def safetensors_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """Of a file with tensors of these dtypes and shapes: its beginning, where in it each tensor begins, its size.
 
     Format: 8 bytes, the header's length (little endian); the header, JSON of dtype, shape and place of each tensor,
     padded with spaces to a multiple of 8; the tensors' bytes, row-major, little endian.
     """
     header, at = {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        place = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        header[name], at = place, at + size
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name], at = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}, at + size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())):
-            digest.update(part)
-            file.write(part)
-        _flush(file)
-    return digest.hexdigest()
+    begin = 8 + len(text)
+    places = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
+    return len(text).to_bytes(8, "little") + text, places, begin + at
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -65,33 +67,157 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict, keep: int):
-    """Writes the checkpoint of one step into folder and then removes all but the `keep` last. Returns its path."""
-    final, unfinished = folder / f"step-{step:08d}", folder / f"{UNFINISHED}{step:08d}"
-    if final.exists():  # only ever renamed to when complete, and a step has one state
-        return final
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(f"{UNFINISHED}*"):
+@dataclass(frozen=True)
+class Slice:
+    """What one rank writes of a tensor. runs: (first element in the whole, first in `tensor`, how many), flattened."""
+
+    file: str  # one of FILES
+    name: str
+    tensor: Tensor  # (n,)
+    runs: list[tuple[int, int, int]]
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written. The message is empty on ranks that have nothing to say about it."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, all ranks together, while training goes on.
+
+        start     every rank copies what it owns, and begins to write it
+        notes     to be summed over the ranks in every step, and the sums handed to `heard`:
+        heard     when all have written, the first rank gives the checkpoint its name
+
+    `start`, `heard` and `wait` are called by all ranks alike, and raise SaveFailed on all where one failed.
+    """
+
+    def __init__(self, folder: Path, keep: int, mesh: Mesh):
+        """keep: of the last ones; that with the lowest validation loss is kept too."""
+        self.folder, self.keep, self.mesh = folder, keep, mesh
+        self.last: Path | None = None  # that was asked for
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None  # this rank's part
+        self._publishing: Future | None = None  # the first rank's work when all have written
+
+    def start(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]], slices: Iterable[Slice], state: dict):
+        """shapes: of the whole tensors, by file and name, all fp32; slices: what this rank has of them.
+
+        Returns when slices may change again. Waits for the checkpoint before it.
+        """
+        self.wait()
+        self.last = self.folder / f"step-{step:08d}"
+        if self.last.exists():  # only ever renamed to when complete, and a step has one state
+            return
+        work = self.folder / f"{UNFINISHED}{step:08d}"
+        headers = {
+            file: safetensors_header({name: (torch.float32, shape) for name, shape in of_file.items()})
+            for file, of_file in shapes.items()
+        }
+        created = self._pool.submit(_create, work, headers) if self.mesh.is_first else None
+        self._agree(created)
+        copies = [(s, s.tensor.detach().to("cpu", copy=True)) for s in slices]
+        self._writing = self._pool.submit(_write, work, {file: places for file, (_, places, _) in headers.items()}, copies)
+        self._state = state
+
+    @property
+    def notes(self) -> list[int]:
+        """[whether this rank's part is written, whether something failed]"""
+        futures = [future for future in (self._writing, self._publishing) if future]
+        failed = any(future.done() and future.exception() for future in futures)
+        return [int(self._writing is None or self._writing.done()), int(failed)]
+
+    def heard(self, written: int, failed: int) -> None:
+        if failed:
+            self._agree(self._writing or self._publishing)
+        if self._writing and written == self.mesh.world:
+            self._writing = None
+            if self.mesh.is_first:
+                self._publishing = self._pool.submit(_publish, self.last, self._state, self.keep)
+
+    def wait(self) -> None:
+        """Until the last checkpoint asked for has its name."""
+        if self._writing:
+            self._agree(self._writing)
+            self.heard(self.mesh.world, 0)
+        if self.last:
+            self._agree(self._publishing)
+            self._publishing = None
+
+    def _agree(self, future: Future | None) -> None:
+        """Waits for it on this rank, and then for the other ranks to have done the same."""
+        error = future.exception() if future else None
+        if error and not isinstance(error, OSError):
+            raise error
+        if self.mesh.sum_on_hosts([int(error is not None)])[0]:
+            self._pool.shutdown()
+            raise SaveFailed(f"{self.last} could not be written: {error}" if error else "")
+
+
+def _create(work: Path, headers: dict[str, tuple[bytes, dict[str, int], int]]) -> None:
+    """A folder with files of their full size that nobody has written to yet."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in work.parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left_over)
-    unfinished.mkdir()
-    checksums = {
-        f"{name}.safetensors": write_safetensors(unfinished / f"{name}.safetensors", tensors)
-        for name, tensors in zip(TENSORS, (model, optimizer))
-    }
-    write_json(unfinished / "state.json", {**state, "sha256": checksums})
-    _flush_folder(unfinished)
-    os.replace(unfinished, final)
+    work.mkdir()
+    for file, (begin, _, size) in headers.items():
+        with open(work / f"{file}.safetensors", "wb") as f:
+            f.write(begin)
+            f.truncate(size)
+
+
+def _write(work: Path, places: dict[str, dict[str, int]], slices: list[tuple[Slice, Tensor]]) -> None:
+    for file in FILES:
+        try:
+            descriptor = os.open(work / f"{file}.safetensors", os.O_WRONLY)
+        except FileNotFoundError as error:
+            raise OSError(f"{error}; --out must be on storage that all machines share") from None
+        try:
+            for s, copy in slices:
+                if s.file == file:
+                    data = memoryview(copy.view(torch.uint8).numpy())
+                    for whole, own, count in s.runs:
+                        _write_at(descriptor, data[4 * own : 4 * (own + count)], places[file][s.name] + 4 * whole)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: memoryview, at: int) -> None:
+    while data:  # a call writes 2 GB at most
+        written = os.pwrite(descriptor, data, at)
+        data, at = data[written:], at + written
+
+
+def _publish(final: Path, state: dict, keep: int) -> None:
+    """Checksums of what the files hold, the name, and the end of older checkpoints."""
+    folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
+    checksums = {f"{file}.safetensors": _sha256(work / f"{file}.safetensors") for file in FILES}
+    write_json(work / "state.json", {**state, "sha256": checksums})
+    _flush_folder(work)
+    os.replace(work, final)
     _flush_folder(folder)
-    for old in steps(folder)[:-keep]:
+    for old in set(steps(folder)) - set(steps(folder)[-keep:]) - {best(folder)}:
         # renamed first: a folder with a checkpoint's name is always whole
         os.replace(old, folder / f"{UNFINISHED}{old.name}")
         shutil.rmtree(folder / f"{UNFINISHED}{old.name}")
-    return final
 
 
 def steps(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def best(folder: Path) -> Path | None:
+    """Of the checkpoints in a folder that were evaluated, the one with the lowest validation loss."""
+    losses = {}
+    for path in steps(folder):
+        try:
+            loss = read_state(path).get("validation_loss")
+        except ValueError:  # damaged: no reason for it to be lost, or for this run to end
+            continue
+        if loss is not None:
+            losses[path] = loss
+    return min(losses, key=losses.get, default=None)
 
 
 def read_state(path: Path) -> dict:
@@ -103,12 +229,11 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{damaged}; remove {path} to go on from the one before") from None
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Model and optimizer tensors of a checkpoint. Raises ValueError where a checksum is not the one in state.json."""
+def verify(path: Path) -> None:
+    """Raises ValueError where a file of a checkpoint has not the checksum that is in state.json."""
     for name, expected in read_state(path)["sha256"].items():
         try:
-            with open(path / name, "rb") as file:
-                found = _sha256(file)
+            found = _sha256(path / name)
         except OSError as error:
             found = error.strerror
         if found != expected:
@@ -116,8 +241,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 f"{path / name} is damaged (sha256 {found[:12]}…, expected {expected[:12]}…); "
                 f"remove {path} to go on from the one before"
             )
-    model, optimizer = (read_safetensors(path / f"{name}.safetensors") for name in TENSORS)
-    return model, optimizer
+
+
+def load(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors of a checkpoint, by file and name. Nothing is read before somebody looks at it."""
+    return {file: read_safetensors(path / f"{file}.safetensors") for file in FILES}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -126,24 +254,17 @@ def write_json(path: Path, value: object) -> None:
     with open(beside, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-        _flush(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _sha256(file) -> str:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 24):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,16 +1,18 @@
 """The training loop: batches of a fixed number of tokens, one optimizer step each, whatever the layout.
 
 Loss and gradient of a step are sums over all masked tokens of the global batch, divided by their number; what a rank or
-a micro-batch happens to hold carries no weight of its own.
+a micro-batch happens to hold carries no weight of its own. (With --loss-average micro-batch they are means of the
+micro-batches' means, as in Megatron-LM.)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -23,9 +25,14 @@ from minisobert.ops import Dropout
 from minisobert.parallel.mesh import Mesh
 from minisobert.parallel.tensor import cross_entropy, guessed
 from minisobert.training import meter
+from minisobert.training.checkpoint import Saver
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress, Run
 from minisobert.training.schedule import learning_rate
+
+
+class TooManySkipped(Exception):
+    """--max-skipped steps in a row had a gradient that is not finite. The message, on the first rank, says where it began."""
 
 
 def train_step(
@@ -35,41 +42,64 @@ def train_step(
     config: TrainConfig,
     mesh: Mesh,
     progress: Progress,
+    notes: Sequence[int] = (),
 ) -> dict:
-    """One step on this rank's micro-batches. Advances progress; returns the step's figures."""
+    """One step on this rank's micro-batches. Advances progress; returns the step's figures.
+
+    notes: numbers to be summed over all processes; the sums are among the figures.
+    """
     device = mesh.device
-    first_row = progress.consumed_tokens // ROW_TOKENS
+    first_row, size = progress.consumed_tokens // ROW_TOKENS, config.batch_at(progress.consumed_tokens)
+    accumulation = config.accumulation(size, ROW_TOKENS, mesh.data_parallel)
     dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     masked = real_tokens = pairs = 0
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         offset = (batch.first_row - first_row) * ROW_TOKENS
         here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
         logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, here)
         loss = cross_entropy(logits, batch.targets, mesh).sum()
+        if config.loss_average == "micro-batch":
+            loss = loss / max(len(batch.targets), 1)
+        if i == accumulation:
+            optimizer.gradients.before_last_backward()
         loss.backward()
         loss_sum += loss.detach()
         masked, real_tokens, pairs = masked + len(batch.targets), real_tokens + batch.real_tokens, pairs + batch.pairs
 
-    counts = torch.tensor([masked, real_tokens, pairs], dtype=torch.float64, device=device)
-    sums = mesh.sum_over_data(torch.cat([loss_sum[None], counts]))
-    mesh.sum_over_data(optimizer.gradient)
-    loss, masked, real_tokens, pairs = sums.tolist()
-    masked = max(masked, 1)  # nothing to guess in a whole batch: loss and gradient are 0
+    # what the hosts know: up to here nobody has waited for a device. The ranks of a tensor group have the same rows
+    counts = mesh.sum_on_hosts([masked, real_tokens, pairs, *notes])
+    masked, real_tokens, pairs = (n // mesh.tensor_parallel for n in counts[:3])
+    divisor = masked if config.loss_average == "token" else accumulation * mesh.data_parallel
+    divisor = max(divisor, 1)  # nothing to guess in a whole batch: loss and gradient are 0
 
-    tokens = progress.schedule_tokens + config.tokens_per_batch
+    tokens = progress.schedule_tokens + size
     rate = learning_rate(
         tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction
     )
-    norm, applied = optimizer.step(rate, masked, config.clip)
+    norm, applied = optimizer.step(rate, divisor, config.clip)
     progress.step += 1
-    progress.consumed_tokens += config.tokens_per_batch
+    progress.consumed_tokens += size
     progress.schedule_tokens = tokens if applied else progress.schedule_tokens
     progress.skipped += not applied
-    progress.real_tokens += int(real_tokens)
-    progress.loss = loss / masked
+    progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
+    progress.real_tokens += real_tokens
+    progress.loss = mesh.sum_over_data(loss_sum).item() / divisor
+    if progress.skipped_in_a_row > config.max_skipped:
+        report = _report(optimizer, progress, first_row, size // ROW_TOKENS)
+        raise TooManySkipped(report if mesh.is_first else "")
     flops = meter.training_flops(model.config, real_tokens, pairs, masked)
-    return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops}
+    return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops, "heard": counts[3:]}
+
+
+def _report(optimizer: Optimizer, progress: Progress, first_row: int, rows: int) -> str:
+    """Which rank's gradient was not finite, and of which parameter first. Called by all ranks."""
+    found = [f"rank {rank}: {name}" for rank, name in enumerate(optimizer.not_finite()) if name]
+    return (
+        f"the gradient of {progress.skipped_in_a_row} steps in a row was not finite, the last of them step "
+        f"{progress.step} with rows {first_row:,} to {first_row + rows - 1:,}, loss {progress.loss}; where it began: "
+        + ("; ".join(found) or "in no rank's own gradient, but in their sum")
+    )
 
 
 def place(dropout: Dropout, offset: int, tokens: int, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Dropout:
@@ -102,32 +132,32 @@ def train(
 ) -> int:
     """Trains from progress to train_tokens. Returns 0, or the number of the signal that ended it.
 
-    One line per step goes to metrics.jsonl. SIGTERM and Ctrl-C save and leave after the step.
+    One line per step goes to metrics.jsonl. SIGTERM and Ctrl-C save and leave after the step. Raises TooManySkipped,
+    and SaveFailed where a checkpoint cannot be written, on all ranks.
     """
     config = run.config
-    batch_rows = config.tokens_per_batch // ROW_TOKENS
-    steps = -(-config.train_tokens // config.tokens_per_batch)
-    accumulation = config.accumulation(ROW_TOKENS, mesh.data_parallel)
-    first_row = progress.consumed_tokens // ROW_TOKENS
-    share = spans(first_row, steps * batch_rows, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
-    micro_batches = load(training, share, mesh.device)
+    micro_batches = load(training, _share(config, progress.consumed_tokens, mesh), mesh.device)
+    saver = Saver(run.folder / "checkpoints", config.keep_checkpoints, mesh)
     peak = meter.peak_flops(mesh.device)
-
-    def passed(every: int) -> bool:
-        """Whether the step just made went past a multiple of `every` tokens, or was the last one."""
-        before = progress.consumed_tokens - config.tokens_per_batch
-        return progress.step == steps or before // every != progress.consumed_tokens // every
+    *_, (last, size) = _steps(config, 0)
 
     bar = tqdm(
-        total=steps * config.tokens_per_batch, initial=progress.consumed_tokens, unit="tok", unit_scale=True,
-        desc=config.preset, disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
+        total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.preset,
+        disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
     shown, stopped = "", 0
     with bar, StopSignals() as stop:
-        while progress.step < steps:
+        for before, size in _steps(config, progress.consumed_tokens):
+
+            def passed(every: int, before: int = before) -> bool:
+                """Whether the step just made went past a multiple of `every` tokens, or was the last one."""
+                done = progress.consumed_tokens
+                return done >= config.train_tokens or before // every != done // every
+
             began = time.perf_counter()
-            batches = (next(micro_batches) for _ in range(accumulation))
-            figures = train_step(model, optimizer, batches, config, mesh, progress)
+            batches = itertools.islice(micro_batches, config.accumulation(size, ROW_TOKENS, mesh.data_parallel))
+            notes = [stop.received, int(stop.received > 0), *saver.notes]
+            figures = train_step(model, optimizer, batches, config, mesh, progress, notes)
             seconds = time.perf_counter() - began
             progress.seconds += seconds
 
@@ -150,20 +180,36 @@ def train(
             if mesh.is_first:
                 run.log(line)
             bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
-            bar.update(config.tokens_per_batch)
+            bar.update(size)
 
-            # one rank may have got the signal, or all: they leave after the same step, with the same number
-            signals = torch.tensor([stop.received, stop.received > 0], device=mesh.device)
-            total, ranks = mesh.sum_over_all(signals).tolist()
+            # one rank may have got a signal, or all: they leave after the same step, with the same number
+            total, ranks, *of_saver = figures["heard"]
             stopped = total // max(ranks, 1)
+            saver.heard(*of_saver)
             if stopped or passed(config.checkpoint_every_tokens):
-                saved = run.save(optimizer, progress, mesh)
+                run.save(saver, optimizer, progress, line.get("validation_loss"))
             if stopped:
                 break
     micro_batches.close()
+    saver.wait()
     if stopped and mesh.is_first:
-        print(f"stopped after step {progress.step:,}; the same command goes on from {saved}", file=sys.stderr)
+        print(f"stopped after step {progress.step:,}; the same command goes on from {saver.last}", file=sys.stderr)
     return stopped
+
+
+def _steps(config: TrainConfig, consumed: int) -> Iterator[tuple[int, int]]:
+    """(row positions consumed before, row positions) of each step that is left after `consumed`."""
+    while consumed < config.train_tokens:
+        size = config.batch_at(consumed)
+        yield consumed, size
+        consumed += size
+
+
+def _share(config: TrainConfig, consumed: int, mesh: Mesh) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of each of this rank's micro-batches."""
+    for before, size in _steps(config, consumed):
+        first, last = before // ROW_TOKENS, (before + size) // ROW_TOKENS
+        yield from spans(first, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
 
 
 class StopSignals:

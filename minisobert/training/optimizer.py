@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, and one flat fp32 buffer that all gradients of a step are summed in.
+"""AdamW on fp32 masters of what this rank owns: everything, or with a sharded optimizer a share of every bucket.
 
 In fp32 the masters are the parameters themselves. In bf16 they are copies, since steps of 1e-4 on weights of 0.02 are
 lost in bf16's 8 bits; the parameters are their rounding, made anew after every step.
@@ -6,81 +6,133 @@ lost in bf16's 8 bits; the parameters are their rounding, made anew after every 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+from minisobert.parallel import plan
+from minisobert.parallel.data import FlatParameters, Gradients, OverlappedGradients
+from minisobert.parallel.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [first, first + len(master)) of a parameter of this rank, flattened, which this rank steps."""
+
+    name: str
+    first: int
+    place: slice  # in the flat buffers
+    master: Tensor  # (n,) fp32
 
 
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, not on biases and layer norms.
 
-    gradient: (number of parameters,) fp32. Backward passes add to it, whatever the dtype of the parameters, until
-    `step`, which scales it, applies it and zeroes it.
+    gradients: where backward passes add to, until `step` sums them over ranks, scales, applies and zeroes them.
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        betas: tuple[float, float],
+        weight_decay: float,
+        mesh: Mesh | None = None,
+        *,
+        sharded: bool = False,
+        sequence_parallel: bool = False,
+        overlap: bool = True,
+        eps: float = 1e-8,
     ):
-        """model: in fp32; its parameters become `dtype`, and the masters keep what they were."""
-        self.parameters = dict(model.named_parameters())
-        device = next(model.parameters()).device
-        sizes = [p.numel() for p in self.parameters.values()]
-        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.masters: dict[str, Tensor] = {}
-        for (name, parameter), flat in zip(self.parameters.items(), self.gradient.split(sizes)):
-            view = flat.view(parameter.shape)
-            self.masters[name] = parameter
-            if dtype != torch.float32:
-                self.masters[name] = nn.Parameter(parameter.detach().clone())
-                parameter.data = parameter.data.to(dtype)
-                parameter.register_post_accumulate_grad_hook(lambda p, view=view: _move_gradient(p, view))
-            self.masters[name].grad = view  # autograd adds to a gradient that is there in place
+        """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were."""
+        self.mesh, self.sharded = mesh or Mesh(), sharded
+        self.flat = flat = FlatParameters(model, dtype, self.mesh, sequence_parallel)
+        owned = list(flat.owned(self.mesh.data_rank, self.mesh.data_parallel) if sharded else flat.owned(0, 1))
+        exact = [
+            flat.parameters[name].detach().flatten()[first : first + place.stop - place.start].clone()
+            for name, first, place in owned
+        ]
+        flat.adopt()
+        if dtype == torch.float32:
+            exact = [flat.weights[place] for _, _, place in owned]
+        self.pieces = [Piece(*where, master) for where, master in zip(owned, exact)]
+        kind = OverlappedGradients if overlap and self.mesh.world > 1 else Gradients
+        self.gradients = kind(flat, self.mesh, sharded)
 
-        decay = [p for p in self.masters.values() if p.dim() > 1]
-        rest = [p for p in self.masters.values() if p.dim() <= 1]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        decays = [flat.parameters[piece.name].dim() > 1 for piece in self.pieces]
+        groups = [
+            {"params": [p.master for p, d in zip(self.pieces, decays) if d == wanted], "weight_decay": decay}
+            for wanted, decay in ((True, weight_decay), (False, 0.0))
+        ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        for piece in self.pieces:
+            piece.master.grad = flat.gradients[piece.place]
+            moments = {name: torch.zeros_like(piece.master) for name in MOMENTS}
+            self.adam.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
+        # of a parameter that several ranks have whole, each counts its part: together they count it once
+        copies = [1 if plan.split_dimension(piece.name) is not None else self.mesh.tensor_parallel for piece in self.pieces]
+        self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
+        if not sharded:
+            self._weights /= self.mesh.data_parallel
+
+    def norm(self) -> float:
+        """Of the summed gradient of the whole model, the same on all ranks."""
+        norms = torch.stack(torch._foreach_norm([piece.master.grad for piece in self.pieces])).double()
+        return self.mesh.sum_over_all((norms.square() * self._weights).sum()).sqrt().item()
 
     @torch.no_grad()
     def step(self, learning_rate: float, count: float, clip: float) -> tuple[float, bool]:
-        """Divides the summed gradient by count, clips its norm and applies it. Returns (norm before clipping, applied).
+        """Divides the sum of the gradients of all ranks by count, clips its norm and applies it.
 
-        A gradient that is not finite is not applied: nothing changes, and applied is False.
+        Returns (norm before clipping, applied). A gradient that is not finite is not applied: nothing changes on any
+        rank, and applied is False.
         """
-        norm = self.gradient.norm().item() / count
+        self.gradients.sum()
+        norm = self.norm() / count
         applied = norm < float("inf")  # False for NaN too
         if applied:
-            self.gradient *= min(clip / (norm + 1e-6), 1.0) / count
+            self.flat.gradients *= min(clip / (norm + 1e-6), 1.0) / count
             for group in self.adam.param_groups:
                 group["lr"] = learning_rate
             self.adam.step()
             self._round_masters()
-        self.gradient.zero_()
+        self.flat.gradients.zero_()
         return norm, applied
 
-    def _round_masters(self) -> None:
-        for name, parameter in self.parameters.items():
-            if parameter is not self.masters[name]:
-                parameter.copy_(self.masters[name])
+    def not_finite(self) -> list[str | None]:
+        """After a step that was not applied: for each rank, which of its own gradients was the first not to be finite."""
+        names = list(self.flat.places)  # the order in which they were made
+        norms = self.gradients.own_norms
+        bad = [i for i, name in enumerate(names) if not norms[name].isfinite()]
+        first = [0] * self.mesh.world
+        first[self.mesh.rank] = bad[0] + 1 if bad else 0
+        return [names[i - 1] if i else None for i in self.mesh.sum_on_hosts(first)]
 
-    def state(self) -> dict[str, Tensor]:
-        """Adam's moments by parameter name, and its number of steps; empty before the first step."""
-        state = {}
-        for name, master in self.masters.items():
-            for key, value in self.adam.state[master].items() if master in self.adam.state else ():
-                state["step" if key == "step" else f"{key}.{name}"] = value
-        return state
+    def _round_masters(self) -> None:
+        if self.flat.weights.dtype != torch.float32:
+            for piece in self.pieces:
+                self.flat.weights[piece.place].copy_(piece.master)
+        self.gradients.gather_parameters()
+
+    @staticmethod
+    def names(parameter: str) -> list[tuple[str, str]]:
+        """(file of a checkpoint, name in it) of a parameter's master and its two moments."""
+        return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in MOMENTS)]
+
+    def tensors(self, piece: Piece) -> list[Tensor]:
+        """The same of a piece: three tensors, (n,) each."""
+        return [piece.master, *(self.adam.state[piece.master][moment] for moment in MOMENTS)]
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """weights: the masters by name, in fp32; state: as `state` returned it."""
-        for name, master in self.masters.items():
-            master.copy_(weights[name])
-            if state:
-                moments = {key: state[f"{key}.{name}"].to(master.device) for key in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[master] = {"step": state["step"].clone().to(master.device), **moments}
+    def load(self, files: dict[str, dict[str, Tensor]], steps: int) -> None:
+        """files: whole, unsharded tensors by file and name. steps: how many were applied."""
+        mesh = self.mesh
+        for piece in self.pieces:
+            for (file, name), tensor in zip(self.names(piece.name), self.tensors(piece)):
+                mine = plan.slice_of(piece.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
+                tensor.copy_(mine.flatten()[piece.first : piece.first + len(tensor)])
+            self.adam.state[piece.master]["step"].fill_(steps)
         self._round_masters()
-
-
-def _move_gradient(parameter: Tensor, view: Tensor) -> None:
-    view += parameter.grad
-    parameter.grad = None

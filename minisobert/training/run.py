@@ -11,8 +11,10 @@ from pathlib import Path
 
 from minisobert.config import ModelConfig, TrainConfig, flag
 from minisobert.corpus.shards import Shards
+from minisobert.parallel import plan
+from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
-from minisobert.training.optimizer import Optimizer
+from minisobert.training.optimizer import Optimizer, Piece
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Progress:
     real_tokens: int = 0  # of those consumed, all but padding
     seconds: float = 0.0  # spent in training steps
     skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
     loss: float | None = None  # of the last step
 
 
@@ -33,14 +36,16 @@ class Run:
 
     def __init__(self, config: TrainConfig, model: ModelConfig, shards: Shards):
         """Raises ValueError where the folder's last checkpoint was made by another config or from other data."""
-        self.config, self.shards = config, shards
+        self.config, self.model, self.shards = config, model, shards
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.free_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model), "data": shards.fingerprint}
         self.described = {**self.identity, "layout": layout}
         saved = checkpoint.steps(self.folder / "checkpoints")
-        self.resumes_from = saved[-1] if saved and not config.fresh else None
+        # when torchrun starts the job again after a fault, what is there is its own work
+        self.fresh = config.fresh and not from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+        self.resumes_from = saved[-1] if saved and not self.fresh else None
         if self.resumes_from:
             self._refuse_another(checkpoint.read_state(self.resumes_from)["run"])
 
@@ -56,17 +61,26 @@ class Run:
         if before != self.identity:
             raise ValueError(f"{here} by another version of minisobert; {otherwise}")
 
-    def load(self, optimizer: Optimizer) -> Progress:
+    def load(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
         """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged."""
         if not self.resumes_from:
             return Progress()
-        optimizer.load(*checkpoint.load(self.resumes_from))
-        return Progress(**checkpoint.read_state(self.resumes_from)["progress"])
+        damage = None
+        if mesh.is_first:
+            try:
+                checkpoint.verify(self.resumes_from)
+            except ValueError as error:
+                damage = error
+        if mesh.sum_on_hosts([int(damage is not None)])[0]:
+            raise damage or ValueError(f"{self.resumes_from} is damaged")
+        progress = Progress(**checkpoint.read_state(self.resumes_from)["progress"])
+        optimizer.load(checkpoint.load(self.resumes_from), progress.step - progress.skipped)
+        return progress
 
     def begin(self, step: int) -> None:
         """Makes the folder ready for the steps after `step`. From here on things are written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.config.fresh:
+        if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # what came after the checkpoint is about to be made again
@@ -83,13 +97,35 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
-    def save(self, optimizer: Optimizer, progress: Progress) -> Path:
-        state = {"progress": dataclasses.asdict(progress), "run": self.identity}
-        return checkpoint.save(
-            self.folder / "checkpoints",
-            progress.step,
-            optimizer.masters,
-            optimizer.state(),
-            state,
-            self.config.keep_checkpoints,
-        )
+    def save(
+        self, saver: checkpoint.Saver, optimizer: Optimizer, progress: Progress, validation_loss: float | None
+    ) -> None:
+        """Begins to write a checkpoint. Called by all ranks."""
+        mesh, pieces = optimizer.mesh, optimizer.pieces
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {file: {} for file in checkpoint.FILES}
+        for name, parameter in optimizer.flat.parameters.items():
+            whole = plan.whole_shape(name, tuple(parameter.shape), mesh.tensor_parallel)
+            for file, tensor in optimizer.names(name):
+                shapes[file][tensor] = whole
+        slices = [s for piece in pieces if _writes(piece, optimizer) for s in _slices(piece, optimizer)]
+        state = {
+            "progress": dataclasses.asdict(progress), "run": self.identity, "validation_loss": validation_loss
+        }  # fmt: skip
+        saver.start(progress.step, shapes, slices, state)
+
+
+def _writes(piece: Piece, optimizer: Optimizer) -> bool:
+    """Whether it is for this rank to write the piece, of which others may have the same."""
+    mesh = optimizer.mesh
+    one_of_a_kind = optimizer.sharded or mesh.data_rank == 0
+    return one_of_a_kind and (plan.split_dimension(piece.name) is not None or mesh.tensor_rank == 0)
+
+
+def _slices(piece: Piece, optimizer: Optimizer) -> list[checkpoint.Slice]:
+    mesh, shape = optimizer.mesh, tuple(optimizer.flat.parameters[piece.name].shape)
+    where = plan.runs(piece.name, shape, piece.first, len(piece.master), mesh.tensor_rank, mesh.tensor_parallel)
+    runs = list(where)
+    return [
+        checkpoint.Slice(file, name, tensor, runs)
+        for (file, name), tensor in zip(optimizer.names(piece.name), optimizer.tensors(piece))
+    ]

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minisobert.ops.dropout import MAX_TOKENS, Dropout
+from minisobert.config import MOST_TOKENS
+from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
 from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
@@ -322,7 +323,7 @@ class _Attention(torch.autograd.Function):
                 keys = torch.empty(heads, tokens, dtype=torch.int32, device=q.device)
                 block, warps = HASHES
                 _hashes[triton.cdiv(tokens, block), heads](
-                    rows, keys, key, token_offset, dropout.head_offset, tokens, MAX_TOKENS, block, **options(warps)
+                    rows, keys, key, token_offset, dropout.head_offset, tokens, MOST_TOKENS, block, **options(warps)
                 )
             grid, meta = _launch(FORWARD_DROPOUT if threshold else FORWARD, q, threshold)
             scale = math.log2(math.e) / math.sqrt(d)

@@ -1,0 +1,193 @@
+"""Data parallelism: every rank has other rows, and their gradients are summed before a step.
+
+All parameters of a rank stand in one flat buffer, their gradients in another, in the order in which a backward pass
+makes them, last layer first. Cut into buckets, gradients of a whole bucket are summed by one collective:
+
+    gradients   | ffn_output … qkv  block 1 | ffn_output … qkv  block 0 |  embeddings    |
+                |        bucket 0           |        bucket 1           |   bucket 2     |
+                  summed while block 0's backward runs ───┘
+
+`Gradients` is the plain way: everything after the backward pass. `OverlappedGradients` sums each bucket as soon as its
+last gradient is there, in the last micro-batch of a step, and gives the same bits.
+
+With a sharded optimizer (ZeRO stage 1, Rajbhandari et al. 2020) each rank owns 1/data_parallel of every bucket: it gets
+the sum of its own share alone (reduce-scatter), steps with it, and all-gather puts the new parameters together. Both
+halves of an all-reduce then, with the step between them: the same bytes, and the optimizer's state divided.
+
+    data_parallel 2    bucket 0: | rank 0 | rank 1 |    bucket 1: | rank 0 | rank 1 |    …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minisobert.parallel import plan
+from minisobert.parallel.collectives import all_gather_into, reduce_scatter_into
+from minisobert.parallel.mesh import Mesh
+
+BUCKET = 1 << 24  # elements, 64 MB of gradients: enough that a collective's latency does not count
+ALIGN = 64  # elements: every parameter begins where matrix units and 16-byte loads like it
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Elements [start, stop) of the flat buffers, of whole parameters and a little padding."""
+
+    start: int
+    stop: int
+    names: tuple[str, ...]
+    by_tokens: bool  # each tensor-parallel rank has the gradients of its own tokens alone
+
+    def share(self, rank: int, ranks: int) -> slice:
+        size = (self.stop - self.start) // ranks
+        return slice(self.start + rank * size, self.start + (rank + 1) * size)
+
+
+class FlatParameters:
+    """The parameters of a model in one buffer of `dtype`, as views, and an fp32 buffer for their gradients.
+
+    Backward passes add to `gradients`, whatever the dtype of the parameters, until somebody zeroes it.
+    places: where each parameter lies in both.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, mesh: Mesh, sequence_parallel: bool = False):
+        """model: in fp32, on its device, already sharded by `tensor.shard`."""
+        self.parameters = dict(model.named_parameters())
+        by_tokens = {name for name in self.parameters if sequence_parallel and plan.summed_over_tokens(name)}
+        backward_order = [*reversed(self.parameters)]
+        groups = [[n for n in backward_order if n not in by_tokens], [n for n in backward_order if n in by_tokens]]
+        self.places: dict[str, slice] = {}
+        self.buckets: list[Bucket] = []
+        for group in groups:
+            self._lay_out(group, mesh.data_parallel, group is groups[1])
+        size, device = self.buckets[-1].stop, next(model.parameters()).device
+        self.weights = torch.zeros(size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
+
+    def _lay_out(self, names: list[str], data_parallel: int, by_tokens: bool) -> None:
+        start = at = self.buckets[-1].stop if self.buckets else 0
+        inside: list[str] = []
+        for i, name in enumerate(names):
+            size = self.parameters[name].numel()
+            self.places[name] = slice(at, at + size)
+            at = _round_up(at + size, ALIGN)
+            inside.append(name)
+            if at - start >= BUCKET or i == len(names) - 1:
+                at = start + _round_up(at - start, ALIGN * data_parallel)
+                self.buckets.append(Bucket(start, at, tuple(inside), by_tokens))
+                start, inside = at, []
+
+    def adopt(self) -> None:
+        """From here on the model's parameters are views of `weights`, and their gradients go to `gradients`."""
+        for name, parameter in self.parameters.items():
+            view = self.weights[self.places[name]].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            if parameter.dtype == torch.float32:
+                parameter.grad = self.gradient(name)  # autograd adds to a gradient that is there, in place
+            else:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter, gradient=self.gradient(name): _move_gradient(parameter, gradient)
+                )
+
+    def gradient(self, name: str) -> Tensor:
+        return self.gradients[self.places[name]].view(self.parameters[name].shape)
+
+    def owned(self, rank: int, ranks: int) -> Iterator[tuple[str, int, slice]]:
+        """What of the parameters lies in one rank's shares: (name, first element of it, place in the buffers)."""
+        for bucket in self.buckets:
+            share = bucket.share(rank, ranks)
+            for name in bucket.names:
+                place = self.places[name]
+                start, stop = max(place.start, share.start), min(place.stop, share.stop)
+                if start < stop:
+                    yield name, start - place.start, slice(start, stop)
+
+
+class Gradients:
+    """Sums the gradients of the ranks after the backward pass, bucket by bucket."""
+
+    def __init__(self, flat: FlatParameters, mesh: Mesh, sharded: bool = False):
+        self.flat, self.mesh, self.sharded = flat, mesh, sharded
+        self.own_norms: dict[str, Tensor] = {}  # of this rank's own gradients, to find out who made a NaN
+
+    def before_last_backward(self) -> None:
+        """To be called before the backward pass after which the gradients are complete."""
+        self.own_norms = {}
+
+    def sum(self) -> None:
+        """Sums all buckets. With a sharded optimizer this rank's shares alone hold the sum then."""
+        for bucket in self.flat.buckets:
+            work = self._start(bucket)
+            if work:
+                work.wait()
+
+    def _start(self, bucket: Bucket) -> dist.Work | None:
+        norms = torch._foreach_norm([self.flat.gradients[self.flat.places[name]] for name in bucket.names])
+        self.own_norms |= zip(bucket.names, norms)
+        gradients = self.flat.gradients[bucket.start : bucket.stop]
+        if bucket.by_tokens:
+            self.mesh.sum_over_slices(gradients)
+        if self.mesh.data_parallel == 1:
+            return None
+        if self.sharded:
+            own = self.flat.gradients[bucket.share(self.mesh.data_rank, self.mesh.data_parallel)]
+            return reduce_scatter_into(own, gradients, group=self.mesh.data_group, async_op=True)
+        return dist.all_reduce(gradients, group=self.mesh.data_group, async_op=True)
+
+    def gather_parameters(self) -> None:
+        """Puts the parameters together again of which each rank has new values for its shares."""
+        weights, mesh = self.flat.weights, self.mesh
+        works = []
+        for bucket in self.flat.buckets if self.sharded and mesh.data_parallel > 1 else ():
+            own = weights[bucket.share(mesh.data_rank, mesh.data_parallel)]
+            whole = weights[bucket.start : bucket.stop]
+            works.append(all_gather_into(whole, own, group=mesh.data_group, async_op=True))
+        for work in works:
+            work.wait()
+
+
+class OverlappedGradients(Gradients):
+    """Starts on a bucket as soon as its gradients are there, while the backward pass goes on with earlier layers."""
+
+    def __init__(self, flat: FlatParameters, mesh: Mesh, sharded: bool = False):
+        super().__init__(flat, mesh, sharded)
+        self._missing: list[int] = []  # per bucket, gradients that have not come yet; empty: do not start
+        self._works: list[dist.Work | None] = []
+        for i, bucket in enumerate(flat.buckets):
+            for name in bucket.names:
+                flat.parameters[name].register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+
+    def before_last_backward(self) -> None:
+        super().before_last_backward()
+        self._missing, self._works = [len(bucket.names) for bucket in self.flat.buckets], []
+
+    def _arrived(self, bucket: int) -> None:
+        if self._missing:
+            self._missing[bucket] -= 1
+            # in the order of the buckets, which is the same on all ranks, and so must the collectives be
+            while (at := len(self._works)) < len(self._missing) and not self._missing[at]:
+                self._works.append(self._start(self.flat.buckets[at]))
+
+    def sum(self) -> None:
+        self._missing = []
+        for bucket in self.flat.buckets[len(self._works) :]:
+            self._works.append(self._start(bucket))
+        for work in self._works:
+            if work:
+                work.wait()
+        self._works = []
+
+
+def _move_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    gradient += parameter.grad
+    parameter.grad = None
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to

@@ -1,0 +1,138 @@
+"""Ten steps with dropout on every layout: losses, gradient norms and weights are those of one process.
+
+Each world size is started once and trains its layouts one after the other, through train.py and to a checkpoint.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import SMALL, column, finish, start, weights, words
+
+from minisobert.config import ModelConfig
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, cross_entropy
+from minisobert.parallel import plan
+from minisobert.parallel.data import Gradients, OverlappedGradients
+
+STEPS, PEAK = 10, 1e-4
+EVERYTHING = {"sequence_parallel": True, "shard_optimizer": True, "recompute": True, "micro_batch_rows": 1}
+# world size → name → options. (data parallel, tensor parallel)
+LAYOUTS = {
+    1: {"(1, 1)": {}, "(1, 1), recompute, 1 row": {"recompute": True, "micro_batch_rows": 1}},
+    2: {f"({2 // tp}, {tp}){name}": {"tensor_parallel": tp, **options}
+        for tp in (1, 2) for name, options in (("", {}), (", everything", EVERYTHING))},
+    4: {
+        **{f"({4 // tp}, {tp}){name}": {"tensor_parallel": tp, **options}
+           for tp in (1, 2, 4) for name, options in (("", {}), (", everything", EVERYTHING))},
+        **{f"(2, 2), {name}": {"tensor_parallel": 2, **option} for name, option in {
+            "sequence parallel": {"sequence_parallel": True}, "sharded": {"shard_optimizer": True},
+            "recompute": {"recompute": True}, "4 rows": {"micro_batch_rows": 4}, "1 row": {"micro_batch_rows": 1},
+        }.items()},
+    },
+}  # fmt: skip
+ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+
+
+def argv(corpus, out, **options) -> list[str]:
+    options = {"micro_batch_rows": 2, "tokens_per_batch": 16_384, "train_tokens": STEPS * 16_384, **options}
+    return words(corpus, out, learning_rate=PEAK, **options)
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """(world, name) → folder of the run."""
+    root = tmp_path_factory.mktemp("layouts")
+    for world, layouts in LAYOUTS.items():
+        jobs = [argv(corpus, root / str(world) / name, **options) for name, options in layouts.items()]
+        log = root / f"{world}.log"
+        assert finish(start(jobs, log, world)) == [0] * world, log.read_text()
+    return lambda world, name: root / str(world) / name
+
+
+def differences(out, oracle) -> dict[str, float]:
+    """How far a run is from another, each as a share of what is allowed."""
+    found = {
+        "loss": float((column(out) - column(oracle)).abs().max()) / 1e-5,
+        "gradient norm": float((column(out, "grad_norm") / column(oracle, "grad_norm") - 1).abs().max()) / 1e-5,
+    }
+    before = dict(MaskedLM(config()).initialise(1).named_parameters())
+    ours, expected = weights(out), weights(oracle)
+    assert ours.keys() == expected.keys() == before.keys()
+    for name, w in expected.items():
+        w, other, first = (x.detach() if "qkv.bias" not in name else but_keys(x) for x in (w, ours[name], before[name]))
+        found[name] = float((w - other).norm() / (w - first).norm()) / 1e-3
+        found[f"{name}, largest"] = float((w - other).abs().max()) / PEAK
+    return found
+
+
+def config() -> ModelConfig:
+    return ModelConfig(SMALL.layers, SMALL.hidden, SMALL.heads, SMALL.ffn, vocabulary=512)
+
+
+def but_keys(qkv_bias: torch.Tensor) -> torch.Tensor:
+    """Without the biases of keys, whose true gradient is zero (see below): Adam makes steps of rounding there."""
+    return qkv_bias.detach().unflatten(0, (SMALL.heads, 3, -1))[:, [0, 2]].flatten()
+
+
+@pytest.mark.parametrize(("world", "name"), ALL, ids=[f"{world}: {name}" for world, name in ALL])
+def test_the_trajectory_is_that_of_one_process(run, world, name):
+    found = differences(run(world, name), run(1, "(1, 1)"))
+    assert {what: by for what, by in found.items() if not by <= 1} == {}
+
+
+def lose_a_gradient(rank: int) -> None:
+    """Of rank 1, as if it had not been added."""
+
+    def start(self, bucket, whole=Gradients._start):
+        if rank == 1:
+            self.flat.gradients[bucket.start : bucket.stop] = 0
+        return whole(self, bucket)
+
+    Gradients._start = start
+
+
+def lose_a_reduction(rank: int) -> None:
+    """One layer norm's gradient is not summed over the ranks that have other tokens."""
+    lost = "encoder.blocks.1.ffn_norm.weight"
+    summed = plan.summed_over_tokens
+    plan.summed_over_tokens = lambda name: name != lost and summed(name)
+
+
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [(lose_a_gradient, {}), (lose_a_reduction, {"tensor_parallel": 2, "sequence_parallel": True})],
+    ids=["a rank's gradient", "a reduction over tokens"],
+)
+def test_the_comparison_fails_where_something_is_lost(corpus, run, tmp_path, fault, options):
+    out = tmp_path / "run"
+    assert finish(start(argv(corpus, out, **options), tmp_path / "log", 2, fault)) == [0, 0]
+    found = differences(out, run(1, "(1, 1)"))
+    assert max(found.values()) > 10
+
+
+def naive(rank: int) -> None:
+    """Everything is summed after the backward pass."""
+    OverlappedGradients.before_last_backward = Gradients.before_last_backward
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_overlapping_changes_no_bit(corpus, tmp_path, sharded):
+    options = {"train_tokens": 3 * 16_384, "shard_optimizer": sharded}
+    for name, prepare in (("overlapped", None), ("naive", naive)):
+        command = argv(corpus, tmp_path / name, **options)
+        assert finish(start(command, tmp_path / "log", 2, prepare)) == [0, 0], (tmp_path / "log").read_text()
+    ours, expected = weights(tmp_path / "overlapped"), weights(tmp_path / "naive")
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_the_gradient_of_a_keys_bias_is_zero_but_for_rounding():
+    """A constant added to all keys adds the same to all scores of a query, which the softmax does not see."""
+    model = MaskedLM(config()).initialise(1).double()
+    documents = Documents.from_bounds([0, 50, 64])
+    tokens, masked = torch.arange(64) + 5, torch.arange(0, 64, 4)
+    positions = torch.cat([torch.arange(50), torch.arange(14)])
+    cross_entropy(model(tokens, positions, documents, masked), tokens[masked]).sum().backward()
+    for block in model.encoder.blocks:
+        parts = block.qkv.bias.grad.unflatten(0, (SMALL.heads, 3, -1)).unbind(1)
+        assert parts[1].abs().max() < 1e-14 < 1e-6 < min(parts[0].abs().max(), parts[2].abs().max())

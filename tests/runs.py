@@ -1,0 +1,100 @@
+"""train.py as its users run it, in processes that have torch loaded already and start in a moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import train
+from minisobert.config import PRESETS, ModelConfig
+from minisobert.training import checkpoint
+
+SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128)  # in place of the tiny preset, for three times the speed
+
+
+def words(corpus, out, steps=20, **options) -> list[str]:
+    """A command line: 4 rows a batch; by default no evaluation or checkpoint but at the end."""
+    options = {
+        "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * 8_192, "tokens_per_batch": 8_192,
+        "micro_batch_rows": 4, "learning_rate": 1e-4, "warmup_fraction": 0.1, "eval_rows": 2,
+        "eval_every_tokens": "1e9", "checkpoint_every_tokens": "1e9", **options,
+    }  # fmt: skip
+    flags = [("--" + name.replace("_", "-"), value) for name, value in options.items() if value is not False]
+    return [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(out, name="loss") -> torch.Tensor:
+    return torch.tensor([line[name] for line in metrics(out)], dtype=torch.float64)
+
+
+def weights(out) -> dict[str, torch.Tensor]:
+    path = checkpoint.steps(Path(out) / "checkpoints")[-1]
+    checkpoint.verify(path)
+    return checkpoint.load(path)["model"]
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train"])
+PATIENCE = 120  # seconds, after which a process is taken to hang
+
+
+def _process(log, environments, argvs, prepare) -> None:
+    torch.set_num_threads(1)  # so that bits can be compared
+    PRESETS["tiny"] = SMALL
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for argv, job_environment in zip(argvs, environments):
+        os.environ.update(job_environment)
+        if prepare:
+            prepare(int(job_environment.get("RANK", 0)))
+        if status := train.main(argv):
+            sys.exit(status)
+
+
+def start(argv, log, ranks=1, prepare: Callable[[int], None] | None = None) -> list:
+    """The processes of one run, or of several one after the other, as torchrun would start them.
+
+    argv: the words of a command line, or a list of such. prepare: called with the rank in each process before a run.
+    """
+    argvs: Sequence = argv if isinstance(argv[0], list) else [argv]
+    ports = [_free_port() for _ in argvs]
+    processes = []
+    for rank in range(ranks):
+        environments = [
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "RANK": str(rank),
+             "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            for port in ports
+        ]  # fmt: skip
+        processes.append(PROCESSES.Process(target=_process, args=(log, environments, argvs, prepare)))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, patience: float = PATIENCE) -> list[int]:
+    """Exit statuses. A process that hangs is killed, and so has -9."""
+    for process in processes:
+        process.join(patience)
+        if process.is_alive():
+            for each in processes:
+                each.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
