@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 
 from minisobert.config import ModelConfig, TrainConfig, nearest, words
 from minisobert.corpus.packing import ROW_TOKENS
+from minisobert.parallel.mesh import check_layout
 from minisobert.training.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
 from minisobert.training.meter import CHIPS, dollars, training_flops
 
@@ -74,8 +75,8 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
         raise ValueError(f"{batch} cannot be split over {gpus} GPUs by rows of {ROW_TOKENS:,}; choose {choices}")
     if not found:
         raise ValueError(
-            f"{config.preset} on {gpus} GPUs takes at least {min(totals) / 1e9:.1f} GB of each, and they have "
-            f"{gpu_memory / 1e9:.0f} GB; choose a --gpu with more, or more --gpus to split it over"
+            f"{config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
+            "choose a --gpu with more, or more --gpus to split it over"
         )
     return found
 
@@ -98,7 +99,7 @@ def report(model: ModelConfig, config: TrainConfig, given: Layout, gpu: str, mfu
         f"{config.train_tokens:,} tokens in {steps(config):,} steps of {config.tokens_per_batch:,}; "
         f"{flops_per_token(model) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less otherwise)",
         f"{given.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
-        f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g}; "
+        f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
         "",
         f"{'GPUs':>13} {'micro-batch':>12} {gigabytes} {'whole run':>16}",
@@ -114,7 +115,8 @@ def report(model: ModelConfig, config: TrainConfig, given: Layout, gpu: str, mfu
 
 
 def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:
-    """Of the table. Raises ValueError where the layout's micro-batches do not make up a batch."""
+    """Of the table. Raises ValueError where model or batch cannot be split so."""
+    check_layout(model, layout.gpus, layout.tensor_parallel, layout.tokens)
     chip = CHIPS[gpu]
     passes = replace(config, micro_batch_rows=layout.micro_batch_rows).accumulation(ROW_TOKENS, layout.data_parallel)
     kinds = memory(model, layout, config.dropout > 0)

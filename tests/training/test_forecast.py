@@ -294,12 +294,14 @@ def test_the_plan_shows_what_fits_and_what_was_given():
     assert page.endswith("(does not fit)") and page.count("as given") == 1
     page = planning.report(LARGE, config, Layout(64, 1, 8), "H100", 0.4)
     assert "as given: tokens_per_batch" in page  # four rows for each GPU
+    page = planning.report(LARGE, config, Layout(1, 32, 8), "H100", 0.4)
+    assert "as given: 16 attention heads cannot be split over --tensor-parallel 32; choose 4, 8 or 16" in page
 
 
 @pytest.mark.parametrize(
     "config, gpus, gpu, mfu, message",
     [
-        (replace(LARGE, layers=240), 1, "L4", 0.4, r"takes at least [\d.]+ GB of each, and they have 24 GB; choose"),
+        (replace(LARGE, layers=240), 1, "L4", 0.4, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
         (LARGE, 48, "H100", 0.4, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
         (LARGE, 8, "H1000", 0.4, "--gpu is H1000; choose B200, .* or RTX 4090"),
         (LARGE, 8, "H100", 40.0, "--mfu is 40.0; it must be"),
