@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from minisobert.config import ModelConfig
 
-# Dense bf16 FLOP/s by the makers' datasheets; the first name that the device's own contains.
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
+
+class Chip(NamedTuple):
+    flops: float  # a second, dense bf16
+    memory: int  # bytes, as sold: the device's own count is a little higher
+
+
+# By the makers' datasheets. A device is the first whose name its own contains; which A100 it is, that does not tell.
+CHIPS = {
+    "B200": Chip(2.25e15, 180 * 10**9),
+    "H200": Chip(989e12, 141 * 10**9),
+    "H100 PCIe": Chip(756e12, 80 * 10**9),
+    "H100 NVL": Chip(835e12, 94 * 10**9),
+    "H100": Chip(989e12, 80 * 10**9),
+    "A100 40GB": Chip(312e12, 40 * 10**9),
+    "A100": Chip(312e12, 80 * 10**9),
+    "L40S": Chip(362e12, 48 * 10**9),
+    "L4": Chip(121e12, 24 * 10**9),
+    "RTX 4090": Chip(165e12, 24 * 10**9),
 }
 
 
@@ -37,7 +46,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
+    return next((chip.flops for known, chip in CHIPS.items() if known in name), None)
 
 
 def dollars(seconds: float, gpus: int, price_per_gpu_hour: float) -> float:

@@ -1,0 +1,137 @@
+"""`train.py --plan`: what a run will take, before a GPU is rented for it. Which layouts fit, hours and dollars.
+
+`forecast.py` makes the account of one layout; here many are tried, and a page is written about those that fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+
+from minisobert.config import ModelConfig, TrainConfig, nearest, words
+from minisobert.corpus.packing import ROW_TOKENS
+from minisobert.parallel.mesh import check_layout
+from minisobert.training.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
+from minisobert.training.meter import CHIPS, dollars, training_flops
+
+RESERVED = 2 * 10**9  # bytes of a GPU, for what `forecast.memory` leaves out
+MOST_ROWS = 16  # of a micro-batch: its matrix products fill any GPU, and larger ones take memory alone
+
+# of the table: heading and width
+COLUMNS = {
+    "data × tensor": 13, "rows": 5, "a step": 6, "weights": 8, "gradients": 9, "optimizer": 9, "activations": 11,
+    "temporary": 9, "total": 6, "tensor": 7, "data": 6, "hours": 7, "dollars": 8,
+}  # fmt: skip
+
+
+def steps(config: TrainConfig) -> int:
+    return -(-config.train_tokens // config.tokens_per_batch)
+
+
+def hours(
+    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, seen: float = ROW_TOKENS
+) -> float:
+    """Of the whole run. flops: a second, of one GPU; mfu: the part of them that is used; seen: as `flops_per_token`.
+
+    Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
+    """
+    again = training_flops(model, 1, seen, 0) / 3 if layout.recompute else 0
+    tokens = steps(config) * config.tokens_per_batch
+    return tokens * (flops_per_token(model, seen) + again) / (layout.gpus * flops * mfu) / 3600
+
+
+def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int) -> list[Layout]:
+    """What fits into the memory (bytes) of each of so many GPUs, in bf16. What to try first comes first:
+
+    - without tensor parallelism, since it communicates in every layer. Where it is there, so is sequence parallelism,
+      which sends hardly more and needs less memory;
+    - then without recomputation, which costs a forward pass;
+    - then with a whole optimizer, though a sharded one costs little;
+    - each with the largest micro-batch that fits, up to MOST_ROWS, and only where that is larger than the one before.
+
+    Raises ValueError where nothing fits.
+    """
+    rows, rest = divmod(config.tokens_per_batch, ROW_TOKENS)
+    sizes = (gpus, model.heads, model.hidden, model.ffn, model.vocabulary, ROW_TOKENS)
+    found, totals = [], []
+    for tensor_parallel in (n for n in range(1, gpus + 1) if not any(size % n for size in sizes)):
+        data_parallel, most = gpus // tensor_parallel, 0
+        if rest or rows % data_parallel:
+            continue
+        choices = [n for n in range(1, MOST_ROWS + 1) if rows // data_parallel % n == 0]
+        for recompute in (False, True):
+            for shard_optimizer in (False, True) if data_parallel > 1 else (False,):
+                one = Layout(data_parallel, tensor_parallel, 1, tensor_parallel > 1, shard_optimizer, recompute)
+                tried = [replace(one, micro_batch_rows=n) for n in choices]
+                needed = [memory(model, layout, config.dropout > 0).total + RESERVED for layout in tried]
+                totals += needed
+                fitting = [layout for layout, total in zip(tried, needed) if total <= gpu_memory]
+                if fitting and fitting[-1].micro_batch_rows > most:
+                    found.append(fitting[-1])
+                    most = fitting[-1].micro_batch_rows
+    if not totals:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
+        choices = f"--gpus {words(nearest(divisors, gpus))}" if divisors else f"a multiple of {ROW_TOKENS:,} tokens"
+        batch = f"a batch of {config.tokens_per_batch:,} tokens"
+        raise ValueError(f"{batch} cannot be split over {gpus} GPUs by rows of {ROW_TOKENS:,}; choose {choices}")
+    if not found:
+        raise ValueError(
+            f"{config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
+            "choose a --gpu with more, or more --gpus to split it over"
+        )
+    return found
+
+
+def report(model: ModelConfig, config: TrainConfig, given: Layout, gpu: str, mfu: float) -> str:
+    """What `train.py --plan` prints: the run, the layouts that fit its GPUs, and, below them, the one that was given.
+
+    gpu: a name in meter.CHIPS. Raises ValueError where it is not known, mfu is not in (0, 1], or nothing fits.
+    """
+    if gpu not in CHIPS:
+        raise ValueError(f"--gpu is {gpu}; choose {words(CHIPS)}")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu is {mfu}; it must be more than 0 and at most 1")
+    chip, price = CHIPS[gpu], config.price_per_gpu_hour
+    fitting = layouts(model, config, given.gpus, chip.memory)
+    gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
+    lines = [
+        f"{config.preset}: {parameters(model):,} parameters in {model.layers} layers, hidden {model.hidden:,}, "
+        f"{model.heads} heads, vocabulary {model.vocabulary:,}",
+        f"{config.train_tokens:,} tokens in {steps(config):,} steps of {config.tokens_per_batch:,}; "
+        f"{flops_per_token(model) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less otherwise)",
+        f"{given.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
+        f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
+        + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
+        "",
+        f"{'GPUs':>13} {'micro-batch':>12} {gigabytes} {'whole run':>16}",
+        " ".join(f"{name:>{width}}" for name, width in COLUMNS.items()) + "  options",
+        *(_line(model, config, layout, gpu, mfu) for layout in fitting),
+    ]
+    if given not in fitting:
+        try:
+            lines += ["as given:", _line(model, config, given, gpu, mfu)]
+        except ValueError as error:
+            lines += [f"as given: {error}"]
+    return "\n".join(lines)
+
+
+def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:
+    """Of the table. Raises ValueError where model or batch cannot be split so."""
+    check_layout(model, layout.gpus, layout.tensor_parallel, layout.tokens)
+    chip = CHIPS[gpu]
+    passes = replace(config, micro_batch_rows=layout.micro_batch_rows).accumulation(ROW_TOKENS, layout.data_parallel)
+    kinds = memory(model, layout, config.dropout > 0)
+    sent = collectives(model, layout, [layout.masked] * passes)
+    time = hours(model, config, layout, chip.flops, mfu)
+    gigabytes = (*astuple(kinds), kinds.total, *(wire_bytes(sent, layout, group) for group in ("tensor", "data")))
+    cells = [
+        f"{layout.data_parallel} × {layout.tensor_parallel}",
+        layout.micro_batch_rows,
+        passes,
+        *(f"{n / 1e9:.2f}" for n in gigabytes),
+        f"{time:,.1f}",
+        f"{dollars(3600 * time, layout.gpus, config.price_per_gpu_hour):,.0f}" if config.price_per_gpu_hour else "–",
+    ]
+    row = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values()))
+    options = [name for name in ("sequence_parallel", "shard_optimizer", "recompute") if getattr(layout, name)]
+    options += ["(does not fit)"] if kinds.total + RESERVED > chip.memory else []
+    return f"{row}  {' '.join(options)}".replace("_", "-").rstrip()

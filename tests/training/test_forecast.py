@@ -1,0 +1,313 @@
+"""The forecast against what really happens: a sharded model, what autograd keeps, which collectives are called."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisobert.config import PRESETS, ModelConfig, TrainConfig
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents, Dropout, dispatch
+from minisobert.parallel.mesh import Mesh
+from minisobert.parallel.tensor import cross_entropy, shard
+from minisobert.training import forecast, planning
+from minisobert.training.forecast import Layout
+from minisobert.training.meter import CHIPS
+from minisobert.training.optimizer import Optimizer
+
+SMALL = ModelConfig(layers=2, hidden=128, heads=2, ffn=512, vocabulary=384, positions=64)
+ROW = 64
+BASE, LARGE = PRESETS["base"], PRESETS["large"]
+
+LAYOUTS = [
+    Layout(micro_batch_rows=2, tensor_parallel=n, sequence_parallel=sequence, recompute=recompute, precision="fp32")
+    for n, sequence, recompute in [
+        (1, False, False), (2, False, False), (2, True, False), (1, False, True), (2, False, True), (2, True, True)
+    ]
+]  # fmt: skip
+
+
+def options(layout: Layout) -> str:
+    names = ("sequence_parallel", "recompute")
+    return " ".join([f"tensor_parallel={layout.tensor_parallel}", *(name for name in names if getattr(layout, name))])
+
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=options)
+
+
+@pytest.fixture
+def collectives(monkeypatch) -> Counter:
+    """A tensor group of which only this rank is there: what it asks for is counted, and answered with its own data."""
+    calls = Counter()
+
+    def all_reduce(x, op=None, group=None, async_op=False):
+        calls["all-reduce", x.nbytes] += 1
+        return SimpleNamespace(wait=lambda: None)
+
+    def all_gather(out, x, group=None):
+        calls["all-gather", out.nbytes] += 1
+        out.copy_(torch.cat([x] * (len(out) // len(x))))
+
+    def reduce_scatter(out, x, group=None, async_op=False):
+        calls["reduce-scatter", x.nbytes] += 1
+        out.copy_(x[: len(out)])
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather)
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
+    return calls
+
+
+class Step:
+    """Forward and backward passes of one rank of a layout."""
+
+    def __init__(self, layout: Layout, p: float, config: ModelConfig = SMALL, bounds: tuple[int, ...] = (0, 50, 51)):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(4, config.vocabulary, (layout.tokens,), generator=generator)
+        self.documents = Documents.from_bounds([*bounds, layout.tokens])
+        self.positions = torch.cat([torch.arange(n) for n in self.documents.bounds.diff().tolist()]) % config.positions
+        self.dropout = Dropout.for_step(p, 1, 0, config.layers)
+        self.mesh = Mesh(tensor_parallel=layout.tensor_parallel)
+        self.model = shard(MaskedLM(config).initialise(0), self.mesh, layout.sequence_parallel)
+        for block in self.model.encoder.blocks if layout.recompute else ():
+            block.forward = lambda *inputs, forward=block.forward: checkpoint(forward, *inputs, use_reentrant=False)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.choose(layout.masked)
+
+    def choose(self, masked: int) -> None:
+        self.masked = torch.arange(masked) * 3
+        self.targets = self.tokens[self.masked]
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """And all else that is there before the step."""
+        inputs = [self.tokens, self.positions, self.documents.start, self.documents.stop, self.masked, self.targets]
+        return [*inputs, *self.model.parameters(), *(p.grad for p in self.model.parameters())]
+
+    def loss(self) -> torch.Tensor:
+        logits = self.model(self.tokens, self.positions, self.documents, self.masked, self.dropout)
+        return cross_entropy(logits, self.targets, self.mesh).sum()
+
+
+@pytest.mark.parametrize("config, total", [(BASE, 125_709_440), (LARGE, 762_396_032)])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_parameters_are_those_of_a_sharded_model(config, total, n):
+    with torch.device("meta"):
+        rank = shard(MaskedLM(config), Mesh(rank=n - 1, tensor_parallel=n))
+    assert forecast.parameters(config, n) == sum(p.numel() for p in rank.parameters())
+    assert forecast.parameters(config) == total
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precision):
+    model = MaskedLM(SMALL).initialise(0)
+    optimizer = Optimizer(model, torch.bfloat16 if precision == "bf16" else torch.float32, (0.9, 0.999), 0.01)
+    optimizer.step(1e-4, 1, 1.0)
+    weights = list(model.parameters())
+    own = {id(p) for p in weights}
+    state = [m for m in optimizer.masters.values() if id(m) not in own]
+    state += [x for name, x in optimizer.state().items() if name != "step"]
+    account = forecast.memory(SMALL, Layout(precision=precision))
+    assert account.weights == sum(p.nbytes for p in weights)
+    assert account.gradients == optimizer.gradient.nbytes
+    assert account.optimizer == sum(x.nbytes for x in state)
+    sharded = forecast.memory(SMALL, Layout(data_parallel=4, shard_optimizer=True, precision=precision))
+    assert sharded == replace(account, optimizer=account.optimizer // 4)
+
+
+@every_layout
+@pytest.mark.parametrize("p", [0.1, 0.0])
+def test_activations_are_the_bytes_that_autograd_keeps(layout, p, collectives, monkeypatch):
+    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    step, kept = Step(layout, p), {}
+    inputs = {x.untyped_storage().data_ptr() for x in step.inputs}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in inputs:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = step.loss()
+    assert loss.requires_grad and len(kept) > SMALL.layers
+    index = step.tokens.element_size()
+    assert forecast.saved_activations(SMALL, layout, p > 0, layout.masked, index) == sum(kept.values())
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made inside it hold at one time."""
+
+    def __init__(self, outside: list[torch.Tensor]):
+        super().__init__()
+        self.sizes = {x.untyped_storage()._cdata: 0 for x in outside}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.sizes.pop, key)
+                if sum(self.sizes.values()) > self.most:
+                    gc.collect(1)  # Triton's interpreter leaves tensors in cycles
+                    self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+WIDE = replace(SMALL, vocabulary=8_192)
+NARROW = replace(SMALL, vocabulary=1_024, ffn=32)
+
+
+@pytest.mark.parametrize(
+    "config, layout, p",
+    [
+        (NARROW, LAYOUTS[0], 0.0),
+        (SMALL, LAYOUTS[0], 0.1),
+        (SMALL, LAYOUTS[0], 0.0),
+        (SMALL, LAYOUTS[5], 0.1),
+        (WIDE, LAYOUTS[1], 0.1),
+    ],
+    ids=["the loss", "the last block", "without dropout", "made again, by tokens", "the end"],
+)
+def test_activations_and_temporary_tensors_are_the_most_that_is_ever_allocated(
+    config, layout, p, collectives, monkeypatch
+):
+    """To 1 %: statistics and gradients of single rows and columns are not counted."""
+    monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
+    step = Step(layout, p, config)
+    gc.collect()
+    gc.freeze()
+    with Allocated(step.inputs) as allocated:
+        step.loss().backward()
+    gc.unfreeze()
+    account = forecast.memory(config, layout, p > 0)
+    assert account.activations + account.temporary == pytest.approx(allocated.most, rel=0.01)
+
+
+@every_layout
+def test_collectives_of_the_tensor_group_are_those_that_are_called(layout, collectives):
+    step, masked = Step(layout, 0.1), [7, 5, 7]  # micro-batches
+    for m in masked:
+        step.choose(m)
+        step.loss().backward()
+    expected = Counter()
+    for row in forecast.collectives(SMALL, layout, masked):
+        assert row.group == "tensor"
+        if row.name != "gradients by tokens":  # the optimizer's
+            expected[row.operation, row.bytes] += row.calls
+    assert collectives == expected
+    assert bool(expected) == (layout.tensor_parallel > 1)
+
+
+def test_with_sequence_parallelism_gradients_of_norms_positions_and_output_biases_are_summed_once_a_step():
+    layout = Layout(tensor_parallel=2, sequence_parallel=True)
+    (row,) = (row for row in forecast.collectives(LARGE, layout, [300] * 4) if row.name == "gradients by tokens")
+    h = LARGE.hidden
+    assert row.calls == 1 and row.bytes == 4 * (LARGE.layers * (4 + 2) * h + 2 * h + (LARGE.positions + 2) * h)
+
+
+def test_gradients_and_sharded_parameters_go_by_buckets():
+    buckets = [1_000, 1_000, 504]
+    whole = forecast.collectives(SMALL, Layout(data_parallel=4), [9], buckets)
+    sharded = forecast.collectives(SMALL, Layout(data_parallel=4, shard_optimizer=True), [9], buckets)
+    assert {(r.operation, r.bytes, r.calls) for r in whole if r.name == "gradients"} == {
+        ("all-reduce", 4_000, 2), ("all-reduce", 2_016, 1)
+    }  # fmt: skip
+    assert {(r.operation, r.bytes, r.calls) for r in sharded if r.name != "figures"} == {
+        ("reduce-scatter", 4_000, 2), ("reduce-scatter", 2_016, 1), ("all-gather", 2_000, 2), ("all-gather", 1_008, 1)
+    }  # fmt: skip
+    layout = Layout(data_parallel=4)
+    assert forecast.wire_bytes(sharded, layout, "data") < forecast.wire_bytes(whole, layout, "data")
+    assert forecast.collectives(SMALL, Layout(), [9]) == []
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_ring_sends_a_part_in_each_of_its_rounds(n):
+    """A rank passes one n-th on in each of n - 1 rounds, and again n - 1 to hand the sums round."""
+    size, layout = 64_000, Layout(tensor_parallel=n)
+    rounds = {"reduce-scatter": n - 1, "all-gather": n - 1, "all-reduce": 2 * (n - 1)}
+    for operation, count in rounds.items():
+        row = forecast.Collective("", "tensor", operation, size, calls=3)
+        assert forecast.wire_bytes([row], layout, "tensor") == 3 * count * (size // n)
+        assert forecast.wire_bytes([row], layout, "data") == 0
+
+
+def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(monkeypatch):
+    """A row that one document fills, 15 % of it masked; with recomputation the profiler sees the blocks twice."""
+    monkeypatch.setattr(forecast, "ROW_TOKENS", 40)
+    config = TrainConfig(train_tokens=4_000, tokens_per_batch=400)
+    for recompute in (False, True):
+        layout = Layout(recompute=recompute)
+        step = Step(layout, 0.1, bounds=(0,))  # with dropout attention is matrix products, which the profiler knows
+        with FlopCounterMode(display=False) as counter:
+            step.loss().backward()
+        seconds = 3600 * planning.hours(SMALL, config, layout, flops=1e9, mfu=0.5, seen=40)
+        assert seconds == pytest.approx(100 * counter.get_total_flops() / 0.5e9)
+    assert planning.hours(SMALL, config, Layout(4, 2), 1e9, 0.5) == pytest.approx(
+        planning.hours(SMALL, config, Layout(), 1e9, 0.5) / 8
+    )
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4090", "L4"])
+def test_large_trains_on_a_24_gb_gpu(gpu):
+    account = forecast.memory(LARGE, Layout(micro_batch_rows=1, recompute=True))
+    assert account.total + planning.RESERVED <= CHIPS[gpu].memory == 24 * 10**9
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8, 64])
+def test_layouts_fit_use_all_gpus_and_make_up_a_batch(gpus):
+    config, memory = TrainConfig(preset="large"), CHIPS["L40S"].memory
+    found = planning.layouts(LARGE, config, gpus, memory)
+    for layout in found:
+        assert layout.gpus == gpus and LARGE.heads % layout.tensor_parallel == 0
+        assert config.tokens_per_batch % (layout.tokens * layout.data_parallel) == 0
+        assert forecast.memory(LARGE, layout).total < memory
+    # more machinery further down, and each line of it for a larger micro-batch
+    assert found == sorted(found, key=lambda x: (x.tensor_parallel, x.recompute, x.shard_optimizer))
+    for a, b in pairwise(found):
+        assert a.tensor_parallel < b.tensor_parallel or a.micro_batch_rows < b.micro_batch_rows
+    assert found[0].tensor_parallel == 1 and not found[0].recompute
+
+
+def test_the_plan_shows_what_fits_and_what_was_given():
+    config = TrainConfig(preset="large", price_per_gpu_hour=2.0)
+    page = planning.report(LARGE, config, Layout(4, 1, 16), "A100 40GB", 0.4)
+    assert "762,396,032 parameters" in page and "51,499 steps" in page and "4 × A100 40GB" in page
+    first = next(line for line in page.splitlines() if line.lstrip().startswith("4 × 1"))
+    hours = planning.hours(LARGE, config, Layout(4), CHIPS["A100 40GB"].flops, 0.4)
+    assert f"{hours:,.1f}" in first and f"{8 * hours:,.0f}" in first
+    assert page.endswith("(does not fit)") and page.count("as given") == 1
+    page = planning.report(LARGE, config, Layout(64, 1, 8), "H100", 0.4)
+    assert "as given: tokens_per_batch" in page  # four rows for each GPU
+    page = planning.report(LARGE, config, Layout(1, 32, 8), "H100", 0.4)
+    assert "as given: 16 attention heads cannot be split over --tensor-parallel 32; choose 4, 8 or 16" in page
+
+
+@pytest.mark.parametrize(
+    "config, gpus, gpu, mfu, message",
+    [
+        (replace(LARGE, layers=240), 1, "L4", 0.4, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
+        (LARGE, 48, "H100", 0.4, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
+        (LARGE, 8, "H1000", 0.4, "--gpu is H1000; choose B200, .* or RTX 4090"),
+        (LARGE, 8, "H100", 40.0, "--mfu is 40.0; it must be"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(config, gpus, gpu, mfu, message):
+    with pytest.raises(ValueError, match=message) as error:
+        planning.report(config, TrainConfig(preset="large"), Layout(gpus), gpu, mfu)
+    assert "\n" not in str(error.value)
