@@ -22,6 +22,7 @@ from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
 from minisobert.parallel.mesh import Mesh
+from minisobert.training import planning
 from minisobert.training.checkpoint import SaveFailed
 from minisobert.training.loop import TooManySkipped, train
 from minisobert.training.optimizer import Optimizer
@@ -29,10 +30,14 @@ from minisobert.training.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, or 128 + the signal that ended it."""
+    """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
     first = meshes.from_torchrun("RANK", 0) == 0
     try:
+        if config.plan:
+            print(planning.report(config))
+            return 0
+
         # Data, and whether everything fits together: before any process waits for another and anything is written
         world = meshes.from_torchrun("WORLD_SIZE", 1)
         shards = open_shards(config.data, verify=config.verify)

@@ -8,6 +8,7 @@ import difflib
 import math
 import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MOST_TOKENS = 1 << 24  # of a batch: above it, columns of neighbouring heads would share their dropout hashes
@@ -73,7 +74,7 @@ class TrainConfig:
     train_tokens: int = option(27_000_000_000, "length of training, in row positions")
     tokens_per_batch: int = option(524_288, "row positions per optimizer step, whatever the layout")
     batch_schedule: str = option(
-        "", "in its place, batches that grow: 0:131072,1e9:524288 is 131,072 until 1e9 positions are read", metavar="AT:N,…"
+        "", "in its place, batches that grow: 0:131072,1e9:524288 is 131,072 until 1e9 are read", metavar="AT:N,…"
     )
     micro_batch_rows: int = option(8, "rows of 2,048 tokens in one forward pass of one process", free=True)
     dropout: float = option(0.1, "of embeddings, attention probabilities and both branches of a block")
@@ -86,15 +87,15 @@ class TrainConfig:
     beta2: float = option(0.999, "Adam's, for the mean of their squares")
     clip: float = option(1.0, "largest norm of the gradient of one step")
     loss_average: str = option(
-        "token", "over all masked tokens of a batch, or Megatron-LM's mean of micro-batch means", ("token", "micro-batch")
+        "token", "over a batch's masked tokens, or Megatron-LM's mean of micro-batch means", ("token", "micro-batch")
     )
     max_skipped: int = option(10, "how many steps in a row may have a gradient that is not finite", free=True)
     tensor_parallel: int = option(1, "processes that share one model, neighbours in rank", free=True)
     sequence_parallel: bool = option(
         False, "split layer norms and dropout over those processes too, by tokens", free=True
     )
-    shard_optimizer: bool = option(False, "split masters and Adam's moments over the data-parallel processes", free=True)
-    recompute: bool = option(False, "keep the input of each block alone and compute it again in the backward", free=True)
+    shard_optimizer: bool = option(False, "split masters and Adam's moments over data-parallel processes", free=True)
+    recompute: bool = option(False, "keep the inputs of a block alone and compute it again in the backward", free=True)
     precision: str = option(
         "auto", "of weights and activations; masters are fp32. auto: bf16 on GPUs", choices=("auto", "fp32", "bf16")
     )
@@ -106,12 +107,16 @@ class TrainConfig:
     verify: bool = option(False, "check the checksums of the data before training", free=True)
     fresh: bool = option(False, "discard the checkpoints in out and start over", free=True)
     timeout: float = option(600.0, "seconds to wait for another process before the job gives up", free=True)
+    plan: bool = option(False, "say what the run will take and which layouts fit, and start nothing", free=True)
+    gpu: str = option("H100", "for --plan, its name", metavar="NAME", free=True)
+    gpus: int = option(8, "for --plan, how many", free=True)
+    mfu: float = option(0.4, "for --plan, the part of a GPU's FLOP/s that training uses", free=True)
 
     def __post_init__(self):
         at_least = {
             "train_tokens": 1, "tokens_per_batch": 1, "micro_batch_rows": 1, "eval_every_tokens": 1, "eval_rows": 1,
             "checkpoint_every_tokens": 1, "keep_checkpoints": 1, "tensor_parallel": 1,
-            "max_skipped": 0, "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+            "max_skipped": 0, "gpus": 1, "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -142,14 +147,22 @@ class TrainConfig:
             starts, sizes = (), ()
         if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(sizes) < 1:
             raise ValueError(
-                f"--batch-schedule is {self.batch_schedule!r}; it must be pairs of row positions read and row positions "
-                "per step, beginning with 0 and increasing: 0:131072,1e9:524288"
+                f"--batch-schedule is {self.batch_schedule!r}; it must be pairs of row positions read and row "
+                "positions a step, beginning with 0 and increasing: 0:131072,1e9:524288"
             )
         return batches
 
     def batch_at(self, consumed: int) -> int:
         """Row positions of the step that begins after `consumed`."""
         return next(size for start, size in reversed(self.batches) if start <= consumed)
+
+    def steps(self, consumed: int = 0) -> Iterator[tuple[int, int]]:
+        """(row positions consumed before, row positions) of each step that is left after `consumed`."""
+        batches = self.batches
+        while consumed < self.train_tokens:
+            size = next(size for start, size in reversed(batches) if start <= consumed)
+            yield consumed, size
+            consumed += size
 
     def model(self, vocab_size: int) -> ModelConfig:
         """The preset's model for a tokenizer of vocab_size pieces."""

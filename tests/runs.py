@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,27 +50,21 @@ PROCESSES.set_forkserver_preload(["train"])
 PATIENCE = 120  # seconds, after which a process is taken to hang
 
 
-def _process(log, environments, argvs, prepare) -> None:
+def _process(log, environments, functions) -> None:
     torch.set_num_threads(1)  # so that bits can be compared
     PRESETS["tiny"] = SMALL
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for argv, job_environment in zip(argvs, environments):
-        os.environ.update(job_environment)
-        if prepare:
-            prepare(int(job_environment.get("RANK", 0)))
-        if status := train.main(argv):
+    for environment, function in zip(environments, functions):
+        os.environ.update(environment)
+        if status := function():
             sys.exit(status)
 
 
-def start(argv, log, ranks=1, prepare: Callable[[int], None] | None = None) -> list:
-    """The processes of one run, or of several one after the other, as torchrun would start them.
-
-    argv: the words of a command line, or a list of such. prepare: called with the rank in each process before a run.
-    """
-    argvs: Sequence = argv if isinstance(argv[0], list) else [argv]
-    ports = [_free_port() for _ in argvs]
+def launch(functions: Sequence[Callable[[], int | None]], log, ranks=1) -> list:
+    """Processes that call the functions one after the other, each time as torchrun would start them."""
+    ports = [_free_port() for _ in functions]
     processes = []
     for rank in range(ranks):
         environments = [
@@ -77,10 +72,26 @@ def start(argv, log, ranks=1, prepare: Callable[[int], None] | None = None) -> l
              "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             for port in ports
         ]  # fmt: skip
-        processes.append(PROCESSES.Process(target=_process, args=(log, environments, argvs, prepare)))
+        processes.append(PROCESSES.Process(target=_process, args=(log, environments, functions)))
     for process in processes:
         process.start()
     return processes
+
+
+def start(argv: list[str], log, ranks=1, prepare: Callable[[int], None] | None = None) -> list:
+    """The processes of one run of train.py. prepare: called with the rank, to break something first."""
+    return launch([partial(_train, argv, prepare)], log, ranks)
+
+
+def _train(argv: list[str], prepare: Callable[[int], None] | None = None) -> int:
+    if prepare:
+        prepare(int(os.environ.get("RANK", 0)))
+    return train.main(argv)
+
+
+def train_all(argvs: list[list[str]], log, ranks: int) -> list[int]:
+    """Several runs one after the other, in the same processes."""
+    return finish(launch([partial(_train, argv) for argv in argvs], log, ranks))
 
 
 def finish(processes, patience: float = PATIENCE) -> list[int]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,31 @@ class Bucket:
         return slice(self.start + rank * size, self.start + (rank + 1) * size)
 
 
+def lay_out(
+    sizes: dict[str, int], data_parallel: int, sequence_parallel: bool = False
+) -> tuple[dict[str, slice], list[Bucket]]:
+    """Where each parameter lies in the flat buffers, and their buckets.
+
+    sizes: elements of each parameter, in the order of the model.
+    """
+    by_tokens = {name for name in sizes if sequence_parallel and plan.summed_over_tokens(name)}
+    places: dict[str, slice] = {}
+    buckets: list[Bucket] = []
+    at = 0
+    for last in (False, True):  # those whose gradients are summed over tokens come last
+        names = [name for name in reversed(sizes) if (name in by_tokens) == last]
+        start, inside = at, []
+        for name in names:
+            places[name] = slice(at, at + sizes[name])
+            at = _round_up(at + sizes[name], ALIGN)
+            inside.append(name)
+            if at - start >= BUCKET or name == names[-1]:
+                at = start + _round_up(at - start, ALIGN * data_parallel)
+                buckets.append(Bucket(start, at, tuple(inside), last))
+                start, inside = at, []
+    return places, buckets
+
+
 class FlatParameters:
     """The parameters of a model in one buffer of `dtype`, as views, and an fp32 buffer for their gradients.
 
@@ -58,29 +84,11 @@ class FlatParameters:
     def __init__(self, model: nn.Module, dtype: torch.dtype, mesh: Mesh, sequence_parallel: bool = False):
         """model: in fp32, on its device, already sharded by `tensor.shard`."""
         self.parameters = dict(model.named_parameters())
-        by_tokens = {name for name in self.parameters if sequence_parallel and plan.summed_over_tokens(name)}
-        backward_order = [*reversed(self.parameters)]
-        groups = [[n for n in backward_order if n not in by_tokens], [n for n in backward_order if n in by_tokens]]
-        self.places: dict[str, slice] = {}
-        self.buckets: list[Bucket] = []
-        for group in groups:
-            self._lay_out(group, mesh.data_parallel, group is groups[1])
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self.places, self.buckets = lay_out(sizes, mesh.data_parallel, sequence_parallel)
         size, device = self.buckets[-1].stop, next(model.parameters()).device
         self.weights = torch.zeros(size, dtype=dtype, device=device)
         self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
-
-    def _lay_out(self, names: list[str], data_parallel: int, by_tokens: bool) -> None:
-        start = at = self.buckets[-1].stop if self.buckets else 0
-        inside: list[str] = []
-        for i, name in enumerate(names):
-            size = self.parameters[name].numel()
-            self.places[name] = slice(at, at + size)
-            at = _round_up(at + size, ALIGN)
-            inside.append(name)
-            if at - start >= BUCKET or i == len(names) - 1:
-                at = start + _round_up(at - start, ALIGN * data_parallel)
-                self.buckets.append(Bucket(start, at, tuple(inside), by_tokens))
-                start, inside = at, []
 
     def adopt(self) -> None:
         """From here on the model's parameters are views of `weights`, and their gradients go to `gradients`."""
@@ -91,9 +99,7 @@ class FlatParameters:
             if parameter.dtype == torch.float32:
                 parameter.grad = self.gradient(name)  # autograd adds to a gradient that is there, in place
             else:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda parameter, gradient=self.gradient(name): _move_gradient(parameter, gradient)
-                )
+                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, self.gradient(name)))
 
     def gradient(self, name: str) -> Tensor:
         return self.gradients[self.places[name]].view(self.parameters[name].shape)
@@ -184,7 +190,7 @@ class OverlappedGradients(Gradients):
         self._works = []
 
 
-def _move_gradient(parameter: Tensor, gradient: Tensor) -> None:
+def _move_gradient(gradient: Tensor, parameter: Tensor) -> None:
     gradient += parameter.grad
     parameter.grad = None
 

@@ -130,6 +130,8 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         yield mesh
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # torchrun's store outlives a job that it starts again: the old processes' addresses are still in it
+    store = dist.PrefixStore(f"attempt-{from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
         # the device waits longer: the hosts, which can name who is missing, give up first

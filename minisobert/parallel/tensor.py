@@ -124,7 +124,7 @@ PARALLEL = {
 
 
 def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> MaskedLM:
-    """The same model with this rank's slices in place of what `plan.PLAN` splits. Logits become (M, V / tensor_parallel).
+    """The same model with this rank's slices for what `plan.PLAN` splits. Logits become (M, V / tensor_parallel).
 
     Names of parameters stay. A mesh without tensor parallelism leaves the model as it is.
     """

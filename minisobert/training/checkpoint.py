@@ -116,7 +116,8 @@ class Saver:
         created = self._pool.submit(_create, work, headers) if self.mesh.is_first else None
         self._agree(created)
         copies = [(s, s.tensor.detach().to("cpu", copy=True)) for s in slices]
-        self._writing = self._pool.submit(_write, work, {file: places for file, (_, places, _) in headers.items()}, copies)
+        places = {file: places for file, (_, places, _) in headers.items()}
+        self._writing = self._pool.submit(_write, work, places, copies)
         self._state = state
 
     @property

@@ -21,9 +21,11 @@ from minisobert.corpus.masking import RATE
 from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.model import MaskedLM
 from minisobert.parallel import plan
+from minisobert.parallel.data import lay_out
 from minisobert.training.meter import training_flops
 
-FP32 = 4  # bytes
+FP32, FP64, INT64 = 4, 8, 8  # bytes
+COUNTS = 3 + 4  # masked and real tokens, pairs; two numbers about signals, two about a checkpoint
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Collective(NamedTuple):
     """Calls of one size that one rank takes part in, in one optimizer step."""
 
     name: str
-    group: str  # "tensor" or "data"
+    group: str  # "tensor", "data", "all", or "hosts" where it goes over gloo
     operation: str  # "all-reduce", "all-gather" or "reduce-scatter"
     bytes: int  # of the whole tensor, in one call
     calls: int
@@ -92,9 +94,13 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 def parameters(model: ModelConfig, tensor_parallel: int = 1) -> int:
     """Of one rank: its slices of what `plan.PLAN` splits, and the whole of the rest."""
-    return sum(
-        size // (1 if plan.split_dimension(name) is None else tensor_parallel) for name, size in _sizes(model).items()
-    )
+    return sum(_own_sizes(model, tensor_parallel).values())
+
+
+def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
+    """Elements of each parameter that one rank has."""
+    whole = _sizes(model)
+    return {name: n // (1 if plan.split_dimension(name) is None else tensor_parallel) for name, n in whole.items()}
 
 
 def _outside(layout: Layout) -> int:
@@ -185,12 +191,10 @@ def memory(model: ModelConfig, layout: Layout, dropout: bool = True) -> Memory:
     return Memory(element * count, FP32 * count, optimizer, activations, temporary)
 
 
-def collectives(
-    model: ModelConfig, layout: Layout, masked: Sequence[int], buckets: Sequence[int] | None = None
-) -> list[Collective]:
+def collectives(model: ModelConfig, layout: Layout, masked: Sequence[int]) -> list[Collective]:
     """What one rank takes part in, in one step. `parallel/collectives.py` says which layer asks for what.
 
-    masked: M of each of the rank's micro-batches. buckets: elements of each bucket of gradients; None: all in one.
+    masked: M of each of the rank's micro-batches.
     """
     element, batches, sequence = layout.element, len(masked), layout.sequence_parallel
     rows = []
@@ -214,22 +218,27 @@ def collectives(
             rows.append(Collective("decoder, backward", "tensor", "all-reduce", element * model.hidden * m, n))
             rows.append(Collective("loss, max", "tensor", "all-reduce", FP32 * m, n))
             rows.append(Collective("loss, sums", "tensor", "all-reduce", 2 * FP32 * m, n))
-        if sequence:
-            size = FP32 * sum(size for name, size in _sizes(model).items() if plan.summed_over_tokens(name))
-            rows.append(Collective("gradients by tokens", "tensor", "all-reduce", size, 1))
-    if layout.data_parallel > 1:
-        operation = "reduce-scatter" if layout.shard_optimizer else "all-reduce"
-        for size, n in Counter(buckets or [parameters(model, layout.tensor_parallel)]).items():
-            rows.append(Collective("gradients", "data", operation, FP32 * size, n))
+    _, buckets = lay_out(_own_sizes(model, layout.tensor_parallel), layout.data_parallel, sequence)
+    for bucket in buckets:
+        size = bucket.stop - bucket.start
+        if bucket.by_tokens:
+            rows.append(Collective("gradients by tokens", "tensor", "all-reduce", FP32 * size, 1))
+        if layout.data_parallel > 1:
+            operation = "reduce-scatter" if layout.shard_optimizer else "all-reduce"
+            rows.append(Collective("gradients", "data", operation, FP32 * size, 1))
             if layout.shard_optimizer:
-                rows.append(Collective("parameters", "data", "all-gather", element * size, n))
-        rows.append(Collective("figures", "data", "all-reduce", 4 * 8, 1))
+                rows.append(Collective("parameters", "data", "all-gather", element * size, 1))
+    if layout.gpus > 1:
+        rows.append(Collective("gradient norm", "all", "all-reduce", FP64, 1))
+        rows.append(Collective("counts and notes", "hosts", "all-reduce", INT64 * COUNTS, 1))
+    if layout.data_parallel > 1:
+        rows.append(Collective("loss", "data", "all-reduce", FP64, 1))
     return rows
 
 
 def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
     """What one rank sends in a group, by ring algorithms: 2(n-1)/n of a tensor to all-reduce it, else (n-1)/n."""
-    n = layout.tensor_parallel if group == "tensor" else layout.data_parallel
+    n = {"tensor": layout.tensor_parallel, "data": layout.data_parallel}.get(group, layout.gpus)
     sent = [row.calls * row.bytes * (2 if row.operation == "all-reduce" else 1) for row in rows if row.group == group]
     return sum(sent) * (n - 1) // n
 

@@ -32,7 +32,7 @@ from minisobert.training.schedule import learning_rate
 
 
 class TooManySkipped(Exception):
-    """--max-skipped steps in a row had a gradient that is not finite. The message, on the first rank, says where it began."""
+    """More than --max-skipped steps in a row had no finite gradient. On the first rank the message says whose."""
 
 
 def train_step(
@@ -57,8 +57,10 @@ def train_step(
     for i, batch in enumerate(batches, 1):
         offset = (batch.first_row - first_row) * ROW_TOKENS
         here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
-        logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, here)
-        loss = cross_entropy(logits, batch.targets, mesh).sum()
+        # in one expression: a name for the logits would keep them, the largest tensor of all, through the backward pass
+        loss = cross_entropy(
+            model(batch.tokens, batch.positions, batch.documents, batch.masked, here), batch.targets, mesh
+        ).sum()
         if config.loss_average == "micro-batch":
             loss = loss / max(len(batch.targets), 1)
         if i == accumulation:
@@ -139,7 +141,7 @@ def train(
     micro_batches = load(training, _share(config, progress.consumed_tokens, mesh), mesh.device)
     saver = Saver(run.folder / "checkpoints", config.keep_checkpoints, mesh)
     peak = meter.peak_flops(mesh.device)
-    *_, (last, size) = _steps(config, 0)
+    *_, (last, size) = config.steps()
 
     bar = tqdm(
         total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.preset,
@@ -147,7 +149,7 @@ def train(
     )  # fmt: skip
     shown, stopped = "", 0
     with bar, StopSignals() as stop:
-        for before, size in _steps(config, progress.consumed_tokens):
+        for before, size in config.steps(progress.consumed_tokens):
 
             def passed(every: int, before: int = before) -> bool:
                 """Whether the step just made went past a multiple of `every` tokens, or was the last one."""
@@ -157,7 +159,11 @@ def train(
             began = time.perf_counter()
             batches = itertools.islice(micro_batches, config.accumulation(size, ROW_TOKENS, mesh.data_parallel))
             notes = [stop.received, int(stop.received > 0), *saver.notes]
-            figures = train_step(model, optimizer, batches, config, mesh, progress, notes)
+            try:
+                figures = train_step(model, optimizer, batches, config, mesh, progress, notes)
+            except TooManySkipped:
+                saver.wait()  # what is being written is sound
+                raise
             seconds = time.perf_counter() - began
             progress.seconds += seconds
 
@@ -197,17 +203,9 @@ def train(
     return stopped
 
 
-def _steps(config: TrainConfig, consumed: int) -> Iterator[tuple[int, int]]:
-    """(row positions consumed before, row positions) of each step that is left after `consumed`."""
-    while consumed < config.train_tokens:
-        size = config.batch_at(consumed)
-        yield consumed, size
-        consumed += size
-
-
 def _share(config: TrainConfig, consumed: int, mesh: Mesh) -> Iterator[tuple[int, int]]:
     """(first row, rows) of each of this rank's micro-batches."""
-    for before, size in _steps(config, consumed):
+    for before, size in config.steps(consumed):
         first, last = before // ROW_TOKENS, (before + size) // ROW_TOKENS
         yield from spans(first, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, replace
 
-from minisobert.config import ModelConfig, TrainConfig, nearest, words
+from minisobert.config import PRESETS, ModelConfig, TrainConfig, nearest, words
 from minisobert.corpus.packing import ROW_TOKENS
-from minisobert.parallel.mesh import check_layout
+from minisobert.parallel.mesh import check_layout, tensor_parallel_sizes
 from minisobert.training.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
 from minisobert.training.meter import CHIPS, dollars, training_flops
 
@@ -23,10 +24,6 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def steps(config: TrainConfig) -> int:
-    return -(-config.train_tokens // config.tokens_per_batch)
-
-
 def hours(
     model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, seen: float = ROW_TOKENS
 ) -> float:
@@ -35,7 +32,7 @@ def hours(
     Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
     """
     again = training_flops(model, 1, seen, 0) / 3 if layout.recompute else 0
-    tokens = steps(config) * config.tokens_per_batch
+    tokens = sum(size for _, size in config.steps())
     return tokens * (flops_per_token(model, seen) + again) / (layout.gpus * flops * mfu) / 3600
 
 
@@ -50,10 +47,10 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
 
     Raises ValueError where nothing fits.
     """
-    rows, rest = divmod(config.tokens_per_batch, ROW_TOKENS)
-    sizes = (gpus, model.heads, model.hidden, model.ffn, model.vocabulary, ROW_TOKENS)
+    batch = math.gcd(*(size for _, size in config.batches))
+    rows, rest = divmod(batch, ROW_TOKENS)
     found, totals = [], []
-    for tensor_parallel in (n for n in range(1, gpus + 1) if not any(size % n for size in sizes)):
+    for tensor_parallel in tensor_parallel_sizes(model, gpus):
         data_parallel, most = gpus // tensor_parallel, 0
         if rest or rows % data_parallel:
             continue
@@ -71,8 +68,8 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
     if not totals:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
         choices = f"--gpus {words(nearest(divisors, gpus))}" if divisors else f"a multiple of {ROW_TOKENS:,} tokens"
-        batch = f"a batch of {config.tokens_per_batch:,} tokens"
-        raise ValueError(f"{batch} cannot be split over {gpus} GPUs by rows of {ROW_TOKENS:,}; choose {choices}")
+        split = f"a batch of {batch:,} tokens cannot be split over {gpus} GPUs by rows of {ROW_TOKENS:,}"
+        raise ValueError(f"{split}; choose {choices}")
     if not found:
         raise ValueError(
             f"{config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
@@ -81,24 +78,30 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
     return found
 
 
-def report(model: ModelConfig, config: TrainConfig, given: Layout, gpu: str, mfu: float) -> str:
+def report(config: TrainConfig) -> str:
     """What `train.py --plan` prints: the run, the layouts that fit its GPUs, and, below them, the one that was given.
 
-    gpu: a name in meter.CHIPS. Raises ValueError where it is not known, mfu is not in (0, 1], or nothing fits.
+    Raises ValueError where --gpu is not known, --mfu is not in (0, 1], or nothing fits.
     """
+    model, gpu, mfu = PRESETS[config.preset], config.gpu, config.mfu
+    given = Layout(
+        max(config.gpus // config.tensor_parallel, 1), config.tensor_parallel, config.micro_batch_rows,
+        config.sequence_parallel, config.shard_optimizer, config.recompute,
+        "fp32" if config.precision == "fp32" else "bf16",
+    )  # fmt: skip
     if gpu not in CHIPS:
         raise ValueError(f"--gpu is {gpu}; choose {words(CHIPS)}")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu is {mfu}; it must be more than 0 and at most 1")
-    chip, price = CHIPS[gpu], config.price_per_gpu_hour
-    fitting = layouts(model, config, given.gpus, chip.memory)
+    chip, price, sizes = CHIPS[gpu], config.price_per_gpu_hour, [f"{size:,}" for _, size in config.batches]
+    fitting = layouts(model, config, config.gpus, chip.memory)
     gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
     lines = [
         f"{config.preset}: {parameters(model):,} parameters in {model.layers} layers, hidden {model.hidden:,}, "
         f"{model.heads} heads, vocabulary {model.vocabulary:,}",
-        f"{config.train_tokens:,} tokens in {steps(config):,} steps of {config.tokens_per_batch:,}; "
+        f"{config.train_tokens:,} tokens in {len([*config.steps()]):,} steps of {words(sizes, 'then')}; "
         f"{flops_per_token(model) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less otherwise)",
-        f"{given.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
+        f"{config.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
         "",
@@ -116,9 +119,11 @@ def report(model: ModelConfig, config: TrainConfig, given: Layout, gpu: str, mfu
 
 def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:
     """Of the table. Raises ValueError where model or batch cannot be split so."""
-    check_layout(model, layout.gpus, layout.tensor_parallel, layout.tokens)
+    check_layout(model, config.gpus, layout.tensor_parallel)
     chip = CHIPS[gpu]
-    passes = replace(config, micro_batch_rows=layout.micro_batch_rows).accumulation(ROW_TOKENS, layout.data_parallel)
+    for _, size in config.batches:  # the last is the longest step
+        given = replace(config, micro_batch_rows=layout.micro_batch_rows)
+        passes = given.accumulation(size, ROW_TOKENS, layout.data_parallel)
     kinds = memory(model, layout, config.dropout > 0)
     sent = collectives(model, layout, [layout.masked] * passes)
     time = hours(model, config, layout, chip.flops, mfu)

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisobert.config import PRESETS, ModelConfig, TrainConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, dispatch
+from minisobert.parallel import collectives as parallel_collectives
+from minisobert.parallel import tensor as parallel_tensor
 from minisobert.parallel.mesh import Mesh
 from minisobert.parallel.tensor import cross_entropy, shard
 from minisobert.training import forecast, planning
@@ -66,8 +67,9 @@ def collectives(monkeypatch) -> Counter:
         return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather)
-    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
+    monkeypatch.setattr(parallel_collectives, "all_gather_into", all_gather)
+    monkeypatch.setattr(parallel_collectives, "reduce_scatter_into", reduce_scatter)
+    monkeypatch.setattr(parallel_tensor, "reduce_scatter_into", reduce_scatter)
     monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
     return calls
 
@@ -83,8 +85,7 @@ class Step:
         self.dropout = Dropout.for_step(p, 1, 0, config.layers)
         self.mesh = Mesh(tensor_parallel=layout.tensor_parallel)
         self.model = shard(MaskedLM(config).initialise(0), self.mesh, layout.sequence_parallel)
-        for block in self.model.encoder.blocks if layout.recompute else ():
-            block.forward = lambda *inputs, forward=block.forward: checkpoint(forward, *inputs, use_reentrant=False)
+        self.model.encoder.recompute = layout.recompute
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.choose(layout.masked)
@@ -114,20 +115,17 @@ def test_parameters_are_those_of_a_sharded_model(config, total, n):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precision):
-    model = MaskedLM(SMALL).initialise(0)
-    optimizer = Optimizer(model, torch.bfloat16 if precision == "bf16" else torch.float32, (0.9, 0.999), 0.01)
-    optimizer.step(1e-4, 1, 1.0)
-    weights = list(model.parameters())
-    own = {id(p) for p in weights}
-    state = [m for m in optimizer.masters.values() if id(m) not in own]
-    state += [x for name, x in optimizer.state().items() if name != "step"]
-    account = forecast.memory(SMALL, Layout(precision=precision))
-    assert account.weights == sum(p.nbytes for p in weights)
-    assert account.gradients == optimizer.gradient.nbytes
-    assert account.optimizer == sum(x.nbytes for x in state)
-    sharded = forecast.memory(SMALL, Layout(data_parallel=4, shard_optimizer=True, precision=precision))
-    assert sharded == replace(account, optimizer=account.optimizer // 4)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precision, ranks):
+    """SMALL's sizes and their shares come out even: no padding. A sharded optimizer where there are several ranks."""
+    dtype, mesh = torch.bfloat16 if precision == "bf16" else torch.float32, Mesh(data_parallel=ranks)
+    optimizer = Optimizer(MaskedLM(SMALL).initialise(0), dtype, (0.9, 0.999), 0.01, mesh, sharded=ranks > 1)
+    state = [x for piece in optimizer.pieces for x in optimizer.tensors(piece)]
+    shared = optimizer.flat.weights.untyped_storage().data_ptr()
+    account = forecast.memory(SMALL, Layout(ranks, shard_optimizer=ranks > 1, precision=precision))
+    assert account.weights == optimizer.flat.weights.nbytes
+    assert account.gradients == optimizer.flat.gradients.nbytes
+    assert account.optimizer == sum(x.nbytes for x in state if x.untyped_storage().data_ptr() != shared)
 
 
 @every_layout
@@ -200,40 +198,17 @@ def test_activations_and_temporary_tensors_are_the_most_that_is_ever_allocated(
 
 
 @every_layout
-def test_collectives_of_the_tensor_group_are_those_that_are_called(layout, collectives):
+def test_collectives_of_forward_and_backward_are_those_that_are_called(layout, collectives):
     step, masked = Step(layout, 0.1), [7, 5, 7]  # micro-batches
     for m in masked:
         step.choose(m)
         step.loss().backward()
     expected = Counter()
     for row in forecast.collectives(SMALL, layout, masked):
-        assert row.group == "tensor"
-        if row.name != "gradients by tokens":  # the optimizer's
+        if row.group == "tensor" and row.name != "gradients by tokens":  # the optimizer's
             expected[row.operation, row.bytes] += row.calls
     assert collectives == expected
     assert bool(expected) == (layout.tensor_parallel > 1)
-
-
-def test_with_sequence_parallelism_gradients_of_norms_positions_and_output_biases_are_summed_once_a_step():
-    layout = Layout(tensor_parallel=2, sequence_parallel=True)
-    (row,) = (row for row in forecast.collectives(LARGE, layout, [300] * 4) if row.name == "gradients by tokens")
-    h = LARGE.hidden
-    assert row.calls == 1 and row.bytes == 4 * (LARGE.layers * (4 + 2) * h + 2 * h + (LARGE.positions + 2) * h)
-
-
-def test_gradients_and_sharded_parameters_go_by_buckets():
-    buckets = [1_000, 1_000, 504]
-    whole = forecast.collectives(SMALL, Layout(data_parallel=4), [9], buckets)
-    sharded = forecast.collectives(SMALL, Layout(data_parallel=4, shard_optimizer=True), [9], buckets)
-    assert {(r.operation, r.bytes, r.calls) for r in whole if r.name == "gradients"} == {
-        ("all-reduce", 4_000, 2), ("all-reduce", 2_016, 1)
-    }  # fmt: skip
-    assert {(r.operation, r.bytes, r.calls) for r in sharded if r.name != "figures"} == {
-        ("reduce-scatter", 4_000, 2), ("reduce-scatter", 2_016, 1), ("all-gather", 2_000, 2), ("all-gather", 1_008, 1)
-    }  # fmt: skip
-    layout = Layout(data_parallel=4)
-    assert forecast.wire_bytes(sharded, layout, "data") < forecast.wire_bytes(whole, layout, "data")
-    assert forecast.collectives(SMALL, Layout(), [9]) == []
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
@@ -285,29 +260,33 @@ def test_layouts_fit_use_all_gpus_and_make_up_a_batch(gpus):
 
 
 def test_the_plan_shows_what_fits_and_what_was_given():
-    config = TrainConfig(preset="large", price_per_gpu_hour=2.0)
-    page = planning.report(LARGE, config, Layout(4, 1, 16), "A100 40GB", 0.4)
+    config = TrainConfig(preset="large", price_per_gpu_hour=2.0, gpus=4, gpu="A100 40GB", micro_batch_rows=16)
+    page = planning.report(config)
     assert "762,396,032 parameters" in page and "51,499 steps" in page and "4 × A100 40GB" in page
     first = next(line for line in page.splitlines() if line.lstrip().startswith("4 × 1"))
     hours = planning.hours(LARGE, config, Layout(4), CHIPS["A100 40GB"].flops, 0.4)
     assert f"{hours:,.1f}" in first and f"{8 * hours:,.0f}" in first
     assert page.endswith("(does not fit)") and page.count("as given") == 1
-    page = planning.report(LARGE, config, Layout(64, 1, 8), "H100", 0.4)
+    page = planning.report(replace(config, gpus=64, gpu="H100", micro_batch_rows=8))
     assert "as given: tokens_per_batch" in page  # four rows for each GPU
-    page = planning.report(LARGE, config, Layout(1, 32, 8), "H100", 0.4)
+    page = planning.report(replace(config, gpus=32, gpu="H100", tensor_parallel=32))
     assert "as given: 16 attention heads cannot be split over --tensor-parallel 32; choose 4, 8 or 16" in page
+    page = planning.report(replace(config, batch_schedule="0:131072,1e9:524288"))
+    assert "57,221 steps of 131,072 then 524,288" in page  # 7,630 of the first 1e9, 49,591 of the rest
 
 
 @pytest.mark.parametrize(
-    "config, gpus, gpu, mfu, message",
+    "options, message",
     [
-        (replace(LARGE, layers=240), 1, "L4", 0.4, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
-        (LARGE, 48, "H100", 0.4, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
-        (LARGE, 8, "H1000", 0.4, "--gpu is H1000; choose B200, .* or RTX 4090"),
-        (LARGE, 8, "H100", 40.0, "--mfu is 40.0; it must be"),
+        ({"gpu": "RTX 4090", "gpus": 1}, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
+        ({"gpus": 48}, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
+        ({"gpu": "H1000"}, "--gpu is H1000; choose B200, .* or RTX 4090"),
+        ({"mfu": 40.0}, "--mfu is 40.0; it must be"),
     ],
 )
-def test_mistakes_are_one_line_that_says_what_to_do(config, gpus, gpu, mfu, message):
+def test_mistakes_are_one_line_that_says_what_to_do(monkeypatch, options, message):
+    if options.get("gpu") == "RTX 4090":
+        monkeypatch.setitem(PRESETS, "large", replace(LARGE, layers=240))
     with pytest.raises(ValueError, match=message) as error:
-        planning.report(config, TrainConfig(preset="large"), Layout(gpus), gpu, mfu)
+        planning.report(TrainConfig(**{"preset": "large", **options}))
     assert "\n" not in str(error.value)

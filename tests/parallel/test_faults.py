@@ -1,0 +1,208 @@
+"""Processes that die, hang, run out of disk or make NaNs: nothing is lost but steps, and it is said what happened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import column, finish, metrics, start, weights, words
+
+from minisobert.parallel.data import Gradients
+from minisobert.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+EVERY = {"checkpoint_every_tokens": 2 * 8_192, "micro_batch_rows": 2, "learning_rate": 1e-3}  # two steps
+
+
+@pytest.fixture(scope="module")
+def whole(long_corpus, tmp_path_factory):
+    """Two data-parallel processes that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finish(start(words(long_corpus, out, steps=12, **EVERY), out.with_suffix(".log"), 2)) == [0, 0]
+    return out
+
+
+def is_the_same_as(out, whole) -> bool:
+    ours, expected = weights(out), weights(whole)
+    return torch.equal(column(out), column(whole)) and all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def wait_for_checkpoint(out, processes, log) -> None:
+    until = time.monotonic() + 60
+    while not checkpoint.steps(out / "checkpoints"):
+        assert time.monotonic() < until and processes[0].is_alive(), log.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)],
+    ids=["1 dies", "0 dies", "1 hangs"],
+)
+def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on_bit_for_bit(
+    long_corpus, tmp_path, whole, number, lost
+):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(long_corpus, out, steps=12, timeout=5, **EVERY)
+    processes = start(argv, log, 2)
+    wait_for_checkpoint(out, processes, log)
+    os.kill(processes[lost].pid, number)
+    other = processes[1 - lost]
+    began = time.monotonic()
+    other.join(40)
+    assert other.exitcode == 1, log.read_text()
+    assert time.monotonic() - began < 30
+    processes[lost].kill()
+    said = log.read_text()
+    assert f"rank {lost} does not answer; this is rank {1 - lost} on" in said and "from the last checkpoint" in said
+    assert len(metrics(out)) < 12
+    assert finish(start(argv, log, 2)) == [0, 0]
+    assert "going on after step" in log.read_text()
+    assert is_the_same_as(out, whole)
+
+
+def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(long_corpus, tmp_path, whole):
+    """--fresh is for the first start alone: when torchrun starts the job again, what is there is its own work."""
+    out = tmp_path / "run"
+    script = tmp_path / "dies_once.py"
+    script.write_text(
+        f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, train, runs
+from minisobert.training import loop
+torch.set_num_threads(1)
+runs.PRESETS["tiny"] = runs.SMALL
+step = loop.train_step
+def dying(model, optimizer, batches, config, mesh, progress, *rest):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and mesh.rank == 1 and progress.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(model, optimizer, batches, config, mesh, progress, *rest)
+loop.train_step = dying
+sys.exit(train.main())
+"""
+    )
+    argv = words(long_corpus, out, steps=12, fresh=True, **EVERY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    result = subprocess.run(
+        [*command, "--monitor-interval=0.5", str(script), *argv], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "going on after step" in result.stdout
+    assert is_the_same_as(out, whole)
+
+
+def make_nan(steps: range):
+    """prepare: in these steps a gradient of rank 1 is NaN."""
+
+    def break_it(rank: int) -> None:
+        count, begin, start = 0, Gradients.before_last_backward, Gradients._start
+
+        def counting(self):
+            nonlocal count
+            count += 1
+            begin(self)
+
+        def spoiling(self, bucket):
+            name = "encoder.blocks.1.qkv.weight"
+            if rank == 1 and count in steps and name in bucket.names:
+                self.flat.gradient(name)[3, 4] = torch.nan
+            return start(self, bucket)
+
+        Gradients.before_last_backward, Gradients._start = counting, spoiling
+
+    return break_it
+
+
+def nan_once(rank: int) -> None:
+    make_nan(range(3, 4))(rank)
+
+
+def nan_for_ever(rank: int) -> None:
+    make_nan(range(4, 100))(rank)
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_is_counted(long_corpus, tmp_path, whole):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert finish(start(words(long_corpus, out, steps=12, **EVERY), log, 2, nan_once)) == [0, 0], log.read_text()
+    ours, expected = metrics(out), metrics(whole)
+    assert [line["skipped"] for line in ours] == [0, 0] + [1] * 10
+    assert [line["positions"] for line in ours] == [line["positions"] for line in expected]
+    # the learning rate's counter stands still for a step, the data's does not
+    assert ours[2]["lr"] == ours[3]["lr"] == expected[2]["lr"] and ours[11]["lr"] == expected[10]["lr"]
+    assert ours[2]["loss"] == expected[2]["loss"] and ours[11]["loss"] != expected[11]["loss"]
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def test_too_many_in_a_row_end_the_run_with_a_report_and_the_run_can_go_on(long_corpus, tmp_path, whole):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(long_corpus, out, steps=12, max_skipped=2, **EVERY)
+    assert finish(start(argv, log, 2, nan_for_ever)) == [1, 1]
+    said = [line for line in log.read_text().splitlines() if "train.py: " in line]
+    assert len(said) == 1
+    assert "the gradient of 3 steps in a row was not finite, the last of them step 6 with rows 20 to 23" in said[0]
+    assert "where it began: rank 1: encoder.blocks.1.qkv.weight;" in said[0]
+    # its last checkpoint is of step 4, whose gradient was the first to be skipped
+    assert finish(start(argv, log, 2)) == [0, 0]
+    assert metrics(out)[-1]["skipped"] == 1 and metrics(out)[-1]["step"] == 12
+
+
+def no_space(rank: int) -> None:
+    """The disk of rank 1 is full from the second checkpoint on."""
+    calls, write = 0, checkpoint._write
+
+    def writing(*args):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    checkpoint._write = writing
+
+
+def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(long_corpus, tmp_path, whole):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(long_corpus, out, steps=12, shard_optimizer=True, **EVERY)
+    assert finish(start(argv, log, 2, no_space)) == [1, 1]
+    said = [line for line in log.read_text().splitlines() if "train.py: " in line]
+    assert len(said) == 1 and "step-00000004 could not be written: [Errno 28] No space left on device" in said[0]
+    assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000002"]
+    assert finish(start(argv, log, 2)) == [0, 0]
+    torch.testing.assert_close(column(out), column(whole), rtol=0, atol=1e-5)
+
+
+def test_micro_batch_means_are_megatrons_and_another_loss(long_corpus, tmp_path, whole):
+    """With unequal numbers of masked tokens a mean of means is not the mean, unless a step is one micro-batch."""
+    losses = {}
+    for average in ("token", "micro-batch"):
+        for rows in (1, 4):
+            out = tmp_path / f"{average} {rows}"
+            argv = words(long_corpus, out, steps=2, micro_batch_rows=rows, loss_average=average, dropout=0)
+            assert finish(start(argv, tmp_path / "log")) == [0]
+            losses[average, rows] = column(out)
+    torch.testing.assert_close(losses["token", 1], losses["token", 4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses["micro-batch", 4], losses["token", 4], rtol=0, atol=1e-6)
+    assert (losses["micro-batch", 1] - losses["token", 1]).abs().max() > 1e-5
+
+
+def test_a_run_whose_batches_grow_takes_each_row_once_and_goes_on_where_it_was(long_corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    options = {"batch_schedule": "0:4096,8192:8192", "train_tokens": 40_960, "micro_batch_rows": 1}
+    options |= {"checkpoint_every_tokens": 4_096, "keep_checkpoints": 9}
+    argv = words(long_corpus, out, **options)
+    assert finish(start(argv, log, 2)) == [0, 0], log.read_text()
+    assert [line["positions"] for line in metrics(out)] == [4_096, 8_192, 16_384, 24_576, 32_768, 40_960]
+    before, after = metrics(out), weights(out)
+    for path in checkpoint.steps(out / "checkpoints")[1:]:
+        path.rename(tmp_path / path.name)
+    assert finish(start(argv, log, 2)) == [0, 0]
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in before]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(out).items())
