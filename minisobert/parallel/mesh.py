@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minisobert.config import ModelConfig, nearest, words
+from minisobert.corpus.packing import ROW_TOKENS
 
 CPU = torch.device("cpu")
 ROLL_CALL = 5.0  # seconds in which who is alive has to answer
@@ -95,22 +96,28 @@ def from_torchrun(name: str, otherwise: int) -> int:
     return int(os.environ.get(name, otherwise))
 
 
-def check_layout(model: ModelConfig, world: int, tensor_parallel: int) -> None:
-    """Raises ValueError, with the sizes that fit everything, where model or processes cannot be split so."""
-    divided = {
+def _divided(model: ModelConfig, world: int) -> dict[str, int]:
+    """All that tensor parallelism splits; tokens with sequence parallelism, which any layout may add."""
+    return {
         "processes": world, "attention heads": model.heads, "hidden": model.hidden, "ffn": model.ffn,
-        "vocabulary": model.vocabulary,
+        "vocabulary": model.vocabulary, "tokens of a row": ROW_TOKENS,
     }  # fmt: skip
-    if any(n % tensor_parallel for n in divided.values()):
-        unfit = words([f"{n:,} {name}" for name, n in divided.items() if n % tensor_parallel], "and")
-        choices = words(nearest(tensor_parallel_sizes(model, world), tensor_parallel))
-        raise ValueError(f"{unfit} cannot be split over --tensor-parallel {tensor_parallel}; choose {choices}")
 
 
 def tensor_parallel_sizes(model: ModelConfig, world: int) -> list[int]:
-    """All that `world` processes and the model's sizes can be divided by."""
-    divided = (world, model.heads, model.hidden, model.ffn, model.vocabulary)
-    return [n for n in range(1, world + 1) if not any(size % n for size in divided)]
+    """That `world` processes and the model's sizes can be divided by."""
+    return [n for n in range(1, world + 1) if not any(size % n for size in _divided(model, world).values())]
+
+
+def check_layout(model: ModelConfig, world: int, tensor_parallel: int) -> None:
+    """Raises ValueError, with the sizes that fit everything, where model or processes cannot be split so."""
+    choices = tensor_parallel_sizes(model, world)
+    if tensor_parallel not in choices:
+        unfit = [f"{n:,} {name}" for name, n in _divided(model, world).items() if n % tensor_parallel]
+        raise ValueError(
+            f"{words(unfit, 'and')} cannot be split over --tensor-parallel {tensor_parallel}; "
+            f"choose {words(nearest(choices, tensor_parallel))}"
+        )
 
 
 @contextmanager

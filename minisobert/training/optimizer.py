@@ -51,14 +51,13 @@ class Optimizer:
         self.mesh, self.sharded = mesh or Mesh(), sharded
         self.flat = flat = FlatParameters(model, dtype, self.mesh, sequence_parallel)
         owned = list(flat.owned(self.mesh.data_rank, self.mesh.data_parallel) if sharded else flat.owned(0, 1))
-        exact = [
+        masters = [
             flat.parameters[name].detach().flatten()[first : first + place.stop - place.start].clone()
-            for name, first, place in owned
+            for name, first, place in (owned if dtype != torch.float32 else ())
         ]
         flat.adopt()
-        if dtype == torch.float32:
-            exact = [flat.weights[place] for _, _, place in owned]
-        self.pieces = [Piece(*where, master) for where, master in zip(owned, exact)]
+        masters = masters or [flat.weights[place] for _, _, place in owned]
+        self.pieces = [Piece(*where, master) for where, master in zip(owned, masters)]
         kind = OverlappedGradients if overlap and self.mesh.world > 1 else Gradients
         self.gradients = kind(flat, self.mesh, sharded)
 
