@@ -45,3 +45,12 @@ def test_layer_norm():
     normal = torch.nn.functional.layer_norm(r_new, (12,), weight, norm_bias, eps)
     expected = torch.autograd.grad((r_new, normal), (branch, bias, r, weight, norm_bias), (dr_new, dn))
     check(code("layer_norm.md")["add_norm_backward"](r_new, weight, keep, p, eps, dr_new, dn), expected)
+
+
+def test_split_cross_entropy():
+    logits, targets = random(6, 12, seed=0), torch.tensor([0, 3, 4, 7, 8, 11])  # both ends of each of three slices
+    losses = torch.nn.functional.cross_entropy(20 * logits, targets, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), logits)
+    slices = (20 * logits.detach()).chunk(3, 1)
+    ours, gradients = code("tensor-parallel.md")["split_cross_entropy"](slices, targets)
+    check((ours, 20 * torch.cat(gradients, 1)), (losses, expected))
