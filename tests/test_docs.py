@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -54,3 +55,11 @@ def test_split_cross_entropy():
     slices = (20 * logits.detach()).chunk(3, 1)
     ours, gradients = code("tensor-parallel.md")["split_cross_entropy"](slices, targets)
     check((ours, 20 * torch.cat(gradients, 1)), (losses, expected))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_ring_all_reduce(n):
+    buffers = [random(n * 5, seed=rank) for rank in range(n)]
+    ended, sent = code("data-parallel.md")["ring_all_reduce"](buffers)
+    check([torch.cat(parts) for parts in ended], [sum(buffers)] * n)
+    assert sent == 2 * (n - 1) * 5
