@@ -240,7 +240,7 @@ def _free_port() -> str:
 
 def main() -> None:
     parser = Parser(prog="benchmarks.parallel", description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=8, metavar="N", help="timed steps of each kind (default 8)")
+    parser.add_argument("--turns", type=int, default=6, metavar="N", help="timed steps of each kind (default 6)")
     turns, lines = parser.parse_args().turns, []
     for world in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
@@ -254,8 +254,8 @@ def main() -> None:
             "",
             f"`python -m benchmarks.parallel`: {forecast.parameters(MODEL) / 1e6:.1f} M parameters ({MODEL.layers} "
             f"layers, {MODEL.hidden} wide), fp32, no dropout, {ROW} tokens for each data-parallel rank,",
-            f"buckets of {BUCKET / 1e6:.1f} M elements, gloo over the loopback device, one thread a process; medians of "
-            f"{turns} steps.",
+            f"buckets of {BUCKET / 1e6:.1f} M elements, gloo over the loopback device, one thread a process; medians "
+            f"of {turns} steps.",
             f"{machine('torch')}." + " Four processes share the cores." * ((os.cpu_count() or 1) < 4),
             "",
             "| processes | data × tensor parallel | tokens/s | tokens/s, waiting | MB a rank sends a step | "
@@ -266,7 +266,7 @@ def main() -> None:
             "- Waiting: each collective is waited for where it could start. Gradients are the same to the last bit.",
             "- Hides: (step that waits - step) / communication alone, in each turn. It may be more than all of it: a "
             "step that waits does so for the slowest process, too. And gloo's threads need cores: with none to spare, "
-            "what can hide is the waiting and not the work. None of this holds for GPUs.",
+            "what can hide is the waiting and not the work. Nothing here is about GPUs.",
             "- Bytes: those of rings, for the collectives of `training/forecast.py`, which were called. gloo's "
             "reduce-scatter sends twice that, as much as an all-reduce.",
         ],
