@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,3 +46,20 @@ def test_layer_norm():
     normal = torch.nn.functional.layer_norm(r_new, (12,), weight, norm_bias, eps)
     expected = torch.autograd.grad((r_new, normal), (branch, bias, r, weight, norm_bias), (dr_new, dn))
     check(code("layer_norm.md")["add_norm_backward"](r_new, weight, keep, p, eps, dr_new, dn), expected)
+
+
+def test_split_cross_entropy():
+    logits, targets = random(6, 12, seed=0), torch.tensor([0, 3, 4, 7, 8, 11])  # both ends of each of three slices
+    losses = torch.nn.functional.cross_entropy(20 * logits, targets, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), logits)
+    slices = (20 * logits.detach()).chunk(3, 1)
+    ours, gradients = code("tensor-parallel.md")["split_cross_entropy"](slices, targets)
+    check((ours, 20 * torch.cat(gradients, 1)), (losses, expected))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_ring_all_reduce(n):
+    buffers = [random(n * 5, seed=rank) for rank in range(n)]
+    ended, sent = code("data-parallel.md")["ring_all_reduce"](buffers)
+    check([torch.cat(parts) for parts in ended], [sum(buffers)] * n)
+    assert sent == 2 * (n - 1) * 5
