@@ -12,7 +12,7 @@ last gradient is there, in the last micro-batch of a step, and gives the same bi
 
 With a sharded optimizer (ZeRO stage 1, Rajbhandari et al. 2020) each rank owns 1/data_parallel of every bucket: it gets
 the sum of its own share alone (reduce-scatter), steps with it, and all-gather puts the new parameters together. Both
-halves of an all-reduce then, with the step between them: the same bytes, and the optimizer's state divided.
+halves of an all-reduce then, with the step between them: no more bytes, and the optimizer's state divided.
 
     data_parallel 2    bucket 0: | rank 0 | rank 1 |    bucket 1: | rank 0 | rank 1 |    …
 """

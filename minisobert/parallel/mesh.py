@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from minisobert.config import ModelConfig, nearest, words
 from minisobert.corpus.packing import ROW_TOKENS
 
 CPU = torch.device("cpu")
-ROLL_CALL = 5.0  # seconds in which who is alive has to answer
+ROLL_CALL = 4.0  # seconds in which who is alive has to answer
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Mesh:
     data_group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
     hosts: dist.ProcessGroup | None = None  # all processes, gloo
+    watch: _Watch | None = None
 
     @property
     def world(self) -> int:
@@ -83,6 +85,7 @@ class Mesh:
         """Each number summed over all processes."""
         if self.world == 1:
             return numbers
+        self.watch.meetings += 1
         x = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(x, group=self.hosts)
         return x.tolist()
@@ -124,8 +127,8 @@ def check_layout(model: ModelConfig, world: int, tensor_parallel: int) -> None:
 def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
     """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs.
 
-    timeout: seconds that a process waits for another. When one has died or does not come, the others leave by
-    `_give_up`, with a line that names it.
+    timeout: seconds that a process waits for another. When one has died or does not come, the others end, with a line
+    that names it.
     """
     rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
@@ -144,22 +147,51 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         # the device waits longer: the hosts, which can name who is missing, give up first
         timeout=timedelta(seconds=2 * timeout if cuda else timeout),
     )  # fmt: skip
+    watch = _Watch(store, rank)
+    watch.start()
     try:
-        yield _with_groups(mesh, timedelta(seconds=timeout))
+        yield _with_groups(replace(mesh, watch=watch), timedelta(seconds=timeout))
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
-        _give_up(error, store, mesh)
+        _give_up(error, store, mesh, watch)
+    watch.stop.set()
     dist.destroy_process_group()
 
 
 def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
     """All ranks make all groups, in one order."""
     ranks = torch.arange(mesh.world).view(mesh.data_parallel, mesh.tensor_parallel)
-    data = [dist.new_group(column) for column in ranks.T.tolist()]
-    tensor = [dist.new_group(row) for row in ranks.tolist()]
+    device_timeout = 2 * timeout if mesh.device.type == "cuda" else timeout
+    data = [dist.new_group(column, timeout=device_timeout) for column in ranks.T.tolist()]
+    tensor = [dist.new_group(row, timeout=device_timeout) for row in ranks.tolist()]
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     return replace(mesh, data_group=data[mesh.tensor_rank], tensor_group=tensor[mesh.data_rank], hosts=hosts)
+
+
+class _Watch(threading.Thread):
+    """Answers a roll call for this process, whose main thread may be waiting for one that is gone, and then ends it.
+
+    The roll call is held in torchrun's store by the first process that gives up. An answer is the number of meetings of
+    the hosts that this process has come to: one that hangs, but lives, has come to fewer.
+    """
+
+    def __init__(self, store: dist.Store, rank: int):
+        super().__init__(daemon=True, name="roll-call")
+        self.store, self.rank, self.meetings, self.stop = store, rank, 0, threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self.stop.wait(0.5):
+                if self.store.check(["roll-call"]):
+                    self.answer()
+                    time.sleep(ROLL_CALL + 1)
+                    os._exit(1)
+        except (RuntimeError, OSError):  # the store is gone, as at the end of every job
+            return
+
+    def answer(self) -> None:
+        self.store.set(f"alive/{self.rank}", str(self.meetings))
 
 
 def _lost_contact(error: RuntimeError) -> bool:
@@ -167,37 +199,36 @@ def _lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
-def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh) -> None:
-    """Ends the process: nothing can be said to the others any more, not even goodbye.
-
-    A roll call in torchrun's store tells who else got here. Who did not is dead, stopped, or busy with something else.
-    """
-    missing = _roll_call(store, mesh)
-    answered = [rank for rank in range(mesh.world) if rank not in missing]
-    if mesh.rank == answered[0]:
-        who = f"rank {words(missing, 'and')} does not answer" if missing else "the processes lost each other"
+def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh, watch: _Watch) -> None:
+    """Ends the job with a line that says who is to blame. The first process that gets here calls the roll."""
+    who, first = "rank 0, which keeps the rendezvous, does not answer", mesh.rank == 1
+    try:
+        first = store.add("roll-call", 1) == 1
+        watch.answer()
+        time.sleep(ROLL_CALL)
+        came = {r: int(store.get(f"alive/{r}")) for r in range(mesh.world) if store.check([f"alive/{r}"])}
+        missing = [rank for rank in range(mesh.world) if rank not in came]
+        late = [rank for rank, meetings in came.items() if meetings < max(came.values())]
+        who = (
+            f"{_ranks(missing)} not answer" if missing
+            else f"{_ranks(late)} answer, but did not come" if late
+            else "all processes answer, but lost each other"
+        )  # fmt: skip
+    except (RuntimeError, OSError):
+        pass
+    if first:
         reason = " ".join(str(error).split())[:200]
         print(
-            f"{who}; this is rank {mesh.rank} on {socket.gethostname()}, which waited in vain ({reason}). The same "
-            "command goes on from the last checkpoint",
+            f"{who}; rank {mesh.rank} on {socket.gethostname()} waited in vain ({reason}). The same command goes on "
+            "from the last checkpoint",
             file=sys.stderr,
         )
     sys.stdout.flush()
     sys.stderr.flush()
+    if mesh.is_first:
+        time.sleep(2)  # it may keep the store, in which others still look
     os._exit(1)  # threads and other processes that hang must not hold this one
 
 
-def _roll_call(store: dist.Store, mesh: Mesh) -> list[int]:
-    """The ranks that do not answer in time."""
-    missing = [rank for rank in range(mesh.world) if rank != mesh.rank]
-    until = time.monotonic() + ROLL_CALL
-    try:
-        store.set(f"roll-call/{mesh.rank}", "here")
-        while time.monotonic() < until:
-            missing = [rank for rank in missing if not store.check([f"roll-call/{rank}"])]
-            if not missing and not mesh.is_first:  # rank 0 may keep the store, and others still have to read it
-                break
-            time.sleep(0.1)
-    except (RuntimeError, OSError):  # the store is gone, and with it who kept it
-        missing = missing if 0 in missing else [0, *missing]
-    return missing
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {words(ranks, 'and')} do"

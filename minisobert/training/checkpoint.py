@@ -105,8 +105,9 @@ class Saver:
         Returns when slices may change again. Waits for the checkpoint before it.
         """
         self.wait()
-        self.last = self.folder / f"step-{step:08d}"
-        if self.last.exists():  # only ever renamed to when complete, and a step has one state
+        self.last = path_of(self.folder, step)
+        # only ever renamed to when complete, and a step has one state
+        if self.mesh.sum_on_hosts([int(self.mesh.is_first and self.last.exists())])[0]:
             return
         work = self.folder / f"{UNFINISHED}{step:08d}"
         headers = {
@@ -201,6 +202,10 @@ def _publish(final: Path, state: dict, keep: int) -> None:
         # renamed first: a folder with a checkpoint's name is always whole
         os.replace(old, folder / f"{UNFINISHED}{old.name}")
         shutil.rmtree(folder / f"{UNFINISHED}{old.name}")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def steps(folder: Path) -> list[Path]:

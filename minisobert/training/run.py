@@ -62,19 +62,25 @@ class Run:
             raise ValueError(f"{here} by another version of minisobert; {otherwise}")
 
     def load(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
-        """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged."""
-        if not self.resumes_from:
-            return Progress()
-        damage = None
-        if mesh.is_first:
+        """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
+
+        The first process decides which it is: others may see a folder on a network later than it.
+        """
+        step, damage = 0, None
+        if mesh.is_first and self.resumes_from:
+            step = int(self.resumes_from.name.removeprefix("step-"))
             try:
                 checkpoint.verify(self.resumes_from)
             except ValueError as error:
                 damage = error
-        if mesh.sum_on_hosts([int(damage is not None)])[0]:
+        step, damaged = mesh.sum_on_hosts([step, int(damage is not None)])
+        if damaged:
             raise damage or ValueError(f"{self.resumes_from} is damaged")
-        progress = Progress(**checkpoint.read_state(self.resumes_from)["progress"])
-        optimizer.load(checkpoint.load(self.resumes_from), progress.step - progress.skipped)
+        if not step:
+            return Progress()
+        path = checkpoint.path_of(self.folder / "checkpoints", step)
+        progress = Progress(**checkpoint.read_state(path)["progress"])
+        optimizer.load(checkpoint.load(path), progress.step - progress.skipped)
         return progress
 
     def begin(self, step: int) -> None:

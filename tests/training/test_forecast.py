@@ -57,9 +57,10 @@ def collectives(monkeypatch) -> Counter:
         calls["all-reduce", x.nbytes] += 1
         return SimpleNamespace(wait=lambda: None)
 
-    def all_gather(out, x, group=None):
+    def all_gather(out, x, group=None, async_op=False):
         calls["all-gather", out.nbytes] += 1
         out.copy_(torch.cat([x] * (len(out) // len(x))))
+        return SimpleNamespace(wait=lambda: None)
 
     def reduce_scatter(out, x, group=None, async_op=False):
         calls["reduce-scatter", x.nbytes] += 1
@@ -67,9 +68,9 @@ def collectives(monkeypatch) -> Counter:
         return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(parallel_collectives, "all_gather_into", all_gather)
-    monkeypatch.setattr(parallel_collectives, "reduce_scatter_into", reduce_scatter)
-    monkeypatch.setattr(parallel_tensor, "reduce_scatter_into", reduce_scatter)
+    for module in (parallel_collectives, parallel_tensor):
+        monkeypatch.setattr(module, "all_gather_into", all_gather)
+        monkeypatch.setattr(module, "reduce_scatter_into", reduce_scatter)
     monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
     return calls
 
