@@ -140,14 +140,14 @@ class _AddNorm(torch.autograd.Function):
         d_normal = torch.zeros_like(new_residual) if d_normal is None else d_normal.contiguous()
         d_new_residual = d_new_residual if d_new_residual is None else d_new_residual.contiguous()
         d_residual = torch.empty_like(new_residual)
-        # without dropout branch and residual have one gradient
-        d_branch = torch.empty_like(new_residual) if ctx.dropout else d_residual
+        key, offset, threshold, rescale = settings(ctx.dropout, weight)
+        # where nothing is dropped branch and residual have one gradient
+        d_branch = torch.empty_like(new_residual) if threshold else d_residual
         block = triton.next_power_of_2(width)
         rows, warps = TILES[block]
         programs = max(RESIDENT_WARPS // warps, 1) * multiprocessors(weight.device)
         programs = min(programs, triton.cdiv(max(tokens, 1), rows))
         partial = torch.empty(programs, 3, width, dtype=torch.float32, device=weight.device)
-        key, offset, threshold, rescale = settings(ctx.dropout, weight)
         with on_device(weight):
             _backward[programs,](
                 d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
@@ -176,6 +176,6 @@ def add_norm(
     check(**tensors)
     check_contiguous(**tensors)
     if branch.shape[1] not in WIDTHS:
-        raise ValueError(f"the width is {branch.shape[1]:,}; the kernels take {WIDTHS[0]} to {WIDTHS[-1]:,}")
+        raise ValueError(f"branch is {tuple(branch.shape)}; it must be {WIDTHS[0]} to {WIDTHS[-1]:,} wide")
     settings(dropout, branch)
     return _AddNorm.apply(branch, bias, residual, weight, norm_bias, eps, dropout)
