@@ -1,5 +1,5 @@
 """Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled` (two cores:
-four minutes). Registers, spills and shared memory of each go to docs/kernels.md.
+five minutes). Registers, spills and shared memory of each go to docs/kernels.md.
 
 The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
 told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
@@ -118,8 +118,7 @@ def _run(job) -> list[Compiled]:
     operation, dtype, chip, width, dropout = job
     with _without_launching(chip) as compiled:
         operation(dtype, width, dropout)
-    file = operation.__name__ if operation is not others else ""
-    return [_describe(kernel, file, dtype, width, dropout, chip) for kernel in compiled]
+    return [_describe(kernel, dtype, width, dropout, chip) for kernel in compiled]
 
 
 @contextmanager
@@ -156,7 +155,7 @@ def _without_launching(chip: int) -> Iterator[list]:
         JITFunction.run, attention.chip_family = run, family
 
 
-def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
+def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
@@ -167,8 +166,11 @@ def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: i
         usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     meta = kernel.metadata
-    name = " ".join(f"{file} {meta.name}".replace("_", " ").split())
-    if kernel.src.signature.get("d_new_residual") == "constexpr":  # None
+    name = f"{kernel.src.fn.__module__.split('.')[-1]} {meta.name.strip('_')}".replace("_", " ")
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    if constants.get("TANH"):
+        name += ", tanh"
+    if "d_new_residual" in constants:  # None
         name += ", last block"
     return Compiled(
         name, dtype, width, dropout, chip, meta.num_warps, meta.num_stages,

@@ -81,7 +81,7 @@ def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [128, 192, 512, 768, 1_536, 3_000, 8_192])
+@pytest.mark.parametrize("width", [128, 192, 512, 768, 1_536, 3_000, 8_191, 8_192])
 def test_add_norm(width, dtype, p):
     dropout = mask(p, "ffn_output", "cuda", token_offset=2_048)
     compare(

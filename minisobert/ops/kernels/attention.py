@@ -59,7 +59,7 @@ KEY_GRADIENT = {
     (4, 64): [(32, 16, 4, 1)] * 3,
     (4, 128): [(32, 16, 8, 2)] * 3,
 }
-DELTA = (64, 4)  # rows, warps
+DELTA = (2_048, 4)  # elements, warps
 HASHES = (1_024, 4)
 
 
@@ -345,8 +345,9 @@ class _Attention(torch.autograd.Function):
         factor = ctx.rescale / math.sqrt(d)
         strides = _strides(q, k, v, out)
         with on_device(q):
-            block, warps = DELTA
+            elements, warps = DELTA
             padded = triton.next_power_of_2(d)
+            block = elements // padded
             _delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
             )

@@ -32,7 +32,8 @@ def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "width"), [(1, 768), (37, 768), (131, 192), (16, 128), (17, 1_536), (5, 4_096), (3, 8_192), (7, 1_000)]
+    ("tokens", "width"),
+    [(1, 768), (37, 768), (131, 192), (16, 128), (17, 1_536), (5, 4_096), (3, 8_192), (3, 8_191), (7, 1_000)],
 )
 def test_add_norm(tokens, width, dtype, p):
     dropout = mask(p, "ffn_output", token_offset=2_048)
