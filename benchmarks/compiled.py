@@ -1,5 +1,5 @@
 """Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled` (two cores:
-four minutes). Registers, spills and shared memory of each go to docs/kernels.md.
+five minutes). Registers, spills and shared memory of each go to docs/kernels.md.
 
 The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
 told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
@@ -27,7 +27,7 @@ CHIPS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have (CUDA C++ guide, table 26)
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = ("bfloat16", "float16", "float32")
-NORM_WIDTHS = (128, 256, 512, 768, 1_536, 4_096, 8_192)  # one of each tile
+NORM_WIDTHS = (128, 256, 512, 768, 1_536, 3_000, 4_096, 5_000, 8_191, 8_192)  # each tile, and rows that are not aligned
 TOKENS = 200
 
 
@@ -45,7 +45,7 @@ class Compiled:
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
     shared: int  # bytes per program
-    matrix: bool  # whether it uses the chip's own matrix instruction
+    matrix: tuple[str, ...]  # its matrix instructions, of whichever chip
 
 
 def attention(dtype: str, width: int, dropout: float) -> None:
@@ -66,7 +66,8 @@ def add_norm(dtype: str, width: int, dropout: float) -> None:
     x, r = torch.zeros(2, TOKENS, width, dtype=getattr(torch, dtype), requires_grad=True)
     b, w, c = torch.zeros(3, width, dtype=x.dtype)
     residual, normal = add_norm(x, b, r, w, c, 1e-5, mask(dropout, "ffn_output"))
-    (residual + normal).sum().backward()
+    (residual + normal).sum().backward(retain_graph=True)
+    normal.sum().backward()  # the last block's residual has no user
 
 
 def others(dtype: str, width: int, dropout: float) -> None:
@@ -117,8 +118,7 @@ def _run(job) -> list[Compiled]:
     operation, dtype, chip, width, dropout = job
     with _without_launching(chip) as compiled:
         operation(dtype, width, dropout)
-    file = operation.__name__ if operation is not others else ""
-    return [_describe(kernel, file, dtype, width, dropout, chip) for kernel in compiled]
+    return [_describe(kernel, dtype, width, dropout, chip) for kernel in compiled]
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def _without_launching(chip: int) -> Iterator[list]:
         JITFunction.run, attention.chip_family = run, family
 
 
-def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
+def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
@@ -166,10 +166,16 @@ def _describe(kernel, file: str, dtype: str, width: int, dropout: float, chip: i
         usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     meta = kernel.metadata
-    name = " ".join(f"{file} {meta.name}".replace("_", " ").split())
+    name = f"{kernel.src.fn.__module__.split('.')[-1]} {meta.name.strip('_')}".replace("_", " ")
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    if constants.get("TANH"):
+        name += ", tanh"
+    if "d_new_residual" in constants:  # None
+        name += ", last block"
     return Compiled(
         name, dtype, width, dropout, chip, meta.num_warps, meta.num_stages,
-        registers, stack + local, meta.shared, MATRIX_INSTRUCTION[chip] in kernel.asm["ptx"],
+        registers, stack + local, meta.shared,
+        tuple(word for word in MATRIX_INSTRUCTION.values() if word in kernel.asm["ptx"]),
     )  # fmt: skip
 
 

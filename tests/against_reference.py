@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from minisobert.ops import Documents, Dropout
+
+# conftest.py sets it where there is no GPU, and what Triton has imported stays so: a process has one or the other
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="with a GPU kernels do not run on CPU tensors: tests/gpu tests them (or set TRITON_INTERPRET=1)",
+)
 
 # Bounds of documents that a tile may meet. Tiles hold 16 to 128 tokens and visit 16 to 64.
 DOCUMENTS = {
@@ -17,6 +25,8 @@ DOCUMENTS = {
     "documents of a tile and one token more or less": [0, 63, 127, 192, 193, 320, 449, 576],
     "long and short, none aligned": [0, 1, 64, 65, 197, 300],
 }
+
+TOO_SMALL = (0.0, 1e-6)  # dropout that is given but, as a multiple of 1/65,536, is none
 
 
 def tolerance(dtype: torch.dtype) -> float:

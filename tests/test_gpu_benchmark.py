@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks import RESULTS, lengths
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, rowwise, training
+from benchmarks.gpu import attention, records, rowwise, training
 from benchmarks.gpu.goals import Goal
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import DRY
@@ -82,6 +83,49 @@ def test_without_a_gpu_it_ends_in_one_line(tmp_path, monkeypatch, capfd):
     assert ended.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypatch):
+    hanging, alive, log = (tmp_path / name for name in ("python", "alive", "tests.log"))
+    os.mkfifo(alive)  # at its end when nobody holds it open any more
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    hanging.write_text(f"#!/bin/sh\necho GPU: $CUDA_VISIBLE_DEVICES.\nexec 3> '{alive}'\nsleep 60 &\nsleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for dry, gpus in ((True, "GPU: ."), (False, "GPU: 3.")):
+        with pytest.raises(RuntimeError, match=r"tests/gpu did not end within 1 s; see tests.log"):
+            gpu.run_tests(log, lambda: 2.0, dry)
+        assert log.read_text().strip() == gpus, "a dry run runs nothing on a GPU"
+        assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_plots_are_drawn_before_a_whole_model_is_compiled(tmp_path, monkeypatch):
+    """What torch's compiler takes is unknown: a run that is killed in it leaves its plots."""
+
+    class Killed(BaseException):
+        pass
+
+    def measure_peer(*_):
+        raise Killed
+
+    monkeypatch.setattr(training, "measure_peer", measure_peer)
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: {"summary": "none", "ran": False})
+    with pytest.raises(Killed):
+        call(monkeypatch, tmp_path, "--dry")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"attention.png", "bandwidth.png", "training.png"}
+
+
+def test_what_the_tests_take_to_be_equal_is_part_of_their_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    path = tmp_path / "tests/against_reference.py"
+    path.parent.mkdir()
+    seen = set()
+    for text in ("2 * eps", "3 * eps"):
+        path.write_text(text)
+        seen.add(records.sources(*records.TESTS))
+    assert len(seen) == 2
+
+
 def test_failures_are_told_apart(tmp_path):
     def broken():
         raise RuntimeError("no kernel\nat all")
@@ -89,11 +133,11 @@ def test_failures_are_told_apart(tmp_path):
     def wrong():
         check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])], 0.01)
 
-    records = Records(tmp_path, toy_setting(), price=3.0)
+    kept = Records(tmp_path, toy_setting(), price=3.0)
     for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
-        gpu.make(gpu.Measurement(name, measure, ours), records)
-    assert records.failures(ours=False) == {"b": "no kernel at all"}
-    assert list(records.failures(ours=True)) == ["a", "c"], "that two disagree is for us to look into"
+        gpu.make(gpu.Measurement(name, measure, ours), kept)
+    assert kept.failures(ours=False) == {"b": "no kernel at all"}
+    assert list(kept.failures(ours=True)) == ["a", "c"], "that two disagree is for us to look into"
     with pytest.raises(Disagreement):
         wrong()
 

@@ -32,7 +32,7 @@ def sources(*patterns: str) -> str:
 
 MODEL = "minisobert/**/*.py"
 BENCHMARKS = (MODEL, "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py")
-TESTS = (MODEL, "tests/gpu/**/*.py")
+TESTS = (MODEL, "tests/gpu/**/*.py", "tests/*.py")  # the last: conftest and tolerances
 
 
 def output_of(*command: str) -> str | None:

@@ -32,7 +32,10 @@ def check_attention(bounds: list[int], heads: int, d: int, dtype: torch.dtype, p
         lambda *x: attention(*x, documents, dropout),
         lambda *x: ops.attention_reference(*x, documents, dropout),
         parts,
-        # one key each: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
+        # documents of one token: dS is the difference of two sums of d products, dO·v and delta, which are equal. At
+        # d = 128 two usual orders of adding leave 14 eps of the largest gradient, as much as all of the tolerance
+        allowed=2 * tolerance(dtype) if dtype == torch.float32 and d == 128 else None,
+        # and where all are such: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
         least=4.0 if documents.bounds.diff().max() == 1 else 0.01,
     )
 
@@ -78,7 +81,7 @@ def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [128, 192, 512, 768, 1_536, 3_000, 8_192])
+@pytest.mark.parametrize("width", [128, 192, 512, 768, 1_536, 3_000, 8_191, 8_192])
 def test_add_norm(width, dtype, p):
     dropout = mask(p, "ffn_output", "cuda", token_offset=2_048)
     compare(

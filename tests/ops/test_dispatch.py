@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from against_reference import interpreted
 
 from minisobert import ops
 from minisobert.config import ModelConfig
@@ -28,6 +29,7 @@ def test_every_operation_has_a_kernel_that_cuda_tensors_take(reference, monkeypa
     assert dispatch.implementation(reference, on_gpu) is reference
 
 
+@interpreted
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_model_learns_the_same_with_kernels_as_with_references(p, monkeypatch):
     """Two steps of a whole model in fp32: loss, gradients and weights."""

@@ -23,10 +23,11 @@ from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = range(128, 8_192 + 1)
 
-# padded width: (rows of a tile, warps). 16 elements a thread: two loads of 16 bytes from each input.
-# Tuned on no GPU yet.
+# padded width: (rows of a tile, warps forward, warps backward). 16 elements a thread, in half precision two loads of 16
+# bytes from each input; 8 or 32 where 16 would spill. Tuned on no GPU yet.
 TILES = {
-    128: (16, 4), 256: (4, 2), 512: (4, 4), 1_024: (2, 4), 2_048: (2, 8), 4_096: (1, 8), 8_192: (1, 16),
+    128: (16, 4, 4), 256: (4, 2, 2), 512: (4, 4, 4), 1_024: (2, 4, 4), 2_048: (2, 8, 8), 4_096: (1, 16, 8),
+    8_192: (1, 8, 16),
 }  # fmt: skip
 WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into registers: torch makes that of bias
 # Of the backward's programs, per multiprocessor: as many as its registers hold. Each writes 12 bytes per feature.
@@ -77,7 +78,8 @@ def _backward(
     db = tl.zeros([ROWS, BLOCK], tl.float32)
     rows = tl.arange(0, ROWS)
     at = rows[:, None] * WIDTH + column[None, :]
-    for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+    # of the widest, hashes of columns are made anew for each row: there are no registers to keep them in
+    for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS, disable_licm=BLOCK > WIDE):
         row = first + rows
         inside = (row < tokens)[:, None] & features[None, :]
         base = tl.cast(first, tl.int64) * WIDTH
@@ -123,7 +125,7 @@ class _AddNorm(torch.autograd.Function):
         ctx.save_for_backward(new_residual, weight, mean, rstd)
         if tokens:
             block = triton.next_power_of_2(width)
-            rows, warps = TILES[block]
+            rows, warps, _ = TILES[block]
             key, offset, threshold, rescale = settings(dropout, branch)
             with on_device(branch):
                 _forward[triton.cdiv(tokens, rows),](
@@ -140,14 +142,16 @@ class _AddNorm(torch.autograd.Function):
         d_normal = torch.zeros_like(new_residual) if d_normal is None else d_normal.contiguous()
         d_new_residual = d_new_residual if d_new_residual is None else d_new_residual.contiguous()
         d_residual = torch.empty_like(new_residual)
-        # without dropout branch and residual have one gradient
-        d_branch = torch.empty_like(new_residual) if ctx.dropout else d_residual
+        key, offset, threshold, rescale = settings(ctx.dropout, weight)
+        # where nothing is dropped branch and residual have one gradient
+        d_branch = torch.empty_like(new_residual) if threshold else d_residual
         block = triton.next_power_of_2(width)
-        rows, warps = TILES[block]
+        rows, _, warps = TILES[block]
+        if block > WIDE.value and width % 8:  # rows begin anywhere: loads of single elements take more registers
+            warps *= 2
         programs = max(RESIDENT_WARPS // warps, 1) * multiprocessors(weight.device)
         programs = min(programs, triton.cdiv(max(tokens, 1), rows))
         partial = torch.empty(programs, 3, width, dtype=torch.float32, device=weight.device)
-        key, offset, threshold, rescale = settings(ctx.dropout, weight)
         with on_device(weight):
             _backward[programs,](
                 d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
@@ -176,6 +180,6 @@ def add_norm(
     check(**tensors)
     check_contiguous(**tensors)
     if branch.shape[1] not in WIDTHS:
-        raise ValueError(f"the width is {branch.shape[1]:,}; the kernels take {WIDTHS[0]} to {WIDTHS[-1]:,}")
+        raise ValueError(f"branch is {tuple(branch.shape)}; it must be {WIDTHS[0]} to {WIDTHS[-1]:,} wide")
     settings(dropout, branch)
     return _AddNorm.apply(branch, bias, residual, weight, norm_bias, eps, dropout)

