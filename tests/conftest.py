@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,24 +30,14 @@ def sentences(count: int, seed: int) -> list[str]:
     return texts
 
 
-def shards_of(texts: list[str], folder: Path) -> Shards:
-    (folder / "toy.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare([folder / "toy.jsonl"], folder / "shards", vocab_size=400, workers=1)
-    return open_shards(folder / "shards")
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Shards:
     """About 40 rows of training text, and a few of validation text."""
-    return shards_of(sentences(1_300, seed=0), tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="session")
-def long_corpus(tmp_path_factory) -> Shards:
-    """As many rows of documents ten times as long: on a CPU a step takes half the time, which goes by documents."""
-    texts = sentences(1_300, seed=0)
-    joined = [" ".join(texts[i : i + 10]) for i in range(0, len(texts), 10)]
-    return shards_of(joined, tmp_path_factory.mktemp("long_corpus"))
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in sentences(1_300, seed=0))
+    (folder / "toy.jsonl").write_text(lines)
+    prepare([folder / "toy.jsonl"], folder / "shards", vocab_size=400, workers=1)
+    return open_shards(folder / "shards")
 
 
 @pytest.fixture

@@ -15,16 +15,27 @@ import torch
 
 import train
 from minisobert.config import PRESETS, ModelConfig
+from minisobert.corpus.packing import Packing
 from minisobert.parallel import mesh
-from minisobert.training import checkpoint
+from minisobert.training import checkpoint, loop
 
-SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128)  # in place of the tiny preset, for three times the speed
+SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128)
+ROW = 512
+BATCH = 4 * ROW  # tokens
+
+
+def make_small(setattr: Callable = setattr, setitem: Callable = dict.__setitem__) -> None:
+    """SMALL for the tiny preset, rows of 512 tokens for 2,048: ten times the speed. To be undone: monkeypatch's own."""
+    setitem(PRESETS, "tiny", SMALL)
+    for module in (train, loop, mesh):
+        setattr(module, "ROW_TOKENS", ROW)
+    setattr(Packing.__init__, "__defaults__", (ROW,))
 
 
 def words(corpus, out, steps=20, **options) -> list[str]:
     """A command line: 4 rows a batch; by default no evaluation or checkpoint but at the end."""
     options = {
-        "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * 8_192, "tokens_per_batch": 8_192,
+        "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * BATCH, "tokens_per_batch": BATCH,
         "micro_batch_rows": 4, "learning_rate": 1e-4, "warmup_fraction": 0.1, "eval_rows": 2,
         "eval_every_tokens": "1e9", "checkpoint_every_tokens": "1e9", **options,
     }  # fmt: skip
@@ -53,7 +64,7 @@ PATIENCE = 120  # seconds, after which a process is taken to hang
 
 def _process(log, environments, functions) -> None:
     torch.set_num_threads(1)  # so that bits can be compared
-    PRESETS["tiny"] = SMALL
+    make_small()
     mesh.ROLL_CALL = 1.5
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, column, finish, metrics, start, weights, words
+from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 
 import train
-from minisobert.config import PRESETS, TrainConfig, parse
+from minisobert.config import TrainConfig, parse
 from minisobert.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", SMALL)
+    make_small(monkeypatch.setattr, monkeypatch.setitem)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def plain(corpus, tmp_path_factory):
 
 def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_path, capsys):
     out = tmp_path / "run"
-    argv = words(corpus, out, steps=4, eval_every_tokens=16_384, checkpoint_every_tokens=8_192, learning_rate=1e-3,
+    argv = words(corpus, out, steps=4, eval_every_tokens=2 * BATCH, checkpoint_every_tokens=BATCH, learning_rate=1e-3,
                  price_per_gpu_hour=3.6)  # fmt: skip
     assert train.main(argv) == 0
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [line["positions"] for line in lines] == [8_192, 16_384, 24_576, 32_768]
+    assert [line["positions"] for line in lines] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
     for line in lines:
         assert {"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "dollars"} <= line.keys()
         assert 0.9 * line["positions"] < line["tokens"] <= line["positions"]
@@ -62,13 +62,13 @@ def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_pa
 
 def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):
     out = tmp_path / "run"
-    assert train.main(words(corpus, out, steps=12, learning_rate=3e-3, eval_every_tokens=8_192)) == 0
+    assert train.main(words(corpus, out, steps=12, learning_rate=3e-3, eval_every_tokens=BATCH)) == 0
     held_out = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
     assert held_out[-1] < held_out[0] - 1
 
 
 def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was(corpus, tmp_path):
-    options = {"steps": 24, "checkpoint_every_tokens": 8_192, "micro_batch_rows": 2, "learning_rate": 1e-3}
+    options = {"steps": 24, "checkpoint_every_tokens": BATCH, "micro_batch_rows": 2, "learning_rate": 1e-3}
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     assert finish(start(words(corpus, whole, **options), log)) == [0]
     draw = random.Random(1)
@@ -148,8 +148,8 @@ def flip(path: Path) -> None:
     [
         ({"data": "nowhere"}, "nowhere holds no prepared data .*python -m data.prepare --input .* --out nowhere"),
         ({"preset": "huge"}, "--preset: invalid choice: 'huge'"),
-        ({"tokens_per_batch": 10_000}, r"10,000 = 4 × 2,048 × 1 × 1.221; choose --tokens-per-batch 8,192 or 16,384"),
-        ({"tokens_per_batch": 2_048 * 400}, r"fewer than the 400 of one batch; choose --tokens-per-batch \d+"),
+        ({"tokens_per_batch": 10_000}, r"10,000 = 4 × 512 × 1 × 4.883; choose --tokens-per-batch 8,192 or 10,240"),
+        ({"tokens_per_batch": ROW * 400}, r"fewer than the 400 of one batch; choose --tokens-per-batch \d+"),
         ({"train_tokens": "27e9.5"}, "'27e9.5' is not a whole number"),
         ({"train_tokens": 0}, "--train-tokens is 0; it must be at least 1"),
         ({"dropout": 1}, "--dropout is 1.0; it must be at least 0 and less than 1"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, finish, launch, words
+from runs import ROW, SMALL, finish, launch, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -174,18 +174,19 @@ COUNTED = [
 ]  # fmt: skip
 
 
-def test_a_steps_collectives_and_their_bytes_are_those_of_the_plan(long_corpus, tmp_path, monkeypatch):
+def test_a_steps_collectives_and_their_bytes_are_those_of_the_plan(corpus, tmp_path, monkeypatch):
     jobs, folders = [], [tmp_path / str(i) for i in range(len(COUNTED))]
     for layout, folder in zip(COUNTED, folders):
         folder.mkdir()
         options = {name: getattr(layout, name) for name in ("sequence_parallel", "shard_optimizer", "recompute")}
         argv = words(
-            long_corpus, folder / "run", steps=2, tensor_parallel=layout.tensor_parallel,
+            corpus, folder / "run", steps=2, tensor_parallel=layout.tensor_parallel,
             micro_batch_rows=layout.micro_batch_rows, **options,
         )  # fmt: skip
         jobs.append(partial(count_a_step, argv, folder))
     assert finish(launch(jobs, tmp_path / "log", 4)) == [0] * 4, (tmp_path / "log").read_text()
     monkeypatch.setattr(data, "BUCKET", 10_000)
+    monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
     model = ModelConfig(SMALL.layers, SMALL.hidden, SMALL.heads, SMALL.ffn, vocabulary=512)
     for layout, folder in zip(COUNTED, folders):
         layout = Layout(**{**vars(layout), "precision": "fp32"})

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import column, finish, metrics, start, weights, words
+from runs import BATCH, ROW, column, finish, metrics, start, weights, words
 
 from minisobert.parallel.data import Gradients
 from minisobert.training import checkpoint, loop
 
 ROOT = Path(__file__).parents[2]
-EVERY = {"checkpoint_every_tokens": 2 * 8_192, "micro_batch_rows": 2, "learning_rate": 1e-3}  # two steps
+EVERY = {"checkpoint_every_tokens": 2 * BATCH, "micro_batch_rows": 2, "learning_rate": 1e-3}  # two steps
 
 
 @pytest.fixture(scope="module")
-def whole(long_corpus, tmp_path_factory):
+def whole(corpus, tmp_path_factory):
     """Two data-parallel processes that nothing happens to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert finish(start(words(long_corpus, out, steps=8, **EVERY), out.with_suffix(".log"), 2)) == [0, 0]
+    assert finish(start(words(corpus, out, steps=8, **EVERY), out.with_suffix(".log"), 2)) == [0, 0]
     return out
 
 
@@ -48,10 +48,10 @@ def wait_for_checkpoint(out, processes, log) -> None:
     ids=["1 of 4 dies", "0 dies", "1 hangs", "1 hangs, tensor parallel"],
 )
 def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
-    long_corpus, tmp_path, whole, number, lost, ranks, tensor_parallel
+    corpus, tmp_path, whole, number, lost, ranks, tensor_parallel
 ):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(long_corpus, out, steps=8, timeout=4, tensor_parallel=tensor_parallel, **EVERY)
+    argv = words(corpus, out, steps=8, timeout=4, tensor_parallel=tensor_parallel, **EVERY)
     processes = start(argv, log, ranks)
     wait_for_checkpoint(out, processes, log)
     os.kill(processes[lost].pid, number)
@@ -84,15 +84,15 @@ def sleep_in_a_step(rank: int) -> None:
     loop.train_step = sleeping
 
 
-def test_a_process_that_lives_but_does_not_come_is_named_too(long_corpus, tmp_path):
+def test_a_process_that_lives_but_does_not_come_is_named_too(corpus, tmp_path):
     log = tmp_path / "log"
-    processes = start(words(long_corpus, tmp_path / "run", timeout=4, **EVERY), log, 2, sleep_in_a_step)
+    processes = start(words(corpus, tmp_path / "run", timeout=4, **EVERY), log, 2, sleep_in_a_step)
     assert finish(processes, 60) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "waited in vain" in line]
     assert len(said) == 1 and "rank 1 does answer, but did not come; rank 0 on" in said[0]
 
 
-def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(long_corpus, tmp_path, whole):
+def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_path, whole):
     """--fresh is for the first start alone: when torchrun starts the job again, what is there is its own work."""
     out = tmp_path / "run"
     script = tmp_path / "dies_once.py"
@@ -103,7 +103,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, train, runs
 from minisobert.training import loop
 torch.set_num_threads(1)
-runs.PRESETS["tiny"] = runs.SMALL
+runs.make_small()
 step = loop.train_step
 def dying(model, optimizer, batches, config, mesh, progress, *rest):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and mesh.rank == 1 and progress.step == 5:
@@ -113,7 +113,7 @@ loop.train_step = dying
 sys.exit(train.main())
 """
     )
-    argv = words(long_corpus, out, steps=8, fresh=True, **EVERY)
+    argv = words(corpus, out, steps=8, fresh=True, **EVERY)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
     result = subprocess.run(
         [*command, "--monitor-interval=0.5", str(script), *argv], capture_output=True, text=True, timeout=120
@@ -153,9 +153,9 @@ def nan_for_ever(rank: int) -> None:
     make_nan(range(4, 100))(rank)
 
 
-def test_a_nan_on_one_rank_skips_the_step_on_all_and_is_counted(long_corpus, tmp_path, whole):
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_is_counted(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert finish(start(words(long_corpus, out, steps=8, **EVERY), log, 2, nan_once)) == [0, 0], log.read_text()
+    assert finish(start(words(corpus, out, steps=8, **EVERY), log, 2, nan_once)) == [0, 0], log.read_text()
     ours, expected = metrics(out), metrics(whole)
     assert [line["skipped"] for line in ours] == [0, 0] + [1] * 6
     assert [line["positions"] for line in ours] == [line["positions"] for line in expected]
@@ -165,9 +165,9 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_is_counted(long_corpus, tmp
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
-def test_too_many_in_a_row_end_the_run_with_a_report_and_the_run_can_go_on(long_corpus, tmp_path, whole):
+def test_too_many_in_a_row_end_the_run_with_a_report_and_the_run_can_go_on(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(long_corpus, out, steps=8, max_skipped=2, **EVERY)
+    argv = words(corpus, out, steps=8, max_skipped=2, **EVERY)
     assert finish(start(argv, log, 2, nan_for_ever)) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "train.py: " in line]
     assert len(said) == 1
@@ -192,9 +192,9 @@ def no_space(rank: int) -> None:
     checkpoint._write = writing
 
 
-def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(long_corpus, tmp_path, whole):
+def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(long_corpus, out, steps=8, shard_optimizer=True, **EVERY)
+    argv = words(corpus, out, steps=8, shard_optimizer=True, **EVERY)
     assert finish(start(argv, log, 2, no_space)) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "train.py: " in line]
     assert len(said) == 1 and "step-00000004 could not be written: [Errno 28] No space left on device" in said[0]
@@ -203,13 +203,13 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(long_co
     torch.testing.assert_close(column(out), column(whole), rtol=0, atol=1e-5)
 
 
-def test_micro_batch_means_are_megatrons_and_another_loss(long_corpus, tmp_path, whole):
+def test_micro_batch_means_are_megatrons_and_another_loss(corpus, tmp_path, whole):
     """With unequal numbers of masked tokens a mean of means is not the mean, unless a step is one micro-batch."""
     losses = {}
     for average in ("token", "micro-batch"):
         for rows in (1, 4):
             out = tmp_path / f"{average} {rows}"
-            argv = words(long_corpus, out, steps=2, micro_batch_rows=rows, loss_average=average, dropout=0)
+            argv = words(corpus, out, steps=2, micro_batch_rows=rows, loss_average=average, dropout=0)
             assert finish(start(argv, tmp_path / "log")) == [0]
             losses[average, rows] = column(out)
     torch.testing.assert_close(losses["token", 1], losses["token", 4], rtol=0, atol=1e-5)
@@ -217,13 +217,13 @@ def test_micro_batch_means_are_megatrons_and_another_loss(long_corpus, tmp_path,
     assert (losses["micro-batch", 1] - losses["token", 1]).abs().max() > 1e-5
 
 
-def test_a_run_whose_batches_grow_takes_each_row_once_and_goes_on_where_it_was(long_corpus, tmp_path):
+def test_a_run_whose_batches_grow_takes_each_row_once_and_goes_on_where_it_was(corpus, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
-    options = {"batch_schedule": "0:4096,8192:8192", "train_tokens": 40_960, "micro_batch_rows": 1}
-    options |= {"checkpoint_every_tokens": 4_096, "keep_checkpoints": 9}
-    argv = words(long_corpus, out, **options)
+    options = {"batch_schedule": f"0:{2 * ROW},{4 * ROW}:{4 * ROW}", "train_tokens": 20 * ROW, "micro_batch_rows": 1}
+    options |= {"checkpoint_every_tokens": 2 * ROW, "keep_checkpoints": 9}
+    argv = words(corpus, out, **options)
     assert finish(start(argv, log, 2)) == [0, 0], log.read_text()
-    assert [line["positions"] for line in metrics(out)] == [4_096, 8_192, 16_384, 24_576, 32_768, 40_960]
+    assert [line["positions"] for line in metrics(out)] == [n * ROW for n in (2, 4, 8, 12, 16, 20)]
     before, after = metrics(out), weights(out)
     for path in checkpoint.steps(out / "checkpoints")[1:]:
         path.rename(tmp_path / path.name)

@@ -16,7 +16,6 @@ from runs import finish, launch
 
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.loader import MicroBatch
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
 from minisobert.parallel import mesh, tensor
@@ -70,7 +69,7 @@ def packed(batch: megatron.MicroBatch, first_row: int) -> MicroBatch:
 
 def ours(tensor_parallel: int, out: Path) -> int:
     """Trains on this process's share, and writes what came of it."""
-    size = MICRO_BATCHES * ROW_TOKENS
+    size = MICRO_BATCHES * loop.ROW_TOKENS
     config = TrainConfig(
         tokens_per_batch=size, micro_batch_rows=1, train_tokens=RECIPE.decay_steps * size, dropout=0.0,
         warmup_fraction=RECIPE.warmup_steps / RECIPE.decay_steps, learning_rate=PEAK, loss_average="micro-batch",
@@ -83,7 +82,7 @@ def ours(tensor_parallel: int, out: Path) -> int:
         progress = Progress()
         for step in batches():
             share = step[here.data_rank :: here.data_parallel]
-            first = progress.consumed_tokens // ROW_TOKENS
+            first = progress.consumed_tokens // loop.ROW_TOKENS
             figures = loop.train_step(model, optimizer, [packed(b, first) for b in share], config, here, progress)
             losses.append(progress.loss)
             norms.append(figures["grad_norm"])

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from runs import SMALL, column, finish, start, train_all, weights, words
+from runs import ROW, SMALL, column, finish, start, train_all, weights, words
 
 from minisobert.config import ModelConfig
 from minisobert.model import MaskedLM
@@ -19,7 +19,7 @@ from minisobert.parallel.data import Gradients, OverlappedGradients
 from minisobert.training import checkpoint
 
 STEPS, PEAK = 10, 1e-4
-EVERYTHING = {"sequence_parallel": True, "shard_optimizer": True, "recompute": True, "micro_batch_rows": 1}
+EVERYTHING = {"sequence_parallel": True, "shard_optimizer": True, "recompute": True}
 # world size → name → options. (data parallel, tensor parallel)
 LAYOUTS = {
     1: {"(1, 1)": {}, "(1, 1), recompute, 1 row": {"recompute": True, "micro_batch_rows": 1}},
@@ -38,16 +38,16 @@ ALL = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
 
 
 def argv(corpus, out, **options) -> list[str]:
-    options = {"micro_batch_rows": 2, "tokens_per_batch": 16_384, "train_tokens": STEPS * 16_384, **options}
+    options = {"micro_batch_rows": 2, "tokens_per_batch": 8 * ROW, "train_tokens": STEPS * 8 * ROW, **options}
     return words(corpus, out, learning_rate=PEAK, **options)
 
 
 @pytest.fixture(scope="module")
-def run(long_corpus, tmp_path_factory):
+def run(corpus, tmp_path_factory):
     """(world, name) → folder of the run."""
     root = tmp_path_factory.mktemp("layouts")
     for world, layouts in LAYOUTS.items():
-        jobs = [argv(long_corpus, root / str(world) / name, **options) for name, options in layouts.items()]
+        jobs = [argv(corpus, root / str(world) / name, **options) for name, options in layouts.items()]
         log = root / f"{world}.log"
         assert train_all(jobs, log, world) == [0] * world, log.read_text()
     return lambda world, name: root / str(world) / name
@@ -107,9 +107,9 @@ def lose_a_reduction(rank: int) -> None:
     [(lose_a_gradient, {}), (lose_a_reduction, {"tensor_parallel": 2, "sequence_parallel": True})],
     ids=["a rank's gradient", "a reduction over tokens"],
 )
-def test_the_comparison_fails_where_something_is_lost(long_corpus, run, tmp_path, fault, options):
+def test_the_comparison_fails_where_something_is_lost(corpus, run, tmp_path, fault, options):
     out = tmp_path / "run"
-    assert finish(start(argv(long_corpus, out, **options), tmp_path / "log", 2, fault)) == [0, 0]
+    assert finish(start(argv(corpus, out, **options), tmp_path / "log", 2, fault)) == [0, 0]
     found = differences(out, run(1, "(1, 1)"))
     assert max(found.values()) > 10
 
@@ -120,27 +120,27 @@ def naive(rank: int) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_overlapping_changes_no_bit(long_corpus, tmp_path, sharded):
-    options = {"train_tokens": 3 * 16_384, "shard_optimizer": sharded, "precision": "bf16" if sharded else "fp32"}
+def test_overlapping_changes_no_bit(corpus, tmp_path, sharded):
+    options = {"train_tokens": 3 * 8 * ROW, "shard_optimizer": sharded, "precision": "bf16" if sharded else "fp32"}
     for name, prepare in (("overlapped", None), ("naive", naive)):
-        command = argv(long_corpus, tmp_path / name, **options)
+        command = argv(corpus, tmp_path / name, **options)
         assert finish(start(command, tmp_path / "log", 2, prepare)) == [0, 0], (tmp_path / "log").read_text()
     ours, expected = weights(tmp_path / "overlapped"), weights(tmp_path / "naive")
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_of_one_layout_goes_on_in_any_other(long_corpus, run, tmp_path):
+def test_a_checkpoint_of_one_layout_goes_on_in_any_other(corpus, run, tmp_path):
     """Of (4, 1), sharded, at half time, by (1, 4), (2, 2) and (1, 1), each with options of its own."""
-    options = {"tensor_parallel": 1, **EVERYTHING, "checkpoint_every_tokens": STEPS // 2 * 16_384}
+    options = {"tensor_parallel": 1, **EVERYTHING, "checkpoint_every_tokens": STEPS // 2 * 8 * ROW}
     begun = tmp_path / "(4, 1)"
-    assert train_all([argv(long_corpus, begun, **options)], tmp_path / "log", 4) == [0] * 4
+    assert train_all([argv(corpus, begun, **options)], tmp_path / "log", 4) == [0] * 4
     half, end = checkpoint.steps(begun / "checkpoints")
     assert (half.name, end.name) == ("step-00000005", "step-00000010")
     shutil.rmtree(end)
 
     def going_on(name: str, **options) -> list[str]:
         shutil.copytree(begun, tmp_path / name)
-        return argv(long_corpus, tmp_path / name, **options)
+        return argv(corpus, tmp_path / name, **options)
 
     others = [going_on("(1, 4)", tensor_parallel=4, sequence_parallel=True), going_on("(2, 2)", tensor_parallel=2)]
     assert train_all(others, tmp_path / "log", 4) == [0] * 4

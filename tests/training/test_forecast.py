@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from against_reference import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,6 +130,7 @@ def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precisio
     assert account.optimizer == sum(x.nbytes for x in state if x.untyped_storage().data_ptr() != shared)
 
 
+@interpreted
 @every_layout
 @pytest.mark.parametrize("p", [0.1, 0.0])
 def test_activations_are_the_bytes_that_autograd_keeps(layout, p, collectives, monkeypatch):
@@ -172,6 +174,7 @@ WIDE = replace(SMALL, vocabulary=8_192)
 NARROW = replace(SMALL, vocabulary=1_024, ffn=32)
 
 
+@interpreted
 @pytest.mark.parametrize(
     "config, layout, p",
     [
