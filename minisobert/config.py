@@ -248,7 +248,7 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
             default=f.default,
             metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: f.metadata["metavar"]}[kind],
             choices=f.metadata["choices"],
-            help=f"{f.metadata['help']} (default {default})".replace("%", "%%"),
+            help=(f.metadata["help"] + (f" (default {default})" if default != "" else "")).replace("%", "%%"),
         )
     try:
         return cls(**vars(parser.parse_args(argv)))

@@ -201,7 +201,7 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh, watch: _Watch) -> None:
     """Ends the job with a line that says who is to blame. The first process that gets here calls the roll."""
-    who, first = "rank 0, which keeps the rendezvous, does not answer", mesh.rank == 1
+    who, first = "torchrun's store does not answer", True
     try:
         first = store.add("roll-call", 1) == 1
         watch.answer()
