@@ -1,0 +1,1 @@
+"""The downstream tasks, one file each: read, label, split."""
