@@ -19,16 +19,16 @@ _BODY_NOTICE = re.compile(r"\s*<blockquote>\s*<p>\s*<strong>Possible Duplicate:?
 
 
 def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
-    """The attributes of every question and answer that has an id, a date and a body. notes: see `note`."""
+    """The attributes of every question and answer that has an id and a body. notes: see `note`."""
     dropped: Counter = Counter()
     with open_member(dump, "Posts.xml") as stream:
         for row in rows(stream, f"{dump}: Posts.xml", "posts", dropped):
             if row.get("PostTypeId") not in ("1", "2"):
                 continue
-            if number(row, "Id") and row.get("CreationDate", "")[:4].isdigit() and row.get("Body", "").strip():
+            if number(row, "Id") and row.get("Body", "").strip():
                 yield row
             else:
-                dropped["posts without id, date or body"] += 1
+                dropped["posts without id or body left out"] += 1
     note(dump, dropped, notes)
 
 

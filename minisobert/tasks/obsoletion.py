@@ -32,6 +32,7 @@ LABELS = ("current", "obsolete")
 COLUMNS = ("QuestionID", "AnswerID", "Title", "Body", "Label")
 LAYOUTS = {"answers": COLUMNS, "comments": ("QuestionID", "AnswerID", "CommentID", "CommentText"), DUMP: ()}
 KEYWORDS = re.compile(r"\b(?:deprecated|outdated|obsolete|out of date)\b", re.I)
+_YEAR = re.compile("[0-9]{4}")
 
 
 class NothingToDerive(ValueError):
@@ -90,7 +91,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
         if row["PostTypeId"] == "2" and question is not None and dumps.text("", row["Body"]):
             answers.append(int(row["Id"]))
             questions.append(question)
-            years.append(int(row["CreationDate"][:4]))
+            years.append(int(year[0]) if (year := _YEAR.match(row.get("CreationDate", ""))) else 0)
     if not answers:
         raise NothingToDerive(f"{dump} holds no answers, which obsoletion is about")
     answer, question, year = (np.frombuffer(numbers, np.int64) for numbers in (answers, questions, years))

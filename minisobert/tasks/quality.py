@@ -15,6 +15,7 @@ default texts lose their markup (see `normalise`); the two columns also lose the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,10 +41,10 @@ _MARKUP_WORD = re.compile(
     r"|strong|sub|sup|ul)\b"
 )
 _SNIPPET = re.compile(  # what is left of a runnable snippet, of its HTML and of its Markdown
-    r"\bclass snippet data lang js data hide \w+ data console \w+ data babel \w+"
-    r"|\bclass snippet code(?: (?:js|css|html))?"
-    r"|\bbegin snippet(?: js hide \w+)?(?: console \w+)?(?: babel \w+)?|\bend snippet\b|\blanguage lang \w+"
-    r"|(?:\bclass )?(?:\blang \w+ )?\bprettyprint(?: override)?\b"
+    r"\b(?:class snippet data lang js data hide \w+ data console \w+ data babel \w+"
+    r"|class snippet code(?: (?:js|css|html))?"
+    r"|begin snippet(?: js hide \w+)?(?: console \w+)?(?: babel \w+)?|end snippet|language lang \w+"
+    r"|(?:class )?(?:lang \w+ )?prettyprint(?: override)?)\b"
 )
 
 
@@ -83,11 +84,13 @@ def derive(dump: Path, seed: int, notes: list[str]) -> list[dict[str, str]]:
 
 
 def _labelled(dump: Path, notes: list[str]) -> Iterator[tuple[str, int, dict[str, str]]]:
+    malformed = 0
     for row in dumps.questions(dump, notes):
         edited, closed = "LastEditDate" in row, "ClosedDate" in row
         try:
             score = int(row.get("Score") or 0)
         except ValueError:
+            malformed += 1
             continue
         fits = {
             "HQ": score >= 30 and not edited,
@@ -97,6 +100,7 @@ def _labelled(dump: Path, notes: list[str]) -> Iterator[tuple[str, int, dict[str
         if sum(fits.values()) == 1 and normalise(row["Title"] + "\n\n" + row["Body"]):
             label = next(name for name, fit in fits.items() if fit)
             yield label, int(row["Id"]), {name: row.get(name, "") for name in COLUMNS} | {"Y": label}
+    dumps.note(dump, Counter({"questions left out, their score is no number": malformed}), notes)
 
 
 def normalise(text: str) -> str:

@@ -66,7 +66,8 @@ def dump(tmp_path):
         kind = ({"Score": 30}, {"Score": -1} | edited, {"Score": 1} | shut)[(i - 100) % 3]
         posts += [row(1, i, Title=f"t{i}", **kind), row(2, i * 10, ParentId=i), row(2, i * 10 + 1, ParentId=i)]
         comments += [(i * 10, "This is OUT of date."), (i * 10 + 1, "undeprecated")] if i % 2 else [(i, "obsolete")]
-    posts += [row(1, 300, Title="neither", Score=3), row(1, 301, Title="both", Score=40, **shut)]
+    posts += [row(1, 300, Title="neither", Score=3), row(1, 301, Title="both", Score=40, **shut), row(5, 302)]
+    posts += [row(1, 303, Title="no body", Score=40, Body=""), row(1, 304, Title="no score", Score="many", **shut)]
     return site(tmp_path / "site", posts, comments)
 
 
@@ -154,10 +155,12 @@ def test_the_two_columns_lose_the_words_that_markup_left(tmp_path):
 
 
 def test_quality_from_a_dump_follows_the_published_rule(dump):
-    found = everything(quality.load([dump], 0))
-    assert {(int(e.id.split(":")[1]), quality.LABELS[e.label], e.text) for e in found} == {
-        (i, quality.LABELS[(i - 100) % 3], f"t{i} b{i}") for i in range(100, 136)
+    found = quality.load([dump], 0)
+    assert {(e.id, quality.LABELS[e.label], e.text) for e in everything(found)} == {
+        (f"site:{i}", quality.LABELS[(i - 100) % 3], f"t{i} b{i}") for i in range(100, 136)
     }
+    left_out = {"site: 1 posts without id or body left out", "site: 1 questions left out, their score is no number"}
+    assert left_out < set(found.notes)
 
 
 # closed
@@ -311,6 +314,8 @@ def test_nothing_is_overwritten_or_half_written(dump, tmp_path, monkeypatch):
     (out / "mine").write_text("")
     with pytest.raises(ValueError, match="exists already and is not empty"):
         derive(dump, out)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--input", str(dump), "--out", str(out)])
     monkeypatch.setattr(module.obsoletion, "derive", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         derive(dump, tmp_path / "other")
