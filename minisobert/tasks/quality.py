@@ -62,16 +62,12 @@ def load(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
             found = rows(file)
         for i, (where, row) in enumerate(found):
             label = class_of(row["Y"], LABELS, where)
-            if layout == "words":
-                text = row["text"] if keep_leak else _without_markup_words(row["text"])
-            else:
-                text = (
-                    f"{row['Title']}\n\n{row['Body']}" if keep_leak else normalise(f"{row['Title']}\n\n{row['Body']}")
-                )
+            text = row["text"] if layout == "words" else f"{row['Title']}\n\n{row['Body']}"
+            if not keep_leak:
+                text = _without_markup_words(text) if layout == "words" else normalise(text)
             if not text.strip():
-                raise ValueError(
-                    f"{where}: the text is empty{'' if keep_leak else ' without its markup'}; remove the row"
-                )
+                lacks = "" if keep_leak else " without its markup"
+                raise ValueError(f"{where}: the text is empty{lacks}; remove the row")
             question = f"{file.stem}:{row['Id']}" if layout == DUMP else row.get("Id", "")
             example = Example(question or f"{file.stem}:{i}", text, label)
             items.append(Item(question or fingerprint(text), file.split, example))
