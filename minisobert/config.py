@@ -206,7 +206,9 @@ class FineTuneConfig:
 
     task: str = option("", "what to learn", choices=("quality", "closed", "ner", "obsoletion"))
     model: str = option(
-        "", "folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, an --out", metavar="MODEL"
+        "",
+        "folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, an --out",
+        metavar="MODEL",
     )
     data: tuple[str, ...] = option((), "files or folders of the task, as they are published")
     out: str = option("", "folder of the results, a new one")
@@ -219,7 +221,9 @@ class FineTuneConfig:
     class_weights: bool = option(False, "weigh each class by the inverse of its frequency")
     keep_leak: bool = option(False, "for quality, leave the line ends and markup that give the label away")
     binary: bool = option(False, "for closed, open or closed in place of the five reasons")
-    predict: str = option("", "classify the posts of a file, .jsonl or one a line, or of - (standard input)", metavar="FILE")
+    predict: str = option(
+        "", "classify the posts of a file, .jsonl or one a line, or of - (standard input)", metavar="FILE"
+    )
 
     def __post_init__(self):
         needed = ("model",) if self.predict else ("task", "model", "data", "out")
