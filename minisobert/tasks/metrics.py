@@ -1,0 +1,123 @@
+"""Accuracy, precision, recall, F1, ROC and PR curves, and scores of entities, in numpy.
+
+Classes are the integers 0 … C-1. The values are scikit-learn's and seqeval's (tests compare them), with one convention
+throughout: a ratio whose denominator is zero is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Scores(NamedTuple):
+    """Of one class or entity type, or of all entities together. support: how many there are in truth."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
+    """(C, C) int64: how often class `row` was taken for class `column`. truth, predicted: (N,) int."""
+    truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
+    assert truth.shape == predicted.shape, f"{truth.shape} true classes, {predicted.shape} predictions"
+    return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def accuracy(confusion: np.ndarray) -> float:
+    return _ratio(np.trace(confusion), confusion.sum())
+
+
+def per_class(confusion: np.ndarray) -> list[Scores]:
+    """Precision, recall and F1 of each class."""
+    return [_scores(confusion[c, c], confusion[:, c].sum(), confusion[c].sum()) for c in range(len(confusion))]
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """The mean F1 of the classes that occur, in truth or among the predictions."""
+    occurs = (confusion.sum(0) + confusion.sum(1)) > 0
+    return float(np.mean([scores.f1 for scores, there in zip(per_class(confusion), occurs) if there] or [0.0]))
+
+
+def roc_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:
+    """(false positive rate, true positive rate) at each threshold, the highest first, from (0, 0) to (1, 1).
+
+    positive: (N,) bool; score: (N,), equal scores share one point. A rate of no examples at all is NaN.
+    """
+    hits, taken = _cumulated(positive, score)
+    hits, taken = np.concatenate([[0], hits]), np.concatenate([[0], taken])
+    with np.errstate(invalid="ignore"):
+        return (taken - hits) / (taken[-1] - hits[-1]), hits / hits[-1]
+
+
+def pr_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:
+    """(precision, recall) at each threshold, the lowest first, to (1, 0). Arguments as in `roc_curve`."""
+    hits, taken = _cumulated(positive, score)
+    with np.errstate(invalid="ignore"):
+        precision, recall = hits / taken, hits / hits[-1:]
+    return np.append(precision[::-1], 1.0), np.append(recall[::-1], 0.0)
+
+
+def roc_auc(truth, probabilities) -> float:
+    """The area under the ROC curve, one class against the rest, averaged over the classes.
+
+    truth: (N,) int; probabilities: (N, C). Of two classes it is that of the second. Classes with no example, or with
+    no other, have no curve and are left out; NaN where none is left.
+    """
+    truth, probabilities = np.asarray(truth), np.asarray(probabilities)
+    columns = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
+    curves = [roc_curve(truth == c, probabilities[:, c]) for c in columns if 0 < (truth == c).sum() < len(truth)]
+    areas = [(np.diff(x) * (y[1:] + y[:-1])).sum() / 2 for x, y in curves]  # trapezoids
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first, last + 1) of every entity of one sentence of BIO tags.
+
+    An I- that continues no entity of its type begins one, as in seqeval's default mode.
+    """
+    found, start, kind = set(), 0, None
+    for i, tag in enumerate([*tags, "O"]):
+        prefix, _, this = tag.partition("-")
+        if prefix == "I" and this == kind:
+            continue
+        if kind is not None:
+            found.add((kind, start, i))
+        start, kind = i, None if tag == "O" else this
+    return found
+
+
+def entity_scores(
+    truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> tuple[Scores, dict[str, Scores]]:
+    """Scores over all entities (micro average), and for each type that occurs. An entity counts when type and both ends
+    are right. truth, predicted: for each sentence the BIO tags of its words."""
+    assert [*map(len, truth)] == [*map(len, predicted)], "each word needs a true tag and a predicted one"
+    true = {(i, *entity) for i, tags in enumerate(truth) for entity in entities(tags)}
+    found = {(i, *entity) for i, tags in enumerate(predicted) for entity in entities(tags)}
+    count = {kind: np.zeros(3, np.int64) for kind in sorted({entity[1] for entity in true | found})}
+    for column, group in enumerate((true & found, found, true)):
+        for entity in group:
+            count[entity[1]][column] += 1
+    return _scores(len(true & found), len(found), len(true)), {kind: _scores(*n) for kind, n in count.items()}
+
+
+def _cumulated(positive, score) -> tuple[np.ndarray, np.ndarray]:
+    """For each different score, the highest first: how many examples have it or a higher one, positives and all."""
+    positive, score = np.asarray(positive, bool), np.asarray(score)
+    values, index = np.unique(-score, return_inverse=True)
+    hits = np.bincount(index, weights=positive, minlength=len(values))
+    return np.cumsum(hits), np.cumsum(np.bincount(index, minlength=len(values)))
+
+
+def _scores(hits, found, true) -> Scores:
+    precision, recall = _ratio(hits, found), _ratio(hits, true)
+    return Scores(precision, recall, _ratio(2 * precision * recall, precision + recall), int(true))
+
+
+def _ratio(part, whole) -> float:
+    return float(part / whole) if whole else 0.0
