@@ -227,6 +227,8 @@ class FineTuneConfig:
 
     def __post_init__(self):
         needed = ("model",) if self.predict else ("task", "model", "data", "out")
+        if self.predict and (self.task or self.data or self.out):
+            raise ValueError("--predict applies what is trained; give it --model, and no --task, --data or --out")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.name in needed and not value:

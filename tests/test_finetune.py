@@ -182,9 +182,9 @@ def test_words_are_cut_as_in_the_corpus(text, words):
     assert [text[a:b] for a, b in marking.words(text)] == words
 
 
-def network(pieces: Path, kind: str, positions: int = 64) -> Network:
+def network(pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0) -> Network:
     config = ModelConfig(layers=1, hidden=32, heads=2, ffn=64, vocabulary=384, positions=positions)
-    return Network(Classifier(config, 3, kind == "sequence").initialise(1), tokenizer.Tokenizer(pieces), kind)
+    return Network(Classifier(config, 3, kind == "sequence").initialise(1), tokenizer.Tokenizer(pieces), kind, dropout)
 
 
 def test_words_are_encoded_as_the_sentence_is(pieces):
@@ -194,6 +194,15 @@ def test_words_are_encoded_as_the_sentence_is(pieces):
     assert item.ids[1:-1].tolist() == ours.tokenizer.encode(" ".join(words)).tolist()
     beginnings = [ours.tokenizer.decode(item.ids[p:]).split("[SEP]")[0] for p in item.places]
     assert beginnings == [(" " if i else "") + " ".join(words[i:]) for i in range(6)]
+
+
+def test_dropout_depends_on_the_step_alone(pieces):
+    items = network(pieces, "sequence").encode(sequence_task([], 0).dev[:3])
+    p, none = (
+        [network(pieces, "sequence", dropout=p).logits(items, step) for step in (None, 4, 4, 5)] for p in (0.1, 0)
+    )
+    assert torch.equal(p[1], p[2]) and not torch.equal(p[1], p[3]) and not torch.equal(p[1], p[0])
+    assert all(torch.equal(logits, p[0]) for logits in none)
 
 
 def test_words_past_the_last_position_have_no_entity(pieces):
@@ -224,7 +233,7 @@ def test_class_weights_make_classes_count_alike():
 
 
 def test_class_weights_are_taken(tmp_path, pieces):
-    found = run("quality", tmp_path / "out", tokenizer=pieces, class_weights=True, dropout=0.1)
+    found = run("quality", tmp_path / "out", tokenizer=pieces, class_weights=True)
     assert found["mean"]["accuracy"] > 0.8
 
 
@@ -292,6 +301,7 @@ def refused(capsys, expected: str, **options) -> None:
     ("--binary is for --task closed", {"model": "tfidf", "binary": "yes"}),
     ("no model that transformers can load", {"model": "hf:nowhere/at-all"}),
     ("No such file", {"model": "random:tiny", "tokenizer": "nowhere"}),
+    ("give it --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
     ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
     ("choose a lower one", {"model": "random:tiny", "tokenizer": "PIECES", "learning_rate": "1e30"}),

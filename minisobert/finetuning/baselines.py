@@ -67,7 +67,9 @@ class HuggingFace:
         if config.tokenizer:
             raise ValueError(f"--tokenizer is for random:PRESET; {config.model} has its own")
         with explained(self.name):
-            self.tokenizer = _transformers().AutoTokenizer.from_pretrained(self.name, add_prefix_space=True)
+            # a word of a sentence has a space before it; byte-level tokenizers must be told, others do not listen
+            words = {"add_prefix_space": True} if config.task == "ner" else {}
+            self.tokenizer = _transformers().AutoTokenizer.from_pretrained(self.name, **words)
         _check_tokenizer(self.name, self.tokenizer)
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
@@ -95,7 +97,7 @@ class HuggingFaceNetwork:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = module.to(self.device), tokenizer, kind
         positions = getattr(module.config, "max_position_embeddings", None) or LONGEST
-        if any(kind in module.config.model_type for kind in ("roberta", "camembert", "longformer")):
+        if any(family in module.config.model_type for family in ("roberta", "camembert", "longformer", "mpnet")):
             positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
         self.longest = min(positions, tokenizer.model_max_length, LONGEST)
 

@@ -104,7 +104,7 @@ def fit(
     history: list[dict] = []
     best: tuple[tuple[float, float], dict[str, Tensor], list[np.ndarray]] | None = None
     best_epoch = 0
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"seed {seed}", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"seed {seed}", dynamic_ncols=True, mininterval=1) as bar:
         for epoch in range(1, config.epochs + 1):
             order = np.argsort(permutation_keys(len(training), key(seed, "fine-tuning", epoch)))
             loss_sum = weight_sum = 0.0

@@ -29,7 +29,7 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     evaluations = [evaluation.evaluate(data, data.test, outcome.test) for outcome in outcomes]
     best = evaluation.best(outcomes)
     evaluated = evaluations[outcomes.index(best)]
-    sums = {
+    results = {
         "task": config.task,
         "model": config.model,
         "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
@@ -46,7 +46,7 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         "notes": data.notes,
         "settings": dataclasses.asdict(config),
     }  # fmt: skip
-    write_json(folder / "metrics.json", sums)
+    write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
     figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion)
     if data.kind == "sequence":
@@ -55,14 +55,14 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model", data)
-    (folder / "report.md").write_text("\n".join(_report(sums, data, best, evaluated)), encoding="utf-8")
+    (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 
 def headline(data: Dataset, outcomes: list[Outcome]) -> str:
     """`f1 0.5712 ± 0.0049 on test, 3 seeds`"""
-    sums = evaluation.mean_and_deviation([evaluation.evaluate(data, data.test, o.test).figures for o in outcomes])
+    results = evaluation.mean_and_deviation([evaluation.evaluate(data, data.test, o.test).figures for o in outcomes])
     name = evaluation.main_figure(data)
-    return f"{name} {_plus_minus(sums, name)} on test, {_count(len(outcomes), 'seed')}"
+    return f"{name} {_plus_minus(results, name)} on test, {_count(len(outcomes), 'seed')}"
 
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
@@ -80,22 +80,22 @@ def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]
                     rows.writerow([e.id, i, word, data.labels[tag], data.labels[p.argmax()], f"{p.max():.6f}"])
 
 
-def _report(sums: dict, data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
-    counts, seeds = sums["counts"], sums["seeds"]
+def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
+    counts, seeds = results["counts"], results["seeds"]
     unit = "examples" if data.kind == "sequence" else "sentences"
-    yield f"# {sums['task']}: `{sums['model']}`\n"
+    yield f"# {results['task']}: `{results['model']}`\n"
     yield from _table(
-        ["figure, on test", _count(len(seeds), "seed")], [[n, _plus_minus(sums, n)] for n in sums["mean"]]
+        ["figure, on test", _count(len(seeds), "seed")], [[n, _plus_minus(results, n)] for n in results["mean"]]
     )
     if len(seeds) > 1:
-        yield f"Mean ± standard deviation over seeds 1 to {len(seeds)}; tables, plots and errors below are of seed "
-        yield f"{best.seed}, the best on dev.\n"
-        columns = ["seed", *sums["mean"], f"dev {evaluation.main_figure(data)}", "best epoch"]
-        rows = [
-            [s["seed"], *(f"{s[n]:.4f}" for n in sums["mean"]), f"{o:.4f}", s["best_epoch"] or "–"]
-            for s, o in ((s, s[f"dev_{evaluation.main_figure(data)}"]) for s in seeds)
-        ]
-        yield from _table(columns, rows)
+        yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed}, the "
+        yield "best on dev.\n"
+    on_dev = f"dev_{evaluation.main_figure(data)}"
+    rows = [
+        [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
+        for seed in seeds
+    ]
+    yield from _table(["seed", *results["mean"], on_dev, "best epoch"], rows)
 
     yield "## Data\n"
     yield f"{counts['train']:,} {unit} to train on, {counts['dev']:,} in dev, {counts['test']:,} in test.\n"
@@ -120,9 +120,12 @@ def _report(sums: dict, data: Dataset, best: Outcome, evaluated: Evaluation) -> 
     yield from _worst(data, best.test)
 
     yield "## How it was made\n"
-    yield from _table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in sums["settings"].items() if v not in ("", ())])
+    yield from _table(
+        ["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in results["settings"].items() if v not in ("", ())]
+    )
     if best.network:
-        yield f"`python finetune.py --predict FILE --model {sums['settings']['out']}` applies the model to new posts.\n"
+        command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
+        yield f"`{command}` applies the model to new posts.\n"
 
 
 def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
@@ -159,9 +162,9 @@ def _table(columns: list[str], rows: Iterable[list]) -> Iterable[str]:
     yield ""
 
 
-def _plus_minus(sums: dict, name: str) -> str:
-    deviation = f" ± {sums['std'][name]:.4f}" if "std" in sums else ""
-    return f"{sums['mean'][name]:.4f}{deviation}"
+def _plus_minus(results: dict, name: str) -> str:
+    deviation = f" ± {results['std'][name]:.4f}" if "std" in results else ""
+    return f"{results['mean'][name]:.4f}{deviation}"
 
 
 def _count(n: int, noun: str) -> str:
