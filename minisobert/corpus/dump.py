@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def contents(archive: Path) -> dict[str, int]:
+    """The size in bytes of each file of an archive, by its name without folders."""
+    with _archive(archive) as (opened, _):
+        return {Path(item.filename).name: item.uncompressed for item in opened.list() if not item.is_directory}
+
+
 def members(dump: Path) -> dict[str, int]:
     """The size in bytes of `Posts.xml` and `Comments.xml`, as far as a dump holds them."""
     if Path(dump).is_dir():
         sizes = {path.name: path.stat().st_size for path in Path(dump).iterdir() if path.is_file()}
     else:
-        with _archive(dump) as (archive, _):
-            sizes = {Path(member.filename).name: member.uncompressed for member in archive.list()}
+        sizes = contents(dump)
     return {name: sizes[name] for name in ("Posts.xml", "Comments.xml") if name in sizes}
 
 

@@ -1,1 +1,5 @@
-"""The downstream tasks, one file each: read, label, split."""
+"""The downstream tasks, one file each: read, label, split. TASKS is the table of them."""
+
+from minisobert.tasks import closed, ner, obsoletion, quality
+
+TASKS = {"quality": quality.load, "closed": closed.load, "ner": ner.load, "obsoletion": obsoletion.load}

@@ -1,0 +1,110 @@
+"""Closed questions: will a question be closed, and why?
+
+What is read, one of:
+- the Kaggle layout of 2012: Title, BodyMarkdown, OpenStatus (open and four reasons) and, where there, PostId;
+- titles: question_id, title, label (open, closed, duplicate);
+- the same with a body (HTML), as `data.tasks` writes it: open or closed;
+- a dump: a question with a ClosedDate is closed; with a .csv of question_id, closed_reason beside it, its class is the
+  reason, and questions that the .csv doesn't list are left out.
+
+Comments are withheld, and so are the notices of closing in title and body: they give the class away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from minisobert.tasks import dumps
+from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.files import DUMP, File, class_of, rows, select
+from minisobert.tasks.splits import Item, dataset
+
+CLASSES = {
+    "kaggle": ("open", "not a real question", "not constructive", "off topic", "too localized"),
+    "bodies": ("open", "closed"),
+    "titles": ("open", "closed", "duplicate"),
+    "reasons": (
+        "open", "Duplicate", "Needs details or clarity", "Needs more focus", "Not suitable for this site",
+        "Opinion-based",
+    ),
+    DUMP: ("open", "closed"),
+}  # fmt: skip
+COLUMNS = ("question_id", "title", "body", "label")
+LAYOUTS = {
+    "kaggle": ("Title", "BodyMarkdown", "OpenStatus"),
+    "bodies": COLUMNS,
+    "titles": ("question_id", "title", "label"),
+    "reasons": ("question_id", "closed_reason"),
+    DUMP: (),
+}
+
+
+def load(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
+    """See the head of this file. binary: open or closed, whatever the reason. Raises ValueError for whatever is wrong
+    with the files."""
+    files = select(paths, "closed", LAYOUTS)
+    if not any(layout == DUMP for _, layout in files):
+        lists = [file for file, layout in files if layout == "reasons"]
+        files = [(file, layout) for file, layout in files if layout != "reasons"]
+        if lists and (not files or any(file.named for file in lists)):
+            raise ValueError(f"{lists[0]} holds no texts; add the dump that its questions are from")
+    layouts = {layout for _, layout in files}
+    layout = "reasons" if layouts == {"reasons", DUMP} else layouts.pop()
+    if layout != "reasons" and layouts:
+        raise ValueError(
+            f"files of different sets of classes: {', '.join(str(file) for file, _ in files)}; name one set"
+        )
+    notes: list[str] = []
+    reasons = _reasons([file for file, kind in files if kind == "reasons"]) if layout == "reasons" else None
+    classes = ("open", "closed") if binary else CLASSES[layout]
+    items = []
+    for file, kind in files:
+        if kind == "reasons":
+            continue
+        for i, (where, thread, text, name) in enumerate(_texts(file, kind, reasons, seed, notes)):
+            label = class_of(name, CLASSES[layout], where)
+            if not text.strip():
+                raise ValueError(f"{where}: the text is empty; remove the row")
+            thread = thread or f"{file.stem}:{i}"
+            items.append(Item(thread, file.split, Example(thread, text, min(label, 1) if binary else label)))
+    return dataset("closed", classes, items, seed, notes)
+
+
+def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, notes: list[str]) -> Iterator[tuple]:
+    """(where it is, question, text, class) of each question of a file."""
+    if kind == DUMP:
+        for row in derive(file.path, seed, notes, reasons):
+            question, text = row["question_id"], dumps.text(row["title"], row["body"])
+            yield f"{file}, question {question}", f"{file.stem}:{question}", text, row["label"]
+        return
+    for where, row in rows(file):
+        if kind == "kaggle":
+            text = f"{row['Title'].strip()}\n\n{row['BodyMarkdown'].strip()}".strip().replace("\r\n", "\n")
+            yield where, row.get("PostId", ""), text, row["OpenStatus"]
+        else:
+            yield where, row["question_id"], dumps.text(row["title"], row.get("body", "")), row["label"]
+
+
+def _reasons(files: list[File]) -> dict[str, str]:
+    found = {}
+    for file in files:
+        for where, row in rows(file):
+            class_of(row["closed_reason"], CLASSES["reasons"], where)
+            found[row["question_id"]] = row["closed_reason"]
+    return found
+
+
+def derive(dump: Path, seed: int, notes: list[str], reasons: dict[str, str] | None = None) -> list[dict[str, str]]:
+    """The rows of a set in COLUMNS. reasons: question → class, in place of the dump's own open or closed. notes: what
+    was left out is appended."""
+    return dumps.sample(_labelled(dump, notes, reasons), dump, seed, notes)
+
+
+def _labelled(dump: Path, notes: list[str], reasons: dict[str, str] | None) -> Iterator[tuple[str, int, dict]]:
+    for row in dumps.questions(dump, notes):
+        label = "closed" if "ClosedDate" in row else "open"
+        if reasons is not None:
+            label = reasons.get(row["Id"])
+        if label:
+            yield label, int(row["Id"]), dict(zip(COLUMNS, (row["Id"], row["Title"], row["Body"], label)))

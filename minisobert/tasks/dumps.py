@@ -1,0 +1,79 @@
+"""Questions and answers of a dump for the tasks that are derived from one."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from minisobert.corpus.dump import open_member
+from minisobert.corpus.hashing import key
+from minisobert.corpus.html import html_to_text
+from minisobert.corpus.posts import rows
+
+PER_CLASS = 20_000  # as in the published sets of quality and closed titles
+_TITLE_NOTICE = re.compile(r"\s*\[(?:closed|duplicate|on hold|migrated)\]\s*$", re.I)
+_BODY_NOTICE = re.compile(r"\s*<blockquote>\s*<p>\s*<strong>Possible Duplicate:?</strong>.*?</blockquote>", re.I | re.S)
+
+
+def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
+    """The attributes of every question and answer that has an id and a body. notes: see `note`."""
+    dropped: Counter = Counter()
+    with open_member(dump, "Posts.xml") as stream:
+        for row in rows(stream, f"{dump}: Posts.xml", "posts", dropped):
+            if row.get("PostTypeId") not in ("1", "2"):
+                continue
+            if number(row, "Id") and row.get("Body", "").strip():
+                yield row
+            else:
+                dropped["posts without id or body left out"] += 1
+    note(dump, dropped, notes)
+
+
+def questions(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
+    """The questions, without the notices that closing once wrote into title and body: they tell the class."""
+    removed = 0
+    for row in posts(dump, notes):
+        if row["PostTypeId"] == "1":
+            title, in_title = _TITLE_NOTICE.subn("", row.get("Title", ""))
+            notice = _BODY_NOTICE.match(row["Body"])
+            row |= {"Title": title, "Body": row["Body"][notice.end() :] if notice else row["Body"]}
+            if text(row["Title"], row["Body"]):
+                removed += bool(in_title or notice)
+                yield row
+    note(dump, Counter({"notices of closing removed from questions": removed}), notes)
+
+
+def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, notes: list[str]) -> list[dict]:
+    """Of (class, id, row) at most PER_CLASS rows of each class, those with the smallest hashes of (seed, id), by id.
+
+    Memory holds no more than that, however large the dump.
+    """
+    heaps: dict[str, list] = {}
+    seen: Counter = Counter()
+    for label, post, row in labelled:
+        seen[label] += 1
+        heap = heaps.setdefault(label, [])
+        # the count decides between equal ids, before rows are compared
+        entry = (-key(seed, "sample", post), -post, seen[label], row)
+        (heapq.heappush if len(heap) < PER_CLASS else heapq.heappushpop)(heap, entry)
+    note(dump, Counter({f"{label} left out by chance": seen[label] - len(heaps[label]) for label in heaps}), notes)
+    kept = sorted(((-post, i, row) for heap in heaps.values() for _, post, i, row in heap), key=lambda entry: entry[:2])
+    return [row for *_, row in kept]
+
+
+def text(title: str, body: str) -> str:
+    """Title and body (HTML) as plain text, a blank line between them."""
+    return "\n\n".join(filter(None, (title.strip(), html_to_text(body))))
+
+
+def number(row: dict[str, str], name: str) -> int | None:
+    value = row.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else None
+
+
+def note(dump: Path, counts: Counter, notes: list[str]) -> None:
+    """Add a line for each count that is not 0."""
+    notes += [f"{dump.name}: {count:,} {what}" for what, count in counts.items() if count]

@@ -1,0 +1,153 @@
+"""Obsolete answers: does an answer still hold?
+
+The label comes from comments (Zhang et al. 2019): an answer is obsolete when a comment on it says deprecated, outdated,
+obsolete or out of date. The comments themselves are withheld: what is read is the question's title and the answer. The
+rule knows no negation ("not outdated" counts), and the answer is as its last edit left it.
+
+For each obsolete answer one that no such comment stands on is drawn, by hashes of (seed, answer): of the same question,
+or, where that has none left, an answer of the same year.
+
+What is read: a dump with Comments.xml; a dump and a .csv of QuestionID, AnswerID, CommentID, CommentText, whose answers
+are then the obsolete ones; or QuestionID, AnswerID, Title, Body (HTML), Label, as `data.tasks` writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.hashing import key, lowbias32
+from minisobert.corpus.posts import rows as xml_rows
+from minisobert.tasks import dumps
+from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.files import DUMP, File, class_of, rows, select
+from minisobert.tasks.splits import Item, dataset
+
+LABELS = ("current", "obsolete")
+COLUMNS = ("QuestionID", "AnswerID", "Title", "Body", "Label")
+LAYOUTS = {"answers": COLUMNS, "comments": ("QuestionID", "AnswerID", "CommentID", "CommentText"), DUMP: ()}
+KEYWORDS = re.compile(r"\b(?:deprecated|outdated|obsolete|out of date)\b", re.I)
+_YEAR = re.compile("[0-9]{4}")
+
+
+class NothingToDerive(ValueError):
+    """A dump that is sound, but has no answers or no comments."""
+
+
+def load(paths: list[Path], seed: int) -> Dataset:
+    """See the head of this file. Raises ValueError for whatever is wrong with the files."""
+    files = select(paths, "obsoletion", LAYOUTS)
+    comments = [file for file, layout in files if layout == "comments"]
+    dumped = [file for file, layout in files if layout == DUMP]
+    if comments and len(dumped) != 1:
+        raise ValueError(f"{comments[0]} holds comments, not answers; add the one dump that they are from")
+    obsolete = _listed(comments) if comments else None
+    items, notes = [], []
+    for file, layout in files:
+        if layout == "comments":
+            continue
+        prefix = f"{file.stem}:" if layout == DUMP else ""
+        if layout == DUMP:
+            derived = derive(file.path, seed, notes, obsolete)
+            found = ((f"{file}, answer {row['AnswerID']}", row) for row in derived)
+        else:
+            found = rows(file)
+        for where, row in found:
+            label = class_of(row["Label"], LABELS, where)
+            if not dumps.text("", row["Body"]):
+                raise ValueError(f"{where}: the text is empty; remove the row")
+            example = Example(prefix + row["AnswerID"], dumps.text(row["Title"], row["Body"]), label)
+            items.append(Item(prefix + row["QuestionID"], file.split, example))
+    return dataset("obsoletion", LABELS, items, seed, notes)
+
+
+def _listed(files: list[File]) -> np.ndarray:
+    """The answers in these files of comments, sorted."""
+    found = set()
+    for file in files:
+        for where, row in rows(file):
+            if (answer := dumps.number(row, "AnswerID")) is None:
+                raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is no number")
+            found.add(answer)
+    return np.array(sorted(found), np.int64)
+
+
+def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None = None) -> list[dict[str, str]]:
+    """The rows of a set in COLUMNS, by answer. obsolete: ids of the obsolete answers, in place of what comments say.
+    notes: what was left out is appended.
+
+    Posts.xml is read twice, so that memory holds three numbers for each answer and the texts of those chosen.
+    """
+    if obsolete is None:
+        obsolete = _said_obsolete(dump, notes)
+    answers, questions, years = array("q"), array("q"), array("q")
+    for row in dumps.posts(dump, notes):
+        question = dumps.number(row, "ParentId")
+        if row["PostTypeId"] == "2" and question is not None and dumps.text("", row["Body"]):
+            answers.append(int(row["Id"]))
+            questions.append(question)
+            years.append(int(year[0]) if (year := _YEAR.match(row.get("CreationDate", ""))) else 0)
+    if not answers:
+        raise NothingToDerive(f"{dump} holds no answers, which obsoletion is about")
+    answer, question, year = (np.frombuffer(numbers, np.int64) for numbers in (answers, questions, years))
+    label = _choose(answer, question, year, np.isin(answer, obsolete), seed)
+    chosen = {int(answer[i]): LABELS[label[i]] for i in np.flatnonzero(label >= 0)}
+    titles = dict.fromkeys(question[label >= 0].tolist(), "")
+    bodies = {}
+    for row in dumps.posts(dump, []):
+        post = int(row["Id"])
+        if post in titles:
+            titles[post] = row.get("Title", "")
+        if post in chosen:
+            bodies[post] = (int(row["ParentId"]), row["Body"])
+    others = len(obsolete) - int(np.isin(answer, obsolete).sum())
+    dumps.note(dump, Counter({"posts called obsolete are questions, or not there": others}), notes)
+    return [
+        dict(zip(COLUMNS, (str(bodies[post][0]), str(post), titles[bodies[post][0]], bodies[post][1], chosen[post])))
+        for post in sorted(chosen)
+    ]
+
+
+def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
+    """The posts that a comment calls obsolete, sorted."""
+    if "Comments.xml" not in members(dump):
+        raise NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
+    found, dropped = set(), Counter()
+    with open_member(dump, "Comments.xml") as stream:
+        for row in xml_rows(stream, f"{dump}: Comments.xml", "comments", dropped):
+            if KEYWORDS.search(row.get("Text", "")) and (post := dumps.number(row, "PostId")):
+                found.add(post)
+    dumps.note(dump, dropped, notes)
+    return np.array(sorted(found), np.int64)
+
+
+def _choose(answer: np.ndarray, question: np.ndarray, year: np.ndarray, obsolete: np.ndarray, seed: int) -> np.ndarray:
+    """The class of each answer, -1 for those that are not drawn. All (A,), int64; obsolete bool."""
+    rank = np.full(len(answer), key(seed, "obsoletion"), np.uint32)
+    for part in (answer, answer >> 32):
+        rank = lowbias32(rank ^ lowbias32(part.astype(np.uint32)))
+    label = np.full(len(answer), -1)
+
+    def by_rank(mask: np.ndarray) -> np.ndarray:
+        index = np.flatnonzero(mask)
+        return index[np.argsort(rank[index], kind="stable")]
+
+    positives = by_rank(obsolete)[: dumps.PER_CLASS]
+    label[positives] = 1
+    beside = defaultdict(list)  # question → its other answers, the first to take last
+    for i in by_rank(~obsolete & np.isin(question, question[positives]))[::-1]:
+        beside[question[i]].append(i)
+    of_year: Counter = Counter()
+    for i in positives:
+        if beside[question[i]]:
+            label[beside[question[i]].pop()] = 0
+        else:
+            of_year[year[i]] += 1
+    for y, count in of_year.items():
+        label[by_rank(~obsolete & (label < 0) & (year == y))[:count]] = 0
+    return label

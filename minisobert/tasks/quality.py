@@ -1,0 +1,113 @@
+"""Question quality: HQ, LQ_EDIT or LQ_CLOSE.
+
+What is read:
+- the public set of 60,000 questions: Title, Body (HTML, but Markdown in LQ_EDIT), Y and, where there, Id;
+- two columns: text (lower-cased, without punctuation, by whoever published it) and Y;
+- a dump, by the published rule: HQ has a score of 30 or more and was never edited; LQ_EDIT has a negative score, was
+  edited and is open; LQ_CLOSE is closed and was never edited. A question that two of them fit is left out. A dump
+  holds the last version only, so LQ_EDIT is the text after the edit, where the public set has the one before.
+
+In the public set the *form* of a text tells its class: LQ_EDIT is Markdown with CRLF, the others are HTML with LF. By
+default texts lose their markup (see `normalise`); the two columns also lose the words that markup left behind, such as
+"pre code" and "rel noreferrer". `keep_leak` shows what that form is worth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from minisobert.corpus.html import html_to_text
+from minisobert.tasks import dumps
+from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.files import DUMP, class_of, rows, select
+from minisobert.tasks.splits import Item, dataset, fingerprint
+
+LABELS = ("HQ", "LQ_EDIT", "LQ_CLOSE")
+COLUMNS = ("Id", "Title", "Body", "Tags", "CreationDate", "Y")
+LAYOUTS = {"60k": ("Title", "Body", "Y"), "words": ("text", "Y"), DUMP: ()}
+
+_MARKDOWN = [
+    (re.compile(r"!\[[^\[\]]*\](?:\([^()\s]*\)|\[\d+\])"), ""),  # an image
+    (re.compile(r"(?<!\w)\[([^\[\]]*)\](?:\((?:https?:|/|#)[^()\s]*\)|\[\d+\])"), r"\1"),  # a link
+    (re.compile(r"(?<!\S)\[\d+\]:\s*\S+"), ""),  # where a link leads
+    (re.compile(r"\*\*|`"), ""),  # bold, code
+    (re.compile(r"(?<!\S)(?:#{1,6}|>|[-*+]|\d+\.)(?!\S)"), ""),  # a heading, quotation or list; HTML lists get "- "
+]
+_MARKUP_WORD = re.compile(
+    r"\b(?:alt|amp|blockquote|br|code|del|em|gt|h[1-6]|hr|href|img|kbd|li|lt|nofollow|noreferrer|ol|pre|quot|rel|src|strike"
+    r"|strong|sub|sup|ul)\b"
+)
+_SNIPPET = re.compile(  # what is left of a runnable snippet, of its HTML and of its Markdown
+    r"\b(?:class snippet data lang js data hide \w+ data console \w+ data babel \w+"
+    r"|class snippet code(?: (?:js|css|html))?"
+    r"|begin snippet(?: js hide \w+)?(?: console \w+)?(?: babel \w+)?|end snippet|language lang \w+"
+    r"|(?:class )?(?:lang \w+ )?prettyprint(?: override)?)\b"
+)
+
+
+def load(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
+    """See the head of this file. Raises ValueError for whatever is wrong with the files."""
+    items, notes = [], []
+    if keep_leak:
+        notes.append("line endings and markup are kept: in the public set they tell the class")
+    else:
+        notes.append("line endings, markup and runs of white space are removed: in the public set they tell the class")
+    for file, layout in select(paths, "quality", LAYOUTS):
+        if layout == DUMP:
+            found = ((f"{file}, question {row['Id']}", row) for row in derive(file.path, seed, notes))
+        else:
+            found = rows(file)
+        for i, (where, row) in enumerate(found):
+            label = class_of(row["Y"], LABELS, where)
+            text = row["text"] if layout == "words" else f"{row['Title']}\n\n{row['Body']}"
+            if not keep_leak:
+                text = _without_markup_words(text) if layout == "words" else normalise(text)
+            if not text.strip():
+                lacks = "" if keep_leak else " without its markup"
+                raise ValueError(f"{where}: the text is empty{lacks}; remove the row")
+            question = f"{file.stem}:{row['Id']}" if layout == DUMP else row.get("Id", "")
+            example = Example(question or f"{file.stem}:{i}", text, label)
+            items.append(Item(question or fingerprint(text), file.split, example))
+    return dataset("quality", LABELS, items, seed, notes)
+
+
+def derive(dump: Path, seed: int, notes: list[str]) -> list[dict[str, str]]:
+    """The rows of a set in the columns of the public one, by its rule. notes: what was left out is appended."""
+    return dumps.sample(_labelled(dump, notes), dump, seed, notes)
+
+
+def _labelled(dump: Path, notes: list[str]) -> Iterator[tuple[str, int, dict[str, str]]]:
+    malformed = 0
+    for row in dumps.questions(dump, notes):
+        edited, closed = "LastEditDate" in row, "ClosedDate" in row
+        try:
+            score = int(row.get("Score") or 0)
+        except ValueError:
+            malformed += 1
+            continue
+        fits = {
+            "HQ": score >= 30 and not edited,
+            "LQ_EDIT": score < 0 and edited and not closed,
+            "LQ_CLOSE": closed and not edited,
+        }
+        if sum(fits.values()) == 1 and normalise(row["Title"] + "\n\n" + row["Body"]):
+            label = next(name for name, fit in fits.items() if fit)
+            yield label, int(row["Id"]), {name: row.get(name, "") for name in COLUMNS} | {"Y": label}
+    dumps.note(dump, Counter({"questions left out, their score is no number": malformed}), notes)
+
+
+def normalise(text: str) -> str:
+    """The words of a question, be it HTML or Markdown, with nothing of either: all on one line, no tags, links by their
+    text alone. Tags inside of code go too, since those in Markdown can't be told from markup."""
+    for _ in range(2):  # the second pass is for code, whose tags are entities in HTML and plain in Markdown
+        text = html_to_text(text)
+    for pattern, replacement in _MARKDOWN:
+        text = pattern.sub(replacement, text)
+    return " ".join(text.split())
+
+
+def _without_markup_words(text: str) -> str:
+    return " ".join(_MARKUP_WORD.sub("", _SNIPPET.sub("", " ".join(text.split()))).split())

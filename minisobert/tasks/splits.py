@@ -1,0 +1,111 @@
+"""From labelled examples to a Dataset: splits, duplicates, and the checks that every task needs."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minisobert.corpus.hashing import key
+from minisobert.tasks.dataset import Dataset, Example
+
+SHARE = 0.1  # of the questions, for each of dev and test where the files name none
+
+
+class Item(NamedTuple):
+    """An example before it is split. thread: what must not be in two splits, its question."""
+
+    thread: str
+    split: str | None  # that of its file, None where the file's name tells none
+    example: Example
+
+
+def dataset(
+    task: str, labels: Sequence[str], items: list[Item], seed: int, notes: list[str], kind: str = "sequence"
+) -> Dataset:
+    """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
+    those with the smallest hashes of (seed, question).
+
+    Of texts (not of sentences, whose published splits repeat some) duplicates are removed, whatever their case and
+    white space, and questions that are in two splits: test keeps its own before dev, dev before train. notes: what was
+    done is appended. Raises ValueError for an empty split and for a class that train does not hold.
+    """
+    own = {item.split for item in items}
+    if None in own and len(own) > 1:
+        names = ", ".join(sorted(own - {None}))
+        raise ValueError(
+            f"{task}: the names of some files tell a split ({names}), those of others don't; name all or none"
+        )
+    if own <= {"dev", "test"}:
+        raise ValueError(f"{task}: nothing to train on: {' and '.join(sorted(own)) or 'no example'} was given")
+    missing = [split for split in ("test", "dev") if split not in own]
+    carved = _carve([item for item in items if item.split in (None, "train")], missing, seed)
+    parts: dict[str, list[Item]] = {"test": [], "dev": [], "train": []}
+    for item in items:
+        parts[carved.get(item.thread, "train") if item.split in (None, "train") else item.split].append(item)
+    if missing:
+        notes.append(
+            f"{' and '.join(missing)}: {SHARE:.0%} of the questions each, taken from train by question, seed {seed}"
+        )
+    if kind == "sequence":
+        parts = _unique(parts, notes)
+    examples = {split: [item.example for item in part] for split, part in parts.items()}
+    _check(task, labels, examples)
+    return Dataset(task, kind, tuple(labels), examples["train"], examples["dev"], examples["test"], notes)
+
+
+def _carve(items: list[Item], missing: list[str], seed: int) -> dict[str, str]:
+    """thread → split, of the threads that leave train."""
+    threads: dict[str, int] = {}  # to the highest class that a thread holds
+    for item in items:
+        threads[item.thread] = max(item.example.label, threads.get(item.thread, 0))
+    of_class: dict[int, list[str]] = {}
+    for thread, label in threads.items():
+        of_class.setdefault(label, []).append(thread)
+    splits = {}
+    for group in of_class.values():
+        group.sort(key=lambda thread: (key(seed, "split", zlib.crc32(thread.encode())), thread))
+        count = max(1, round(SHARE * len(group))) if len(group) > len(missing) else 0
+        for i, split in enumerate(missing):
+            splits.update(dict.fromkeys(group[i * count : (i + 1) * count], split))
+    return splits
+
+
+def _unique(parts: dict[str, list[Item]], notes: list[str]) -> dict[str, list[Item]]:
+    split_of: dict[str, str] = {}
+    seen: dict[str, int] = {}  # text → class
+    left_out: Counter = Counter()
+    kept: dict[str, list[Item]] = {}
+    for split, part in parts.items():
+        kept[split] = []
+        for item in part:
+            text = fingerprint(item.example.text)
+            if split_of.setdefault(item.thread, split) != split:
+                left_out[f"of {split}, their question is in {split_of[item.thread]} too"] += 1
+            elif text in seen:
+                same = "the same" if seen[text] == item.example.label else "another"
+                left_out[f"of {split}, a duplicate with {same} label"] += 1
+            else:
+                seen[text] = item.example.label
+                kept[split].append(item)
+    notes += [f"{count:,} left out {reason}" for reason, count in left_out.items()]
+    return kept
+
+
+def fingerprint(text: str) -> str:
+    """Equal for texts that differ in case and white space only."""
+    return " ".join(text.split()).casefold()
+
+
+def _check(task: str, labels: Sequence[str], examples: dict[str, list[Example]]) -> None:
+    for split, part in examples.items():
+        if not part:
+            raise ValueError(f"{task}: {split} is empty; there are too few examples, or all were left out")
+    there = Counter(tag for example in examples["train"] for tag in example.tags or (example.label,))
+    absent = [name for i, name in enumerate(labels) if not there[i] and not name.startswith("I-")]
+    if absent:
+        found = ", ".join(f"{there[i]:,} {name}" for i, name in enumerate(labels) if there[i])
+        raise ValueError(
+            f"{task}: train holds no {', no '.join(absent)} (it holds {found}); add examples of every class"
+        )
