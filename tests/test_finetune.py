@@ -74,9 +74,7 @@ def pieces(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setattr(
-        tasks, "TASKS", {"quality": sequence_task, "closed": sequence_task, "ner": token_task}, raising=False
-    )
+    monkeypatch.setattr(tasks, "TASKS", {"quality": sequence_task, "closed": sequence_task, "ner": token_task})
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import alone
     torch.set_num_threads(1)
@@ -94,7 +92,7 @@ def run(task: str, out: Path, model: str = "random:tiny", **options) -> dict:
 def results(tmp_path_factory, pieces) -> dict[str, Path]:
     """One run of each task, with two seeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TASKS", {"quality": sequence_task, "ner": token_task}, raising=False)
+        patch.setattr(tasks, "TASKS", {"quality": sequence_task, "ner": token_task})
         patch.setitem(PRESETS, "tiny", SMALL)
         torch.set_num_threads(1)
         folder = tmp_path_factory.mktemp("results")
@@ -154,7 +152,7 @@ def test_predictions_give_back_the_accuracy(results):
 
 def test_the_saved_model_applies_to_new_posts(results, tmp_path, capsys):
     posts = tmp_path / "posts.jsonl"
-    posts.write_text('{"text": "bar dun please kor"}\n{"text": "bar dun\\nkor"}\n')
+    posts.write_text('{"text": "<p>bar dun</p> <b>please</b> kor"}\n{"text": "bar dun\\nkor"}\n')
     finetune.main(["--predict", str(posts), "--model", str(results["quality"])])
     asked, other = capsys.readouterr().out.splitlines()
     assert asked.startswith("LQ\tHQ")
@@ -256,8 +254,8 @@ def test_parameters_in_bf16_learn_and_are_saved_as_they_are(pieces, tmp_path):
     outcome = loop.fit(ours, data, config, 1, lambda probabilities: 0.0)
     assert outcome.epochs[1]["loss"] < outcome.epochs[0]["loss"]
     assert ours.module.classifier.weight.dtype == torch.bfloat16
-    ours.save(tmp_path, Dataset("quality", "sequence", ("a", "b", "c"), [], [], []))
-    again = encoder.load(tmp_path, json.loads((tmp_path / "task.json").read_text()))
+    ours.save(tmp_path)
+    again = encoder.load(tmp_path, {"kind": "sequence", "labels": ["a", "b", "c"]})
     saved = dict(again.module.named_parameters())
     assert all(torch.equal(p.float().cpu(), saved[name].cpu()) for name, p in ours.module.named_parameters())
 

@@ -11,6 +11,7 @@ from minisobert.corpus.texts import texts
 from minisobert.finetuning import baselines, encoder, marking
 from minisobert.finetuning.loop import predict
 from minisobert.tasks.dataset import Example
+from minisobert.tasks.quality import normalise
 
 SHOWN = 60  # characters of a post beside its class
 
@@ -26,6 +27,8 @@ def apply(model: str, source: str) -> None:
             f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
         ) from None
     posts = read(source)
+    if task["task"] == "quality" and not task["keep_leak"]:
+        posts = [normalise(post) for post in posts]  # as the texts were that it was trained on
     network = (baselines if task["format"] == "transformers" else encoder).load(folder, task)
     spans = [marking.words(post) for post in posts]
     examples = [

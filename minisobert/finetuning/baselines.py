@@ -18,7 +18,6 @@ from torch import Tensor
 from minisobert.config import FineTuneConfig
 from minisobert.finetuning.loop import Item, Outcome, fit
 from minisobert.tasks.dataset import Dataset, Example
-from minisobert.training.checkpoint import write_json
 
 LONGEST = 2_048  # tokens, of a model that states no length of its own
 
@@ -86,6 +85,7 @@ class HuggingFace:
 class HuggingFaceNetwork:
     """A model of transformers with its tokenizer, as `loop.fit` takes it."""
 
+    format = "transformers"
     dtype = torch.float32  # of the parameters; on a GPU autocast computes in bf16
 
     def __init__(self, module, tokenizer, kind: str):
@@ -140,15 +140,13 @@ class HuggingFaceNetwork:
             logits = logits.flatten(0, 1).index_select(0, torch.from_numpy(np.concatenate(at)).to(self.device))
         return logits.float()
 
-    def save(self, folder: Path, data: Dataset) -> None:
+    def save(self, folder: Path) -> None:
         self.module.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "format": "transformers"}
-        write_json(folder / "task.json", task)
 
 
 def load(folder: Path, task: dict) -> HuggingFaceNetwork:
-    """What `HuggingFaceNetwork.save` wrote. task: the content of its task.json."""
+    """What `HuggingFaceNetwork.save` wrote. task: the content of the task.json beside it."""
     transformers = _transformers()
     with explained(str(folder)):
         module = _auto(task["kind"]).from_pretrained(folder)

@@ -5,7 +5,6 @@ A folder that `save` wrote:
     model.safetensors    the weights, under the model's own names
     config.json          the model's sizes
     tokenizer.model      the run's own
-    task.json            task, kind and labels
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from minisobert.training import checkpoint
 
 class Network:
     """A Classifier with its tokenizer, as `loop.fit` takes it."""
+
+    format = "minisobert"
 
     def __init__(self, model: Classifier, tokenizer: Tokenizer, kind: str, dropout: float = 0.0, seed: int = 0):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +75,7 @@ class Network:
         documents = Documents.from_bounds(bounds, self.device)
         return self.module(tokens, positions, documents, torch.from_numpy(places).to(self.device), dropout)
 
-    def save(self, folder: Path, data: Dataset) -> None:
+    def save(self, folder: Path) -> None:
         tensors = {name: p.detach().float().cpu().contiguous() for name, p in self.module.named_parameters()}
         header, _, _ = checkpoint.safetensors_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
         with open(folder / "model.safetensors", "wb") as file:
@@ -82,13 +83,11 @@ class Network:
             for tensor in tensors.values():
                 file.write(tensor.numpy().tobytes())
         checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.module.config))
-        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "format": "minisobert"}
-        checkpoint.write_json(folder / "task.json", task)
         (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
 
 
 def load(folder: Path, task: dict) -> Network:
-    """What `save` wrote. task: the content of its task.json."""
+    """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
     model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
     model.load_state_dict(checkpoint.read_safetensors(folder / "model.safetensors"))

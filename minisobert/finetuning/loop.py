@@ -59,6 +59,7 @@ class Item:
 
 
 class Network(Protocol):
+    format: str  # of a saved one
     module: nn.Module  # in fp32, on its device
     dtype: torch.dtype  # that training is to keep its parameters in
 
@@ -70,8 +71,8 @@ class Network(Protocol):
     def logits(self, items: list[Item], step: int | None) -> Tensor:
         """(Σ r, classes), in the order of the items. step: of training, with dropout; None: without."""
 
-    def save(self, folder: Path, data: Dataset) -> None:
-        """Writes weights, sizes, tokenizer and task.json into a folder."""
+    def save(self, folder: Path) -> None:
+        """Writes weights, sizes and tokenizer into a folder, in `format`."""
 
 
 @dataclass

@@ -54,7 +54,9 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         figures.curves(folder / "curves.png", data.labels, truth, p)
     if best.network:
         (folder / "model").mkdir()
-        best.network.save(folder / "model", data)
+        best.network.save(folder / "model")
+        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "keep_leak": config.keep_leak}
+        write_json(folder / "model/task.json", {**task, "format": best.network.format})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 
