@@ -14,7 +14,6 @@ First the two ways must have the same gradients to the last bit, and what was ca
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -206,7 +205,7 @@ def _seconds(run: Callable, mesh: Mesh) -> float:
 def _work(rank: int, world: int, ports: list[str], turns: int, out: Path) -> None:
     torch.set_num_threads(1)
     forecast.ROW_TOKENS, data.BUCKET = ROW, BUCKET
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     results = []
     for layout, os.environ["MASTER_PORT"] in zip(layouts(world), ports, strict=True):
@@ -231,12 +230,6 @@ def _line(layout: Layout, m: Measured) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def main() -> None:
     parser = Parser(prog="benchmarks.parallel", description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=6, metavar="N", help="timed steps of each kind (default 6)")
@@ -245,7 +238,10 @@ def main() -> None:
         parser.error(f"--turns is {turns}; it must be at least 2")
     for world in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
-            out, ports = Path(folder) / "lines", [_free_port() for _ in layouts(world)]
+            out = Path(folder) / "lines"
+            # where the processes meet, kept here as torchrun would
+            stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in layouts(world)]
+            ports = [str(store.port) for store in stores]
             torch.multiprocessing.spawn(_work, (world, ports, turns, out), nprocs=world)
             lines.append(out.read_text())
             print(lines[-1], file=sys.stderr)

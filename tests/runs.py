@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 
 import train
 from minisobert.config import PRESETS, ModelConfig
@@ -59,7 +60,8 @@ def weights(out) -> dict[str, torch.Tensor]:
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train"])
-PATIENCE = 120  # seconds, after which a process is taken to hang
+STORES: WeakKeyDictionary = WeakKeyDictionary()  # of each process, for as long as somebody knows of it
+PATIENCE = 300  # seconds, after which a process is taken to hang
 
 
 def _process(log, environments, functions) -> None:
@@ -77,17 +79,20 @@ def _process(log, environments, functions) -> None:
 
 def launch(functions: Sequence[Callable[[], int | None]], log, ranks=1) -> list:
     """Processes that call the functions one after the other, each time as torchrun would start them."""
-    ports = [_free_port() for _ in functions]
+    # as torchrun's agent does, this process keeps the stores in which they meet: a port that is merely found free now
+    # may be taken when they get there
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in functions]
     processes = []
     for rank in range(ranks):
         environments = [
-            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "RANK": str(rank),
-             "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            for port in ports
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks), "RANK": str(rank),
+             "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"} if ranks > 1 else {}
+            for store in stores
         ]  # fmt: skip
         processes.append(PROCESSES.Process(target=_process, args=(log, environments, functions)))
     for process in processes:
         process.start()
+        STORES[process] = stores
     return processes
 
 
@@ -116,9 +121,3 @@ def finish(processes, patience: float = PATIENCE) -> list[int]:
                 each.kill()
             process.join()
     return [process.exitcode for process in processes]
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])

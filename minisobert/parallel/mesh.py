@@ -14,6 +14,7 @@ the first wait for the device, so that a process that hangs is noticed by a host
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -140,8 +141,7 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         yield mesh
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    # torchrun's store outlives a job that it starts again: the old processes' addresses are still in it
-    store = dist.PrefixStore(f"attempt-{from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = _part_of_this_attempt(store, rank, world, timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
         # the device waits longer: the hosts, which can name who is missing, give up first
@@ -157,6 +157,27 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         _give_up(error, store, mesh, watch)
     watch.stop.set()
     dist.destroy_process_group()
+
+
+def _part_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """torchrun's store may outlive a job that it starts again, with the old processes' addresses in it, and the agents
+    of several machines may count attempts differently. So the first rank makes up a name and hands it to who is here.
+    """
+    attempt = nonce = secrets.token_hex(8)
+    store.set(f"here/{rank}", nonce)
+    if rank:
+        attempt = store.get(f"attempt/{rank}/{nonce}").decode()  # waits
+        store.set(f"seen/{rank}/{attempt}", "")
+        return dist.PrefixStore(attempt, store)
+    until, missing = time.monotonic() + timeout, list(range(1, world))
+    while missing := [r for r in missing if not store.check([f"seen/{r}/{attempt}"])]:
+        if time.monotonic() > until:
+            raise RuntimeError(f"{_ranks(missing)} not come within --timeout {timeout:g} seconds")
+        for r in missing:
+            if store.check([f"here/{r}"]):  # or it was, in an earlier attempt, until the new one writes its own nonce
+                store.set(f"attempt/{r}/{store.get(f'here/{r}').decode()}", attempt)
+        time.sleep(0.02)
+    return dist.PrefixStore(attempt, store)
 
 
 def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
@@ -201,7 +222,7 @@ def _lost_contact(error: RuntimeError) -> bool:
 
 def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh, watch: _Watch) -> None:
     """Ends the job with a line that says who is to blame. The first process that gets here calls the roll."""
-    who, first = "rank 0, which keeps the rendezvous, does not answer", mesh.rank == 1
+    who, first = "torchrun's store does not answer", True
     try:
         first = store.add("roll-call", 1) == 1
         watch.answer()

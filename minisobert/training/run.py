@@ -43,11 +43,17 @@ class Run:
         self.identity = {"train": settings, "model": dataclasses.asdict(model), "data": shards.fingerprint}
         self.described = {**self.identity, "layout": layout}
         saved = checkpoint.steps(self.folder / "checkpoints")
-        # when torchrun starts the job again after a fault, what is there is its own work
-        self.fresh = config.fresh and not from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
-        self.resumes_from = saved[-1] if saved and not self.fresh else None
-        if self.resumes_from:
+        self.fresh = config.fresh
+        self.resumes_from = saved[-1] if saved else None
+        if self.resumes_from and not self.fresh:
             self._refuse_another(checkpoint.read_state(self.resumes_from)["run"])
+
+    def _is_ours(self) -> bool:
+        """Whether the last checkpoint is of this very run."""
+        try:
+            return self.resumes_from is not None and checkpoint.read_state(self.resumes_from)["run"] == self.identity
+        except ValueError:  # damaged
+            return False
 
     def _refuse_another(self, before: dict) -> None:
         here = f"{self.folder} holds a run"
@@ -66,8 +72,11 @@ class Run:
 
         The first process decides which it is: others may see a folder on a network later than it.
         """
+        # when torchrun starts the job again, what is there is its own work (not every machine's agent counts that)
+        restarted = mesh.sum_on_hosts([from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)])[0] > 0
+        self.fresh &= not (restarted and self._is_ours())
         step, damage = 0, None
-        if mesh.is_first and self.resumes_from:
+        if mesh.is_first and self.resumes_from and not self.fresh:
             step = int(self.resumes_from.name.removeprefix("step-"))
             try:
                 checkpoint.verify(self.resumes_from)
