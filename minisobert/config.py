@@ -200,6 +200,54 @@ class TrainConfig:
         return {f.name for f in dataclasses.fields(self) if f.metadata["free"]}
 
 
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """A fine-tuning run, or with `predict` the use of what one has made."""
+
+    task: str = option("", "what to learn", choices=("quality", "closed", "ner", "obsoletion"))
+    model: str = option(
+        "",
+        "folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, an --out",
+        metavar="MODEL",
+    )
+    data: tuple[str, ...] = option((), "files or folders of the task, as they are published")
+    out: str = option("", "folder of the results, a new one")
+    tokenizer: str = option("", "for random:PRESET, the run or tokenizer.model to share the tokenizer of")
+    seeds: int = option(1, "how many times to train, from the seeds 1 to N; the split is always the same")
+    epochs: int = option(10, "at most; training ends when dev gets no better, and the best epoch is kept")
+    learning_rate: float = option(5e-5, "its peak, after a tenth of the steps; 5e-4 suits the preset tiny")
+    tokens_per_batch: int = option(4_096, "at most, of whole documents; a longer document is a batch by itself")
+    dropout: float = option(0.1, "as in pre-training, and before the classifier")
+    class_weights: bool = option(False, "weigh each class by the inverse of its frequency")
+    keep_leak: bool = option(False, "for quality, leave the line ends and markup that give the label away")
+    binary: bool = option(False, "for closed, open or closed in place of the five reasons")
+    predict: str = option(
+        "", "classify the posts of a file, .jsonl or one a line, or of - (standard input)", metavar="FILE"
+    )
+
+    def __post_init__(self):
+        needed = ("model",) if self.predict else ("task", "model", "data", "out")
+        if self.predict and (self.task or self.data or self.out):
+            raise ValueError("--predict applies what is trained; give it --model, and no --task, --data or --out")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if f.name in needed and not value:
+                advice = f"choose {words(choices)}" if choices else f"give the {f.metadata['help'].split(';')[0]}"
+                raise ValueError(f"{flag(f.name)} is missing; {advice}")
+        for name in ("seeds", "epochs", "tokens_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
+        if self.tokens_per_batch > MOST_TOKENS:
+            raise ValueError(f"--tokens-per-batch is {self.tokens_per_batch:,}; dropout can count {MOST_TOKENS:,}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and less than 1")
+        for name, task in (("keep_leak", "quality"), ("binary", "closed")):
+            if getattr(self, name) and self.task != task:
+                raise ValueError(f"{flag(name)} is for --task {task}, given is {self.task or 'none'}")
+
+
 def nearest(values: list[int], wanted: int) -> list[int]:
     """The up to three values nearest to the one wanted, in order."""
     return sorted(sorted(values, key=lambda n: abs(n - wanted))[:3])
@@ -241,17 +289,21 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
         if kind is bool:
             parser.add_argument(flag(f.name), action="store_true", help=f.metadata["help"])
             continue
+        several = kind == tuple[str, ...]
         default = f"{f.default:,}" if kind is int and f.default >= 10_000 else f.default
+        shown = "" if default in ("", ()) else f" (default {default})"
         parser.add_argument(
             flag(f.name),
-            type=_integer if kind is int else kind,
+            type=_integer if kind is int else str if several else kind,
+            nargs="+" if several else None,
             default=f.default,
-            metavar=None if f.metadata["choices"] else {int: "N", float: "X", str: f.metadata["metavar"]}[kind],
+            metavar=None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"]),
             choices=f.metadata["choices"],
-            help=(f.metadata["help"] + (f" (default {default})" if default != "" else "")).replace("%", "%%"),
+            help=f"{f.metadata['help']}{shown}".replace("%", "%%"),
         )
+    values = vars(parser.parse_args(argv))
     try:
-        return cls(**vars(parser.parse_args(argv)))
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except ValueError as error:
         parser.error(str(error))
 

@@ -135,30 +135,16 @@ class MaskedLMHead(nn.Module):
         return self.decoder(x, word_embeddings)
 
 
-class MaskedLM(nn.Module):
-    """The encoder with its masked-language-model head: what pre-training trains."""
+class Model(nn.Module):
+    """An encoder with a head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.mlm_head = MaskedLMHead(config)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        documents: Documents,
-        masked: Tensor,
-        dropout: Dropout | None = None,
-    ) -> Tensor:
-        """masked: (M,) int64, different indices into the T tokens. Returns their logits (M, V)."""
-        hidden = self.encoder(tokens, positions, documents, dropout)
-        # index_select, not indexing: the indices differ, so that its backward adds nothing twice and is deterministic
-        return self.mlm_head(hidden.index_select(0, masked), self.encoder.embeddings.word.weight)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> MaskedLM:
+    def initialise(self, seed: int) -> Model:
         """All initial weights, in the order of the parameters, from one CPU generator: the same on every layout.
 
         Weights N(0, 0.02); the matrices that write into the residual stream N(0, 0.02 / sqrt(2 · layers)); biases 0;
@@ -175,3 +161,54 @@ class MaskedLM(nn.Module):
                 std = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
         return self
+
+
+class MaskedLM(Model):
+    """The encoder with its masked-language-model head: what pre-training trains."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.mlm_head = MaskedLMHead(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents,
+        masked: Tensor,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """masked: (M,) int64, different indices into the T tokens. Returns their logits (M, V)."""
+        hidden = self.encoder(tokens, positions, documents, dropout)
+        # index_select, not indexing: the indices differ, so that its backward adds nothing twice and is deterministic
+        return self.mlm_head(hidden.index_select(0, masked), self.encoder.embeddings.word.weight)
+
+
+class Classifier(Model):
+    """The encoder with a classifier of single states: what fine-tuning trains.
+
+    pooled: the states, first tokens of documents, go through Megatron-BERT's pooler, a dense layer and tanh, before
+    they are classified. Without it, final states are classified as they are.
+    """
+
+    def __init__(self, config: ModelConfig, classes: int, pooled: bool):
+        super().__init__(config)
+        self.pooler = nn.Linear(config.hidden, config.hidden) if pooled else None
+        self.classifier = nn.Linear(config.hidden, classes)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents,
+        places: Tensor,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """places: (R,) int64, different indices into the T tokens. Returns their logits (R, classes).
+
+        dropout: with keys for one layer more than the encoder has; the last are the head's.
+        """
+        x = self.encoder(tokens, positions, documents, dropout).index_select(0, places)
+        if self.pooler is not None:
+            x = self.pooler(x).tanh()
+        return self.classifier(drop(x, dropout and dropout.at(self.config.layers, "embedding")))

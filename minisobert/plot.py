@@ -19,15 +19,21 @@ def read_metrics(run: Path) -> list[dict]:
     return lines
 
 
-def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
-    """Training and held-out loss of the runs over tokens, as a PNG. entropy: in nats, drawn as a level beside them."""
+def pyplot():
+    """matplotlib.pyplot for files, not for windows. Raises ValueError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("plots need matplotlib: pip install 'minisobert[plot]'") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
+    """Training and held-out loss of the runs over tokens, as a PNG. entropy: in nats, drawn as a level beside them."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, run in enumerate(runs):
         lines = read_metrics(run)

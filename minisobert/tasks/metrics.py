@@ -71,8 +71,13 @@ def roc_auc(truth, probabilities) -> float:
     truth, probabilities = np.asarray(truth), np.asarray(probabilities)
     columns = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
     curves = [roc_curve(truth == c, probabilities[:, c]) for c in columns if 0 < (truth == c).sum() < len(truth)]
-    areas = [(np.diff(x) * (y[1:] + y[:-1])).sum() / 2 for x, y in curves]  # trapezoids
+    areas = [area(x, y) for x, y in curves]
     return float(np.mean(areas)) if areas else float("nan")
+
+
+def area(x: np.ndarray, y: np.ndarray) -> float:
+    """Under a curve through (N,) points, by trapezoids."""
+    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

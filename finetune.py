@@ -1,0 +1,82 @@
+"""Fine-tune a model on one task and report how good it is: data → model → loop → report.
+
+    python finetune.py --task ner --model runs/base --data ner.7z --out results/ner-base --seeds 5
+    python finetune.py --task ner --model random:base --tokenizer runs/base --data ner.7z --out results/ner-random
+    python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
+    python finetune.py --predict posts.jsonl --model results/ner-base
+
+The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It appears when
+all of it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from minisobert import tasks
+from minisobert.config import FineTuneConfig, fail, parse
+from minisobert.corpus.shards import new_folder
+from minisobert.finetuning import apply, baselines, encoder, evaluation, report
+from minisobert.finetuning.loop import Outcome
+from minisobert.plot import pyplot
+from minisobert.tasks.dataset import Dataset
+
+SPLIT_SEED = 0  # where a task has no split of its own: the same for every model and every training seed
+OPTIONS = {"quality": "keep_leak", "closed": "binary"}  # what a task can be read otherwise by
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0. A user's mistake ends in one line on standard error and exit status 2."""
+    config = parse(FineTuneConfig, argv, prog="finetune.py", description=__doc__.splitlines()[0])
+    try:
+        if config.predict:
+            apply.apply(config.model, config.predict)
+            return 0
+        with new_folder(config.out) as folder:
+            pyplot()  # is there, or training would be in vain
+            start = starting_point(config)
+            data = load(config)
+            outcomes = train(start, data, config)
+            report.write(folder, config, data, outcomes)
+    except ValueError as error:
+        fail(f"finetune.py: {error}")
+    print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
+    return 0
+
+
+def starting_point(config: FineTuneConfig):
+    """What training begins from: something with train(data, seed, score)."""
+    if config.model == "tfidf":
+        return baselines.TfIdf(config)
+    return baselines.HuggingFace(config) if config.model.startswith("hf:") else encoder.Start(config)
+
+
+def load(config: FineTuneConfig) -> Dataset:
+    option = OPTIONS.get(config.task)
+    options = {option: getattr(config, option)} if option else {}
+    data = tasks.TASKS[config.task]([Path(path) for path in config.data], SPLIT_SEED, **options)
+    for name in ("train", "dev", "test"):
+        if not getattr(data, name):
+            raise ValueError(f"{', '.join(config.data)} gives no example for {name}; all three splits need some")
+    if data.kind == "sequence":
+        seen = {e.label for e in data.train}
+        if unseen := [label for i, label in enumerate(data.labels) if i not in seen]:
+            raise ValueError(f"train has no example of {', '.join(unseen)}; give data with every class")
+    return data
+
+
+def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:
+    """One outcome for each seed. Only the one that is best on dev keeps its network."""
+    outcomes: list[Outcome] = []
+    for seed in range(1, config.seeds + 1):
+        outcomes.append(start.train(data, seed, partial(evaluation.dev_score, data)))
+        best = evaluation.best(outcomes)
+        for outcome in outcomes:
+            outcome.network = outcome.network if outcome is best else None
+    return outcomes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""A fine-tuned model on new posts: `finetune.py --predict FILE|- --model DIR`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from minisobert.corpus.texts import texts
+from minisobert.finetuning import baselines, encoder, marking
+from minisobert.finetuning.loop import predict
+from minisobert.tasks.dataset import Example
+from minisobert.tasks.quality import normalise
+
+SHOWN = 60  # characters of a post beside its class
+
+
+def apply(model: str, source: str) -> None:
+    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
+    its entities marked, in colour on a terminal. Raises ValueError where there is no such model or file."""
+    folder = Path(model) / "model"
+    try:
+        task = json.loads((folder / "task.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
+        ) from None
+    posts = read(source)
+    if task["task"] == "quality" and not task["keep_leak"]:
+        posts = [normalise(post) for post in posts]  # as the texts were that it was trained on
+    network = (baselines if task["format"] == "transformers" else encoder).load(folder, task)
+    spans = [marking.words(post) for post in posts]
+    examples = [
+        Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
+        for i, (post, inside) in enumerate(zip(posts, spans))
+    ]
+    labels = task["labels"]
+    for post, inside, p in zip(posts, spans, predict(network, network.encode(examples))):
+        if task["kind"] == "token":
+            tags = [labels[i] for i in p.argmax(1)]
+            print(marking.mark(post, inside, tags, colour=sys.stdout.isatty()))
+        else:
+            shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
+            print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
+
+
+def read(source: str) -> list[str]:
+    """The posts of a file, `text` of each line of a .jsonl or each line itself, empty ones left out."""
+    dropped: Counter = Counter()
+    path = Path("/dev/stdin" if source == "-" else source)
+    try:
+        posts = [text for _, text in texts(path, dropped) if text.strip()]
+    except OSError as error:
+        raise ValueError(f"{source}: {error.strerror}") from None
+    if malformed := sum(dropped.values()):
+        raise ValueError(f'{source} has {malformed:,} lines that are not UTF-8, or in a .jsonl not {{"text": "…"}}')
+    if not posts:
+        raise ValueError(f"{source} has no text; give a post a line, or a .jsonl")
+    return posts

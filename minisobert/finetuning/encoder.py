@@ -1,0 +1,142 @@
+"""Models of ours on a task: whole documents in a row without padding, cut at the positions that the model has.
+
+A folder that `save` wrote:
+
+    model.safetensors    the weights, under the model's own names
+    config.json          the model's sizes
+    tokenizer.model      the run's own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisobert.config import PRESETS, FineTuneConfig, ModelConfig, padded_vocabulary, words
+from minisobert.corpus.packing import SPECIALS
+from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
+from minisobert.finetuning.loop import Item, Outcome, fit
+from minisobert.model import Classifier
+from minisobert.ops import Documents, Dropout
+from minisobert.playground import load_run
+from minisobert.tasks.dataset import Dataset, Example
+from minisobert.training import checkpoint
+
+
+class Network:
+    """A Classifier with its tokenizer, as `loop.fit` takes it."""
+
+    format = "minisobert"
+
+    def __init__(self, model: Classifier, tokenizer: Tokenizer, kind: str, dropout: float = 0.0, seed: int = 0):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.device, self.dropout, self.seed = device, dropout, seed
+
+    def encode(self, examples: list[Example]) -> list[Item]:
+        return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
+
+    def _document(self, example: Example) -> Item:
+        return Item.document(example, self._whole(self.tokenizer.encode(example.text)))
+
+    def _sentence(self, example: Example) -> Item:
+        """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
+        pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
+        lengths = np.array([len(p) for p in pieces])
+        ids = self._whole(np.concatenate([np.empty(0, np.int64), *pieces]))
+        places = 1 + np.cumsum(lengths) - lengths
+        rows = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
+        return Item.sentence(example, ids, places[rows], rows)
+
+    def _whole(self, ids: np.ndarray) -> np.ndarray:
+        longest = self.module.config.positions - SPECIALS
+        return np.concatenate([[CLS], ids[:longest], [SEP]]).astype(np.int64)
+
+    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+        return [items]  # nothing is padded
+
+    def logits(self, items: list[Item], step: int | None) -> Tensor:
+        lengths = [len(item.ids) for item in items]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = torch.from_numpy(np.concatenate([item.ids for item in items])).to(self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        places = np.concatenate([item.places + start for item, start in zip(items, bounds)])
+        dropout = None
+        if step is not None:  # keys for a layer more than there are: the classifier's
+            layers = self.module.config.layers + 1
+            dropout = Dropout.for_step(self.dropout, self.seed, step, layers, self.device)
+        documents = Documents.from_bounds(bounds, self.device)
+        return self.module(tokens, positions, documents, torch.from_numpy(places).to(self.device), dropout)
+
+    def save(self, folder: Path) -> None:
+        tensors = {name: p.detach().float().cpu().contiguous() for name, p in self.module.named_parameters()}
+        header, _, _ = checkpoint.safetensors_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+        with open(folder / "model.safetensors", "wb") as file:
+            file.write(header)
+            for tensor in tensors.values():
+                file.write(tensor.numpy().tobytes())
+        checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.module.config))
+        (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
+
+
+def load(folder: Path, task: dict) -> Network:
+    """What `save` wrote. task: the content of the task.json beside it."""
+    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
+    model.load_state_dict(checkpoint.read_safetensors(folder / "model.safetensors"))
+    return Network(model, Tokenizer(folder / "tokenizer.model"), task["kind"])
+
+
+class Start:
+    """Where training begins: the encoder of a run, or the size of a preset."""
+
+    def __init__(self, config: FineTuneConfig):
+        """Raises ValueError where there is no such model, or its tokenizer is another's."""
+        self.how, self.encoder = config, None
+        source, _, preset = config.model.partition(":")
+        if source == "random":
+            if preset not in PRESETS:
+                raise ValueError(f"--model is {config.model}; choose {words(f'random:{name}' for name in PRESETS)}")
+            if not config.tokenizer:
+                raise ValueError(
+                    f"{config.model} needs --tokenizer: the train.py run, or the tokenizer.model, of the model that it "
+                    "is compared with, so that the two differ in their weights alone"
+                )
+            path = Path(config.tokenizer)
+            self.tokenizer = _tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+            self.config = dataclasses.replace(PRESETS[preset], vocabulary=padded_vocabulary(self.tokenizer.vocab_size))
+        else:
+            if not Path(config.model).is_dir():
+                raise ValueError(
+                    f"--model is {config.model}, which is no folder; give the --out of a train.py, or "
+                    f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
+                )
+            if config.tokenizer:
+                raise ValueError("--tokenizer is for random:PRESET; a run has its own")
+            trained = load_run(config.model)
+            self.encoder, self.tokenizer, self.config = trained.model.encoder, trained.tokenizer, trained.model.config
+            if padded_vocabulary(self.tokenizer.vocab_size) != self.config.vocabulary:
+                raise ValueError(
+                    f"{config.model}/tokenizer.model has {self.tokenizer.vocab_size:,} pieces, the model "
+                    f"{self.config.vocabulary:,} rows of embeddings; the tokenizer is another model's"
+                )
+
+    def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
+        model = Classifier(self.config, len(data.labels), data.kind == "sequence").initialise(seed)
+        if self.encoder is not None:
+            model.encoder.load_state_dict(self.encoder.state_dict())
+        return fit(Network(model, self.tokenizer, data.kind, self.how.dropout, seed), data, self.how, seed, score)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; --tokenizer takes a train.py run or a tokenizer.model") from None

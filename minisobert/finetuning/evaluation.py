@@ -1,0 +1,84 @@
+"""How good predictions are: the figures of a report, from probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minisobert.finetuning.loop import Outcome
+from minisobert.tasks import metrics
+from minisobert.tasks.dataset import Dataset, Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of one split. figures: what metrics.json has. per_class: of classes, or of entity types and all entities.
+    confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class."""
+
+    figures: dict[str, float]
+    per_class: dict[str, metrics.Scores]
+    classes: tuple[str, ...]
+    confusion: np.ndarray
+
+
+def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)
+
+
+def _sequence(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    p = np.concatenate(probabilities)  # (N, C)
+    truth = [e.label for e in examples]
+    confusion = metrics.confusion_matrix(truth, p.argmax(1), len(data.labels))
+    figures = {"accuracy": metrics.accuracy(confusion), "macro_f1": metrics.macro_f1(confusion)}
+    if np.isfinite(area := metrics.roc_auc(truth, p)):  # there are two classes or more in the split
+        figures["roc_auc"] = area
+    return Evaluation(figures, dict(zip(data.labels, metrics.per_class(confusion))), data.labels, confusion)
+
+
+def _token(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    truth = [names(data, e.tags) for e in examples]
+    predicted = [names(data, p.argmax(1)) for p in probabilities]
+    overall, types = metrics.entity_scores(truth, predicted)
+    classes = tuple(dict.fromkeys(label.partition("-")[2] or "O" for label in data.labels))
+    index = {name: i for i, name in enumerate(classes)}
+    flat = ([index[tag.partition("-")[2] or "O"] for tags in each for tag in tags] for each in (truth, predicted))
+    right = [a == b for each in zip(truth, predicted) for a, b in zip(*each)]
+    figures = {
+        "precision": overall.precision,
+        "recall": overall.recall,
+        "f1": overall.f1,
+        "macro_f1": float(np.mean([scores.f1 for scores in types.values()] or [0.0])),
+        "accuracy": float(np.mean(right)),
+    }
+    confusion = metrics.confusion_matrix(*flat, len(classes))
+    return Evaluation(figures, {**types, "all entities": overall}, classes, confusion)
+
+
+def names(data: Dataset, tags: Sequence[int] | np.ndarray) -> list[str]:
+    return [data.labels[tag] for tag in tags]
+
+
+def main_figure(data: Dataset) -> str:
+    """By which epochs and seeds are compared."""
+    return "macro_f1" if data.kind == "sequence" else "f1"
+
+
+def dev_score(data: Dataset, probabilities: list[np.ndarray]) -> float:
+    return evaluate(data, data.dev, probabilities).figures[main_figure(data)]
+
+
+def best(outcomes: list[Outcome]) -> Outcome:
+    """That is best on dev: which seed's model is kept must not depend on test."""
+    return max(outcomes, key=lambda outcome: outcome.score)
+
+
+def mean_and_deviation(figures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{"mean": of each figure over the seeds, "std": the standard deviation of a sample, of two seeds or more}"""
+    shared = [name for name in figures[0] if all(name in each for each in figures)]
+    columns = {name: [each[name] for each in figures] for name in shared}
+    result = {"mean": {name: float(np.mean(column)) for name, column in columns.items()}}
+    if len(figures) > 1:
+        result["std"] = {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
+    return result

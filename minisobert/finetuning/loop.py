@@ -1,0 +1,200 @@
+"""The loop of fine-tuning: batches of whole documents by tokens, early stopping on dev.
+
+A network (`encoder.Network`, `baselines.HuggingFace`) makes an Item of each example and logits of a batch of items;
+everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch takes
+the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over all
+classified places of a batch, weighted by class if wanted.
+
+AdamW with the decay and betas of pre-training, linear warm-up over a tenth of all tokens, then linear decay to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisobert.config import FineTuneConfig
+from minisobert.corpus.hashing import key, permutation_keys
+from minisobert.ops import cross_entropy
+from minisobert.tasks.dataset import Dataset, Example
+from minisobert.training.optimizer import Optimizer
+from minisobert.training.schedule import learning_rate
+
+WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.999), 1.0
+PATIENCE = 3  # epochs in a row that are no better than the best, after which training ends
+EVAL_TOKENS = 16_384  # of a batch without gradients
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a network reads of one example.
+
+    ids: (n,) with the tokenizer's special tokens, cut at the network's length. places: (r,) the tokens to classify:
+    the first of a document, or the first piece of each word that was not cut off. rows: (r,) which words these are.
+    targets: (r,) their classes. size: how many words the example has; 1 for a document.
+    """
+
+    ids: np.ndarray
+    places: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    size: int
+
+    @staticmethod
+    def document(example: Example, ids: np.ndarray) -> Item:
+        return Item(ids, np.array([0]), np.array([0]), np.array([example.label]), 1)
+
+    @staticmethod
+    def sentence(example: Example, ids: np.ndarray, places: np.ndarray, rows: np.ndarray) -> Item:
+        """An example without tags, whose classes nobody knows, has targets 0."""
+        tags = np.array(example.tags or [0] * len(example.words), dtype=np.int64)
+        return Item(ids, places, rows, tags[rows], len(example.words))
+
+
+class Network(Protocol):
+    format: str  # of a saved one
+    module: nn.Module  # in fp32, on its device
+    dtype: torch.dtype  # that training is to keep its parameters in
+
+    def encode(self, examples: list[Example]) -> list[Item]: ...
+
+    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+        """A batch in the parts that go through the network together."""
+
+    def logits(self, items: list[Item], step: int | None) -> Tensor:
+        """(Σ r, classes), in the order of the items. step: of training, with dropout; None: without."""
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, sizes and tokenizer into a folder, in `format`."""
+
+
+@dataclass
+class Outcome:
+    """What training from one seed gave. Probabilities: for each example (its size, classes)."""
+
+    seed: int
+    score: float  # on dev
+    dev: list[np.ndarray]
+    test: list[np.ndarray]
+    epochs: list[dict] = field(default_factory=list)  # the figures of each
+    best_epoch: int | None = None
+    network: Network | None = None  # as it was in the best epoch
+
+
+def fit(
+    network: Network, data: Dataset, config: FineTuneConfig, seed: int, score: Callable[[list[np.ndarray]], float]
+) -> Outcome:
+    """Trains the network on data.train. score: of probabilities for data.dev, higher is better; of epochs with the
+    same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
+    training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
+    lengths = np.array([len(item.ids) for item in training])
+    total = config.epochs * int(lengths.sum())
+    device = next(network.module.parameters()).device
+    optimizer = Optimizer(network.module, network.dtype, BETAS, WEIGHT_DECAY)
+    weights = class_weights(training, len(data.labels)) if config.class_weights else np.ones(len(data.labels))
+    weights = torch.tensor(weights, dtype=torch.float32, device=device)
+
+    done = step = 0
+    history: list[dict] = []
+    best: tuple[tuple[float, float], dict[str, Tensor], list[np.ndarray]] | None = None
+    best_epoch = 0
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"seed {seed}", dynamic_ncols=True, mininterval=1) as bar:
+        for epoch in range(1, config.epochs + 1):
+            order = np.argsort(permutation_keys(len(training), key(seed, "fine-tuning", epoch)))
+            loss_sum = weight_sum = 0.0
+            for batch in batches(lengths, config.tokens_per_batch, order):
+                loss, weight = _backward(network, [training[i] for i in batch], config.tokens_per_batch, step, weights)
+                tokens = int(lengths[batch].sum())
+                done, step = done + tokens, step + 1
+                rate = learning_rate(done, total, config.learning_rate, WARMUP, 0.0)
+                _, applied = optimizer.step(rate, max(weight, 1e-12), CLIP)
+                if not applied:
+                    raise ValueError(
+                        f"the gradient of step {step} is not finite at --learning-rate {config.learning_rate}; "
+                        "choose a lower one"
+                    )
+                loss_sum, weight_sum = loss_sum + loss, weight_sum + weight
+                bar.update(tokens)
+            probabilities = predict(network, dev)
+            line = {
+                "epoch": epoch, "loss": loss_sum / weight_sum, "dev_loss": mean_loss(probabilities, dev),
+                "dev_score": score(probabilities),
+            }  # fmt: skip
+            history.append(line)
+            bar.set_postfix_str(f"epoch {epoch}: loss {line['loss']:.3f}, dev {line['dev_score']:.4f}")
+            merit = line["dev_score"], -line["dev_loss"]
+            if best is None or merit > best[0]:
+                state = {name: p.detach().clone() for name, p in network.module.named_parameters()}
+                best, best_epoch = (merit, state, probabilities), epoch
+            elif epoch - best_epoch >= PATIENCE:
+                break
+    with torch.no_grad():
+        for name, p in network.module.named_parameters():
+            p.copy_(best[1][name])
+    network.module.zero_grad(set_to_none=True)  # or the gradients would live as long as the network
+    return Outcome(seed, best[0][0], best[2], predict(network, test), history, best_epoch, network)
+
+
+def class_weights(items: list[Item], classes: int) -> np.ndarray:
+    """(classes,) N / (number of classes that occur × n of the class), so that all those weigh the same; 0 for the
+    others, which no loss has."""
+    counts = np.bincount(np.concatenate([item.targets for item in items]), minlength=classes)
+    return counts.sum() / ((counts > 0).sum() * np.maximum(counts, 1)) * (counts > 0)
+
+
+def batches(lengths: np.ndarray, tokens: int, order: np.ndarray) -> Iterator[list[int]]:
+    """The indices in `order` cut where the next one would bring a batch over `tokens`."""
+    batch: list[int] = []
+    inside = 0
+    for i in order.tolist():
+        if batch and inside + lengths[i] > tokens:
+            yield batch
+            batch, inside = [], 0
+        batch.append(i)
+        inside += int(lengths[i])
+    if batch:
+        yield batch
+
+
+def _backward(network: Network, items: list[Item], tokens: int, step: int, weights: Tensor) -> tuple[float, float]:
+    """Adds the gradient of the summed, weighted loss. Returns that loss and the sum of the weights."""
+    sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
+    for part in network.parts(items, tokens):
+        targets = torch.from_numpy(np.concatenate([item.targets for item in part])).to(weights.device)
+        if len(targets):
+            weight = weights[targets]
+            loss = (cross_entropy(network.logits(part, step), targets) * weight).sum()
+            loss.backward()
+            sums += torch.stack([loss.detach(), weight.sum()])
+    loss, weight = sums.tolist()
+    return loss, weight
+
+
+@torch.no_grad()
+def predict(network: Network, items: list[Item]) -> list[np.ndarray]:
+    """Of each item (size, classes) probabilities. A word that was cut off has class 0, no entity, for certain."""
+    results: list[np.ndarray] = [np.zeros(0)] * len(items)
+    order = np.argsort([len(item.ids) for item in items], kind="stable")
+    number = {id(item): i for i, item in enumerate(items)}
+    for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
+        for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
+            found = network.logits(part, None).double().softmax(1).cpu().numpy()
+            for item, p in zip(part, np.split(found, np.cumsum([len(item.rows) for item in part])[:-1])):
+                whole = np.zeros((item.size, found.shape[1]))
+                whole[:, 0] = 1
+                whole[item.rows] = p
+                results[number[id(item)]] = whole
+    return results
+
+
+def mean_loss(probabilities: list[np.ndarray], items: list[Item]) -> float:
+    """In nats, over all places that the network saw."""
+    of_targets = [p[item.rows, item.targets] for p, item in zip(probabilities, items)]
+    return float(-np.log(np.maximum(np.concatenate(of_targets), 1e-30)).mean())

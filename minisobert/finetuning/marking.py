@@ -1,0 +1,43 @@
+"""Entities in a text, shown to a person."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+from minisobert.tasks import metrics
+
+# a word of letters, digits and the signs of names (node.js, C++, scikit-learn), or one other sign: as the corpus cuts
+WORD = re.compile(r"\w[^\s,;:!?()\"']*[\w+#]|\w|[^\w\s]")
+COLOURS = 31, 32, 33, 34, 35, 36
+
+
+def words(text: str) -> list[tuple[int, int]]:
+    """From where to where in the text each word goes."""
+    return [match.span() for match in WORD.finditer(text)]
+
+
+def mark(text: str, spans: Sequence[tuple[int, int]], tags: Sequence[str], colour: bool) -> str:
+    """The text with `[entity](Type)` for each entity, or with a colour of its type and the type after it.
+
+    spans: from where to where each word goes; tags: their BIO tags.
+    """
+    parts, at = [], 0
+    for kind, first, stop in sorted(metrics.entities(tags), key=lambda entity: entity[1]):
+        begin, end = spans[first][0], spans[stop - 1][1]
+        found = text[begin:end]
+        shade = COLOURS[zlib.crc32(kind.encode()) % len(COLOURS)]
+        shown = f"\x1b[1;{shade}m{found}\x1b[0;{shade}m {kind}\x1b[0m" if colour else f"[{found}]({kind})"
+        parts += [text[at:begin], shown]
+        at = end
+    return "".join([*parts, text[at:]])
+
+
+def mark_words(sentence: Sequence[str], tags: Sequence[str]) -> str:
+    """The same of words with a space between them, without colours."""
+    spans, at = [], 0
+    for word in sentence:
+        spans.append((at, at + len(word)))
+        at += len(word) + 1
+    return mark(" ".join(sentence), spans, tags, colour=False)

@@ -1,0 +1,173 @@
+"""The folder of results: report.md for a person, metrics.json for a program, predictions, plots, the model.
+
+Figures are of test. Those of all seeds are averaged; whatever needs one model (tables, plots, errors, predictions)
+is of the seed that is best on dev.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from minisobert.config import FineTuneConfig
+from minisobert.finetuning import evaluation, figures, marking
+from minisobert.finetuning.evaluation import Evaluation
+from minisobert.finetuning.loop import Outcome
+from minisobert.tasks.dataset import Dataset
+from minisobert.training.checkpoint import write_json
+
+WORST = 20
+WIDEST = 8  # classes of a table that a page has room for; the plot has them all
+SHOWN = 1_000  # characters of a document among the worst errors
+
+
+def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
+    evaluations = [evaluation.evaluate(data, data.test, outcome.test) for outcome in outcomes]
+    best = evaluation.best(outcomes)
+    evaluated = evaluations[outcomes.index(best)]
+    results = {
+        "task": config.task,
+        "model": config.model,
+        "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
+        "seeds": [
+            {"seed": o.seed, **e.figures, f"dev_{evaluation.main_figure(data)}": o.score, "best_epoch": o.best_epoch,
+             "epochs": o.epochs}
+            for o, e in zip(outcomes, evaluations)
+        ],
+        **evaluation.mean_and_deviation([e.figures for e in evaluations]),
+        "best_seed": best.seed,
+        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
+        "classes": evaluated.classes,
+        "confusion": evaluated.confusion.tolist(),
+        "notes": data.notes,
+        "settings": dataclasses.asdict(config),
+    }  # fmt: skip
+    write_json(folder / "metrics.json", results)
+    write_predictions(folder / "predictions.csv", data, best.test)
+    figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion)
+    if data.kind == "sequence":
+        p, truth = np.concatenate(best.test), np.array([e.label for e in data.test])
+        figures.curves(folder / "curves.png", data.labels, truth, p)
+    if best.network:
+        (folder / "model").mkdir()
+        best.network.save(folder / "model")
+        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "keep_leak": config.keep_leak}
+        write_json(folder / "model/task.json", {**task, "format": best.network.format})
+    (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
+
+
+def headline(data: Dataset, outcomes: list[Outcome]) -> str:
+    """`f1 0.5712 ± 0.0049 on test, 3 seeds`"""
+    results = evaluation.mean_and_deviation([evaluation.evaluate(data, data.test, o.test).figures for o in outcomes])
+    name = evaluation.main_figure(data)
+    return f"{name} {_plus_minus(results, name)} on test, {_count(len(outcomes), 'seed')}"
+
+
+def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
+    """A row for each document, with the probabilities of all classes; for token tasks a row for each word."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        if data.kind == "sequence":
+            rows.writerow(["id", "label", "predicted", *(f"p_{label}" for label in data.labels)])
+            for e, (p,) in zip(data.test, probabilities):
+                rows.writerow([e.id, data.labels[e.label], data.labels[p.argmax()], *(f"{each:.6f}" for each in p)])
+        else:
+            rows.writerow(["id", "position", "word", "label", "predicted", "probability"])
+            for e, found in zip(data.test, probabilities):
+                for i, (word, tag, p) in enumerate(zip(e.words, e.tags, found)):
+                    rows.writerow([e.id, i, word, data.labels[tag], data.labels[p.argmax()], f"{p.max():.6f}"])
+
+
+def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
+    counts, seeds = results["counts"], results["seeds"]
+    unit = "examples" if data.kind == "sequence" else "sentences"
+    yield f"# {results['task']}: `{results['model']}`\n"
+    yield from _table(
+        ["figure, on test", _count(len(seeds), "seed")], [[n, _plus_minus(results, n)] for n in results["mean"]]
+    )
+    if len(seeds) > 1:
+        yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed}, the "
+        yield "best on dev.\n"
+    on_dev = f"dev_{evaluation.main_figure(data)}"
+    rows = [
+        [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
+        for seed in seeds
+    ]
+    yield from _table(["seed", *results["mean"], on_dev, "best epoch"], rows)
+
+    yield "## Data\n"
+    yield f"{counts['train']:,} {unit} to train on, {counts['dev']:,} in dev, {counts['test']:,} in test.\n"
+    yield from (f"- {note}" for note in data.notes)
+    yield ""
+
+    yield "## Classes\n"
+    rows = [[n, *(f"{x:.4f}" for x in s[:3]), f"{s.support:,}"] for n, s in evaluated.per_class.items()]
+    yield from _table(["", "precision", "recall", "F1", "in test"], rows)
+    yield "## What was taken for what\n"
+    yield f"Of {'documents' if data.kind == 'sequence' else 'words'}. Rows are the truth, columns the prediction.\n"
+    if len(evaluated.classes) <= WIDEST:
+        matrix = zip(evaluated.classes, evaluated.confusion.tolist())
+        yield from _table(["", *evaluated.classes], [[f"**{n}**", *(f"{x:,}" for x in row)] for n, row in matrix])
+    yield "![confusion matrix](confusion.png)\n"
+    if data.kind == "sequence":
+        yield "## Thresholds\n\nEach class against the others; two classes: the second.\n"
+        yield "![ROC and precision-recall curves](curves.png)\n"
+
+    yield f"## The {WORST} worst errors\n"
+    yield "Wrong ones whose truth the model found least likely, the least likely first.\n"
+    yield from _worst(data, best.test)
+
+    yield "## How it was made\n"
+    yield from _table(
+        ["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in results["settings"].items() if v not in ("", ())]
+    )
+    if best.network:
+        command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
+        yield f"`{command}` applies the model to new posts.\n"
+
+
+def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
+    surprise = []  # -log p(truth) of each that is wrong
+    for i, (e, p) in enumerate(zip(data.test, probabilities)):
+        truth = [e.label] if data.kind == "sequence" else list(e.tags)
+        if (p.argmax(1) != truth).any():
+            surprise.append((-np.log(np.maximum(p[np.arange(len(truth)), truth], 1e-30)).sum(), i))
+    for number, (_, i) in enumerate(sorted(surprise, key=lambda pair: -pair[0])[:WORST], 1):
+        e, p = data.test[i], probabilities[i]
+        if data.kind == "sequence":
+            truth, found = data.labels[e.label], data.labels[p[0].argmax()]
+            yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}** with {p[0].max():.1%}\n"
+            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+        else:
+            yield f"{number}. `{e.id}`: the truth, and what was found\n"
+            yield _quoted(marking.mark_words(e.words, evaluation.names(data, e.tags)))
+            yield _quoted(marking.mark_words(e.words, evaluation.names(data, p.argmax(1))))
+    if not surprise:
+        yield "There are none.\n"
+
+
+def _quoted(text: str) -> str:
+    """As code in an item of a list, whatever marks it has."""
+    return "".join(f"        {line}\n" for line in text.splitlines())
+
+
+def _table(columns: list[str], rows: Iterable[list]) -> Iterable[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _plus_minus(results: dict, name: str) -> str:
+    deviation = f" ± {results['std'][name]:.4f}" if "std" in results else ""
+    return f"{results['mean'][name]:.4f}{deviation}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
