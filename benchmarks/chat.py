@@ -49,14 +49,15 @@ def main(argv: list[str] | None = None) -> int:
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             data = sample(finetune.load(config), options.limit)
             opening = prompts.introduction(data, options.shots)
-            texts = [chat.ask([*opening, prompts.question(data, e)]) for e in tqdm(data.test, unit="example")]
-            write(folder, options, config, data, texts, chat)
+            with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
+                texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
+            headline = write(folder, options, config, data, texts, chat)
     except ValueError as error:
         fail(f"benchmarks.chat: {error}")
     except KeyboardInterrupt:
         print(f"\nbenchmarks.chat: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
         return 130
-    print((Path(options.out) / "report.md").read_text(encoding="utf-8"))
+    print(f"{options.out}/report.md: {headline}")
     return 0
 
 
@@ -181,7 +182,8 @@ def evaluate(data: Dataset, classes: list[list[int]]) -> Evaluation:
     return Evaluation({"accuracy": accuracy, "macro_f1": macro_f1}, scores, (*data.labels, UNPARSABLE), confusion)
 
 
-def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: list[str], chat: Chat) -> None:
+def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: list[str], chat: Chat) -> str:
+    """Returns what to print, as `f1 0.5712 on test, 3 of 200 answers unparsable, 0.42 dollars`."""
     asked = data.test
     examples, classes = zip(*(prompts.parse(data, e, text) for e, text in zip(asked, texts)))
     data = dataclasses.replace(data, test=list(examples))
@@ -206,13 +208,17 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
     shown = dataclasses.replace(data, labels=(*data.labels, UNPARSABLE))
     report.write_predictions(folder / "predictions.csv", shown, [np.eye(len(shown.labels))[c] for c in classes])
     (folder / "report.md").write_text("\n".join(_report(results, unparsable)) + "\n", encoding="utf-8")
+    name = evaluation.main_figure(data)
+    cost = f", {account['dollars']:.2f} dollars" if "dollars" in account else ""
+    return f"{name} {results['mean'][name]:.4f} on test, {len(unparsable):,} of {len(texts):,} answers unparsable{cost}"
 
 
 def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
     yield f"# {results['task']}: `{results['model']}`\n"
     yield from table(["figure, on test", ""], [[n, f"{x:.4f}"] for n, x in results["mean"].items()])
-    yield f"\n{results['counts']['test']:,} examples of test. {len(unparsable):,} answers are unparsable and count as "
-    yield "wrong." + (f" {results['invented']:,} entities are in no sentence." if results["task"] == "ner" else "")
+    yield f"\n{len(unparsable):,} of {results['counts']['test']:,} answers are unparsable and count as wrong."
+    if results["task"] == "ner":
+        yield f"{results['invented']:,} entities are not in their sentence and count as false positives."
     yield from ("", *(f"- {note}" for note in results["notes"]), "\n## Classes\n")
     rows = [[n, *(f"{s[x]:.4f}" for x in ("precision", "recall", "f1")), f"{s['support']:,}"]
             for n, s in results["per_class"].items()]  # fmt: skip
@@ -221,7 +227,7 @@ def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
     account = results["account"].items()
     yield from table(["", "in all"], [[n, f"{x:,.4f}" if n == "dollars" else f"{x:,}"] for n, x in account])
     if unparsable:
-        yield "\n## Unparsable answers\n"
+        yield f"\n## Unparsable answers, the first {report.WORST} of them\n"
         yield from (f"- `{name}`: {text[:200]!r}" for name, text in unparsable[: report.WORST])
     yield "\n## How it was made\n"
     yield from table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in results["settings"].items()])

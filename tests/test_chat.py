@@ -240,11 +240,13 @@ def test_a_smaller_sample_is_part_of_a_larger_one():
     assert chat.sample(data, 12) is data
 
 
-def test_the_cost_is_that_of_all_answers(server):
+def test_the_cost_is_that_of_all_answers(server, capsys):
     run(server, limit=5)
     account = run(server, out="again", price_in=2.5, price_out=10, limit=8)["account"]
     assert account["dollars"] == pytest.approx(8 * (100 * 2.5 + 2 * 10) / 1e6)
     assert (account["answers"], account["asked_now"]) == (8, 3)
+    line = "again/report.md: macro_f1 1.0000 on test, 0 of 8 answers unparsable, 0.00 dollars\n"
+    assert capsys.readouterr().out.endswith(line)
 
 
 def entities(server: Server, answers: dict[str, str]) -> None:
