@@ -1,0 +1,237 @@
+"""A chat model on the tasks, without training: `python -m benchmarks.chat --task … --data … --model NAME --out DIR`.
+
+The splits and figures are those of finetune.py, and the folder --out holds metrics.json, predictions.csv and report.md
+in its format, with what the answers have cost. Extra [chat]; the key of the server is read from OPENAI_API_KEY.
+
+Every test example is asked once, at temperature 0, after --shots examples of train; `prompts.py` has the words. An
+answer that is unparsable counts as wrong: it is no class, or none of the sentence's entities.
+
+Answers are kept in --cache, a line each as it comes. The same question to the same model is never asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import finetune
+from benchmarks import prompts, table
+from minisobert.config import FineTuneConfig, Parser, fail
+from minisobert.corpus.hashing import key, permutation_keys
+from minisobert.corpus.shards import new_folder
+from minisobert.finetuning import evaluation, report
+from minisobert.finetuning.evaluation import Evaluation
+from minisobert.tasks import metrics
+from minisobert.tasks.dataset import Dataset
+from minisobert.training.checkpoint import write_json
+
+UNPARSABLE = "unparsable"  # a class of answers, after those of the task
+RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake, or the server's, ends in one line and exit status 2."""
+    options = _options(argv)
+    try:
+        config = FineTuneConfig(
+            task=options.task, model=f"chat:{options.model}, {options.shots or 'zero'}-shot", data=tuple(options.data),
+            out=options.out, keep_leak=options.keep_leak, binary=options.binary,
+        )  # fmt: skip
+        with new_folder(options.out) as folder:
+            chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
+            data = sample(finetune.load(config), options.limit)
+            opening = prompts.introduction(data, options.shots)
+            with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
+                texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
+            headline = write(folder, options, config, data, texts, chat)
+    except ValueError as error:
+        fail(f"benchmarks.chat: {error}")
+    except KeyboardInterrupt:
+        print(f"\nbenchmarks.chat: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
+        return 130
+    print(f"{options.out}/report.md: {headline}")
+    return 0
+
+
+def _options(argv: list[str] | None):
+    parser = Parser(prog="benchmarks.chat", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--task", required=True, choices=tuple(prompts.INSTRUCTIONS))
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="as for finetune.py")
+    parser.add_argument("--model", required=True, metavar="NAME", help="as the server calls it")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results, a new one")
+    parser.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help="(default %(default)s)")
+    parser.add_argument("--shots", type=int, default=0, metavar="N", help="examples shown with each question, in all")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask about a sample of N examples of test")
+    parser.add_argument("--price-in", type=float, metavar="X", help="dollars per million tokens of questions")
+    parser.add_argument("--price-out", type=float, metavar="X", help="dollars per million tokens of answers")
+    parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help="of answers (default %(default)s)")
+    parser.add_argument("--timeout", type=float, default=60, metavar="X", help="seconds for one answer (default 60)")
+    parser.add_argument("--keep-leak", action="store_true", help="as for finetune.py")
+    parser.add_argument("--binary", action="store_true", help="as for finetune.py")
+    options = parser.parse_args(argv)
+    for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
+        if (value := getattr(options, name)) is not None and not least <= value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if not options.base_url.startswith(("http://", "https://")):
+        parser.error(f"--base-url is {options.base_url!r}; it must begin with http:// or https://")
+    if not 0 < options.timeout < float("inf"):
+        parser.error(f"--timeout is {options.timeout}; it must be more than 0")
+    if (options.price_in is None) != (options.price_out is None):
+        parser.error("--price-in and --price-out go together; give both or none")
+    return options
+
+
+class Chat:
+    """A model behind a server, and the cache of its answers. Raises ValueError for what is missing or fails."""
+
+    def __init__(self, model: str, base_url: str, timeout: float, cache: Path):
+        try:
+            import openai
+        except ImportError:
+            raise ValueError("the openai package is missing: pip install 'minisobert[chat]'") from None
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise ValueError("OPENAI_API_KEY is not set; set it, to any word for a server that asks for none")
+        self.model, self.base_url, self.cache, self.error = model, base_url, cache, openai.OpenAIError
+        self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=RETRIES)
+        self.answers = read_cache(cache)
+        self.used: list[dict] = []  # the cache's entry of each question of this run
+        self.asked = 0  # of these, how many were not in the cache
+
+    def ask(self, messages: list[dict]) -> str:
+        """The text of the answer, empty where the model refuses one."""
+        name = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+        if name not in self.answers:
+            self.answers[name] = self._ask(messages)
+            self.asked += 1
+            with open(self.cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": name, "model": self.model, **self.answers[name]}) + "\n")
+        self.used.append(self.answers[name])
+        return self.answers[name]["text"]
+
+    def _ask(self, messages: list[dict]) -> dict:
+        reply = None
+        try:
+            reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
+            text, usage = reply.choices[0].message.content or "", reply.usage
+            counts = {n: getattr(usage, n) if usage else None for n in ("prompt_tokens", "completion_tokens")}
+            if isinstance(text, str) and all(isinstance(n, (int, type(None))) for n in counts.values()):
+                return {"text": text, **counts}
+        except self.error as error:
+            raise ValueError(f"{self.base_url}: {error}; {self.cache} keeps the answers so far") from None
+        except (ValueError, AttributeError, TypeError, IndexError):
+            pass  # what came is not JSON, or not of the protocol
+        raise ValueError(f"{self.base_url} sent no chat completion; {self.cache} keeps the answers so far")
+
+
+def read_cache(path: Path) -> dict[str, dict]:
+    """The answers by their question's hash. A line that was cut off is asked again. Raises ValueError for a file that
+    is something else, or that cannot be written."""
+    answers = {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            text = file.read()
+            for line in text.splitlines():
+                try:
+                    entry = json.loads(line)
+                    answers[entry["key"]] = {n: entry[n] for n in ("text", "prompt_tokens", "completion_tokens")}
+                except (ValueError, KeyError, TypeError):
+                    continue
+            if text.strip() and not answers and text.endswith("\n"):
+                raise ValueError(f"--cache {path} holds no answers; name another file")
+            if text and not text.endswith("\n"):
+                file.write("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"--cache {path} is not UTF-8; name another file") from None
+    except OSError as error:
+        raise ValueError(f"--cache {path}: {error.strerror}") from None
+    return answers
+
+
+def sample(data: Dataset, limit: int | None) -> Dataset:
+    """With `limit` examples of test, those with the smallest hashes: a smaller sample is part of a larger one."""
+    if limit is None or limit >= len(data.test):
+        return data
+    chosen = np.argsort(permutation_keys(len(data.test), key(0, "chat test")))[:limit]
+    note = f"{limit:,} of the {len(data.test):,} examples of test, drawn by a hash"
+    return dataclasses.replace(data, test=[data.test[i] for i in sorted(chosen)], notes=[*data.notes, note])
+
+
+def evaluate(data: Dataset, classes: list[list[int]]) -> Evaluation:
+    """As finetune.py does, without ROC. The unparsable are a column of the confusion of documents; of macro-F1 they are
+    no class. data: with what `prompts.parse` made of test."""
+    one_hot = [np.eye(len(data.labels) + 1)[each] for each in classes]
+    truth = [list(e.tags or [e.label]) for e in data.test]
+    accuracy = float(np.mean([a == b for each in zip(truth, classes) for a, b in zip(*each)]))
+    if data.kind == "token":
+        evaluated = evaluation.evaluate(dataclasses.replace(data, labels=(*data.labels, "O")), data.test, one_hot)
+        return dataclasses.replace(evaluated, figures={**evaluated.figures, "accuracy": accuracy})
+    confusion = metrics.confusion_matrix(np.concatenate(truth), np.concatenate(classes), len(data.labels) + 1)
+    scores = dict(zip(data.labels, metrics.per_class(confusion)))
+    occurs = confusion.sum(0) + confusion.sum(1) > 0
+    macro_f1 = float(np.mean([s.f1 for s, there in zip(scores.values(), occurs) if there]))
+    return Evaluation({"accuracy": accuracy, "macro_f1": macro_f1}, scores, (*data.labels, UNPARSABLE), confusion)
+
+
+def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: list[str], chat: Chat) -> str:
+    """Returns what to print, as `f1 0.5712 on test, 3 of 200 answers unparsable, 0.42 dollars`."""
+    asked = data.test
+    examples, classes = zip(*(prompts.parse(data, e, text) for e, text in zip(asked, texts)))
+    data = dataclasses.replace(data, test=list(examples))
+    evaluated = evaluate(data, list(classes))
+    unparsable = [(e.id, text) for e, text, each in zip(asked, texts, classes) if len(data.labels) in each]
+    account = {n: sum(entry[n] or 0 for entry in chat.used) for n in ("prompt_tokens", "completion_tokens")}
+    account |= {"answers": len(texts), "asked_now": chat.asked}
+    account["without_usage"] = sum(entry["prompt_tokens"] is None for entry in chat.used)
+    if options.price_in is not None:
+        millions = account["prompt_tokens"] / 1e6, account["completion_tokens"] / 1e6
+        account["dollars"] = millions[0] * options.price_in + millions[1] * options.price_out
+    counts = {name: len(getattr(data, name)) for name in ("train", "dev", "test")}
+    results = {
+        "task": config.task, "model": config.model, "counts": counts, "seeds": [{"seed": 1, **evaluated.figures}],
+        **evaluation.mean_and_deviation([evaluated.figures]), "unparsable": len(unparsable),
+        "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)), "account": account,
+        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
+        "classes": evaluated.classes, "confusion": evaluated.confusion.tolist(), "notes": data.notes,
+        "settings": vars(options),
+    }  # fmt: skip
+    write_json(folder / "metrics.json", results)
+    shown = dataclasses.replace(data, labels=(*data.labels, UNPARSABLE))
+    report.write_predictions(folder / "predictions.csv", shown, [np.eye(len(shown.labels))[c] for c in classes])
+    (folder / "report.md").write_text("\n".join(_report(results, unparsable)) + "\n", encoding="utf-8")
+    name = evaluation.main_figure(data)
+    cost = f", {account['dollars']:.2f} dollars" if "dollars" in account else ""
+    return f"{name} {results['mean'][name]:.4f} on test, {len(unparsable):,} of {len(texts):,} answers unparsable{cost}"
+
+
+def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
+    yield f"# {results['task']}: `{results['model']}`\n"
+    yield from table(["figure, on test", ""], [[n, f"{x:.4f}"] for n, x in results["mean"].items()])
+    yield f"\n{len(unparsable):,} of {results['counts']['test']:,} answers are unparsable and count as wrong."
+    if results["task"] == "ner":
+        yield f"{results['invented']:,} entities are not in their sentence and count as false positives."
+    yield from ("", *(f"- {note}" for note in results["notes"]), "\n## Classes\n")
+    rows = [[n, *(f"{s[x]:.4f}" for x in ("precision", "recall", "f1")), f"{s['support']:,}"]
+            for n, s in results["per_class"].items()]  # fmt: skip
+    yield from table(["", "precision", "recall", "F1", "in test"], rows)
+    yield "\n## What the answers cost\n"
+    account = results["account"].items()
+    yield from table(["", "in all"], [[n, f"{x:,.4f}" if n == "dollars" else f"{x:,}"] for n, x in account])
+    if unparsable:
+        yield f"\n## Unparsable answers, the first {report.WORST} of them\n"
+        yield from (f"- `{name}`: {text[:200]!r}" for name, text in unparsable[: report.WORST])
+    yield "\n## How it was made\n"
+    yield from table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in results["settings"].items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
