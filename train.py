@@ -11,6 +11,7 @@ interrupted run was, bit for bit; another layout may be chosen for that.
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 
@@ -28,6 +29,7 @@ from minisobert.training.loop import TooManySkipped, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
+PATIENCE = 30  # seconds
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
@@ -50,14 +52,15 @@ def main(argv: list[str] | None = None) -> int:
 
         with meshes.start(config.tensor_parallel, config.timeout) as mesh:
             return pretrain(run, training, validation, mesh)
-    except ValueError as error:  # a user's mistake, found by all ranks alike
-        if first:
+    except (ValueError, SaveFailed, TooManySkipped) as error:  # known to all ranks alike
+        mistake = isinstance(error, ValueError)
+        if not (first if mistake else str(error)):
+            time.sleep(PATIENCE)  # torchrun ends all when one ends: not before another has said why
+        elif mistake:
             fail(f"train.py: {error}")
-        return 2
-    except (SaveFailed, TooManySkipped) as error:
-        if str(error):
+        else:
             print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 1
+        return 2 if mistake else 1
 
 
 def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:

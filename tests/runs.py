@@ -67,7 +67,7 @@ PATIENCE = 300  # seconds, after which a process is taken to hang
 def _process(log, environments, functions) -> None:
     torch.set_num_threads(1)  # so that bits can be compared
     make_small()
-    mesh.ROLL_CALL = 1.5
+    mesh.ROLL_CALL, train.PATIENCE = 1.5, 0.5
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
