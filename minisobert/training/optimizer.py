@@ -44,7 +44,6 @@ class Optimizer:
         *,
         sharded: bool = False,
         sequence_parallel: bool = False,
-        overlap: bool = True,
         eps: float = 1e-8,
     ):
         """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were."""
@@ -58,7 +57,7 @@ class Optimizer:
         flat.adopt()
         masters = masters or [flat.weights[place] for _, _, place in owned]
         self.pieces = [Piece(*where, master) for where, master in zip(owned, masters)]
-        kind = OverlappedGradients if overlap and self.mesh.world > 1 else Gradients
+        kind = OverlappedGradients if self.mesh.world > 1 else Gradients
         self.gradients = kind(flat, self.mesh, sharded)
 
         decays = [flat.parameters[piece.name].dim() > 1 for piece in self.pieces]
