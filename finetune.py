@@ -23,7 +23,6 @@ from minisobert.finetuning.loop import Outcome
 from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
 
-SPLIT_SEED = 0  # where a task has no split of its own: the same for every model and every training seed
 OPTIONS = {"quality": "keep_leak", "closed": "binary"}  # what a task can be read otherwise by
 
 
@@ -56,7 +55,7 @@ def starting_point(config: FineTuneConfig):
 def load(config: FineTuneConfig) -> Dataset:
     option = OPTIONS.get(config.task)
     options = {option: getattr(config, option)} if option else {}
-    data = tasks.TASKS[config.task]([Path(path) for path in config.data], SPLIT_SEED, **options)
+    data = tasks.TASKS[config.task]([Path(path) for path in config.data], tasks.SPLIT_SEED, **options)
     for name in ("train", "dev", "test"):
         if not getattr(data, name):
             raise ValueError(f"{', '.join(config.data)} gives no example for {name}; all three splits need some")

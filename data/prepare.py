@@ -13,7 +13,7 @@ import signal
 import sys
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import decontamination
+from data.decontamination import Texts
 from data.inputs import check, documents
 from minisobert.config import Parser, fail
 from minisobert.corpus.hashing import key, permutation_keys
@@ -45,19 +47,22 @@ def prepare(
     min_score: int | None = None,
     kind: str = "all",
     tokenizer: str | Path | None = None,
+    decontaminate: Sequence[str] = (),
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
     workers: processes; default: one for each core that this process may use. kind: all, questions or answers.
-    tokenizer: the file of a tokenizer to use, in place of training one. Raises ValueError, in one line, for whatever
-    is wrong with the input or the settings; `out` appears only when it is complete.
+    tokenizer: the file of a tokenizer to use, in place of training one. decontaminate: TASK=PATH, each a task's files
+    whose dev and test texts the corpus must not hold. Raises ValueError, in one line, for whatever is wrong with the
+    input or the settings; `out` appears only when it is complete.
     """
     inputs = [Path(path) for path in inputs]
     _check_settings(vocab_size, workers)
     total_bytes = check(inputs)
     if tokenizer is not None:
         tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
-    with new_folder(out) as work, _pool(workers) as pool:
+    texts = decontamination.read(decontaminate)
+    with new_folder(out) as work, _pool(workers, texts) as pool:
         spool, model = work / "spool", work / "tokenizer.model"
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
@@ -96,6 +101,7 @@ def prepare(
             "seed": seed,
             "kind": kind,
             "min_score": min_score,
+            "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
         }
         write_meta(work, **meta)
@@ -111,18 +117,29 @@ def _check_settings(vocab_size: int, workers: int | None) -> None:
 
 
 @contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
-    """The processes; None for a single one, where everything runs in this process."""
+def _pool(workers: int | None, texts: Texts) -> Iterator[ProcessPoolExecutor | None]:
+    """The processes; None for a single one, where everything runs in this process. texts: not to be in a document."""
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers == 1:
+        _look_for(texts)
         yield None
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for us
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (texts,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(texts: Texts) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    _look_for(texts)
+
+
+def _look_for(texts: Texts) -> None:
+    global _unwanted  # in each process once: too large to go along with every batch
+    _unwanted = texts
 
 
 def _in_order(pool, function, items) -> Iterator:
@@ -160,11 +177,13 @@ def _strings(document: Post | str) -> list[str]:
     return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
 
 
-def _render(batch) -> tuple[bytes, list[int], int]:
-    """In a worker: the texts in one piece, the bytes of each, and the characters of all."""
+def _render(batch) -> tuple[bytes, list[int], list[str | None], int]:
+    """In a worker: the texts in one piece, the bytes of each, the task of a text it holds, and all characters."""
     found = [document if isinstance(document, str) else document.text() for *_, document in batch]
+    tasks = [_unwanted.task_of(text) for text in found]
+    found = ["" if task else text for text, task in zip(found, tasks)]
     encoded = [text.encode() for text in found]
-    return b"".join(encoded), [len(text) for text in encoded], sum(map(len, found))
+    return b"".join(encoded), [len(text) for text in encoded], tasks, sum(map(len, found))
 
 
 def _write_spool(spool: Path, batches, dropped: Counter, pool) -> tuple[np.ndarray, dict[str, int]]:
@@ -173,13 +192,13 @@ def _write_spool(spool: Path, batches, dropped: Counter, pool) -> tuple[np.ndarr
     counts = {"posts": 0, "comments": 0, "characters": 0}
     end = 0
     with open(spool, "wb") as file:
-        for batch, (content, sizes, characters) in _in_order(pool, _render, batches):
+        for batch, (content, sizes, tasks, characters) in _in_order(pool, _render, batches):
             file.write(content)
             counts["characters"] += characters
-            for (source, thread, document), size in zip(batch, sizes):
+            for (source, thread, document), size, task in zip(batch, sizes, tasks):
                 comments = len(document.comments) if isinstance(document, Post) else 0
                 if size == 0:
-                    dropped["empty"] += 1
+                    dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
                     dropped["comments of dropped posts"] += comments
                     continue
                 end += size
@@ -264,6 +283,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out threads")
     parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a lower score")
     parser.add_argument("--posts", choices=KINDS, default="all", help="which posts, each with its comments")
+    parser.add_argument(
+        "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",
+        help="leave out documents with a dev or test text of these files of finetune.py's tasks",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         meta = prepare(
@@ -274,6 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             min_score=options.min_score,
             kind=options.posts,
+            decontaminate=options.decontaminate,
         )
     except KeyboardInterrupt:
         print("data.prepare: interrupted; nothing was written", file=sys.stderr)

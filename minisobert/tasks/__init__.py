@@ -3,3 +3,4 @@
 from minisobert.tasks import closed, ner, obsoletion, quality
 
 TASKS = {"quality": quality.load, "closed": closed.load, "ner": ner.load, "obsoletion": obsoletion.load}
+SPLIT_SEED = 0  # where a task has no split of its own: the same for every model, training seed and corpus

@@ -1,0 +1,69 @@
+"""Which documents hold what a model will be tested on: `data.prepare --decontaminate TASK=PATH …`.
+
+The texts are those of dev and test that `finetune.py --task TASK --data PATH …` gets without further options. A
+document holds one of them where
+
+- it shares RUN words in a row with the text, which is how GPT-3's overlap was counted (Brown et al. 2020, appendix C);
+- the text is shorter than that, and is the whole document or, from LINE words on, one of its lines, such as its title.
+
+Words are runs of letters and digits, whatever their case: white space and punctuation do not hide a text. It is
+meant to leave out too much rather than too little: what everybody pastes (the head of a pom.xml) counts too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from minisobert.tasks import SPLIT_SEED, TASKS
+
+RUN = 13
+LINE = 5  # "thanks in advance" is a sentence of ner's test, and a line of many posts
+_WORD = re.compile(r"[^\W_]+")
+
+
+class Texts:
+    """Dev and test texts of some tasks, made to be looked for."""
+
+    def __init__(self, texts: Iterable[tuple[str, str]]):
+        """texts: (task, text); of equal texts the first one's task counts."""
+        self.counts: Counter = Counter()  # of texts of each task
+        self.runs: dict[str, str] = {}  # RUN words in a row, or all words of a shorter text → task
+        for task, text in texts:
+            self.counts[task] += 1
+            for run in _runs(words(text)):
+                self.runs.setdefault(run, task)
+
+    def task_of(self, document: str) -> str | None:
+        """The task of a text that the document holds."""
+        if not self.runs:
+            return None
+        found = [words(line) for line in document.split("\n")]
+        whole = [word for line in found for word in line]
+        lines = (" ".join(line) for line in found if LINE <= len(line) < RUN)
+        return next((self.runs[run] for run in (*_runs(whole), *lines) if run in self.runs), None)
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _runs(found: list[str]) -> Iterator[str]:
+    """RUN words in a row, from each word on; of fewer words, all."""
+    for i in range(max(len(found) - RUN + 1, min(len(found), 1))):
+        yield " ".join(found[i : i + RUN])
+
+
+def read(named: Sequence[str]) -> Texts:
+    """The texts of several TASK=PATH; those of one task go together. Raises ValueError for whatever is wrong with
+    them."""
+    paths: dict[str, list[Path]] = {}
+    for name in named:
+        task, _, path = name.partition("=")
+        if task not in TASKS or not path:
+            raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
+        paths.setdefault(task, []).append(Path(path))
+    data = {task: TASKS[task](files, SPLIT_SEED) for task, files in paths.items()}
+    return Texts((task, e.text or " ".join(e.words)) for task, d in data.items() for e in (*d.dev, *d.test))
