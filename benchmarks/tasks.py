@@ -1,7 +1,8 @@
 """All models on all tasks: `python -m benchmarks.tasks RESULT_FOLDER …`, a table from the folders' metrics.json.
 
 The folders are those of finetune.py and benchmarks.chat. Figures are percentages of test: the mean ± the standard
-deviation over the seeds, with the number of test examples. Below them stand the figures of docs/published-results.md.
+deviation over the seeds, with the number of test examples. Below them stand the figures of docs/published-results.md,
+and by how much the model that is named first on a task is better than the others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import table
 from minisobert.config import Parser, fail, words
@@ -40,15 +42,16 @@ def main(argv: list[str] | None = None) -> int:
 def lines(folders: list[Path], page: Path) -> list[str]:
     """The table in Markdown and what has to be said about it. Raises ValueError where a folder or the page can't be
     read, and where two folders hold results of the same model on the same task."""
+    of_task: dict[str, list[Result]] = defaultdict(list)
     ours: dict[str, dict[str, str]] = defaultdict(dict)  # model → task → cell
-    folder_of, sizes = {}, defaultdict(set)
-    for folder in folders:
-        task, model, size, cell = result(folder)
-        if task in ours[model]:
-            other = folder_of[task, model]
-            raise ValueError(f"{other} and {folder} both hold {model} on {task}; name one of them")
-        ours[model][task], folder_of[task, model] = cell, folder
-        sizes[task].add(size)
+    for found in map(result, folders):
+        for other in of_task[found.task]:
+            if other.model == found.model:
+                raise ValueError(
+                    f"{other.folder} and {found.folder} both hold {found.model} on {found.task}; name one of them"
+                )
+        of_task[found.task].append(found)
+        ours[found.model][found.task] = found.cell
     theirs: dict[str, dict[str, str]] = defaultdict(dict)
     for row in published(page):
         cell = " / ".join(row[name] for name in FIGURES[row["task"]].values())
@@ -56,11 +59,16 @@ def lines(folders: list[Path], page: Path) -> list[str]:
     columns = [f"{task}: {' / '.join(figures.values())}" for task, figures in FIGURES.items()]
     rows = [[model, *(cells.get(task, "") for task in FIGURES)] for model, cells in [*ours.items(), *theirs.items()]]
     notes = [
-        f"{task}: the results are of {words([f'{n:,}' for n in sorted(of_task)], 'and')} test examples, not of the "
+        f"{task}: the results are of {words([f'{n:,}' for n in sorted(sizes)], 'and')} test examples, not of the "
         "same ones; compare them with care."
-        for task, of_task in sizes.items()
-        if len(of_task) > 1
+        for task, results in of_task.items()
+        if len(sizes := {found.size for found in results}) > 1
     ]
+    better = [
+        difference(first, other) for first, *others in of_task.values() for other in others if other.size == first.size
+    ]
+    if better:
+        notes += ["", *table(["task, figure", "model", "beside", "difference ± its standard error", ""], better)]
     return [
         *table(["model", *columns], rows),
         "",
@@ -70,23 +78,47 @@ def lines(folders: list[Path], page: Path) -> list[str]:
     ]
 
 
-def result(folder: Path) -> tuple[str, str, int, str]:
-    """(task, model, number of test examples, cell) of a folder of results."""
+class Result(NamedTuple):
+    folder: Path
+    task: str
+    model: str
+    size: int  # of test
+    seeds: int
+    mean: dict[str, float]
+    std: dict[str, float]  # over the seeds; empty for a single one
+
+    @property
+    def cell(self) -> str:
+        spread = {name: f" ± {100 * self.std[name]:.1f}" if self.std else "" for name in FIGURES[self.task]}
+        figures = " / ".join(f"{100 * self.mean[name]:.1f}{spread[name]}" for name in spread)
+        return f"{figures} (n {self.size:,}{f', {self.seeds} seeds' if self.seeds > 1 else ''})"
+
+
+def result(folder: Path) -> Result:
+    """What a folder holds."""
     path = folder / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        task, model, seeds = found["task"], found["model"], len(found["seeds"])
-        size, mean, std = found["counts"]["test"], found["mean"], found.get("std", {})
-        figures = [
-            f"{100 * mean[name]:.1f}" + (f" ± {100 * std[name]:.1f}" if seeds > 1 else "") for name in FIGURES[task]
-        ]
+        task, seeds = found["task"], len(found["seeds"])
+        std = found["std"] if seeds > 1 else {}
         options = [f"--{name.replace('_', '-')}" for name in ("keep_leak", "binary") if found["settings"].get(name)]
-        cell = f"{' / '.join(figures)} (n {size:,}{f', {seeds} seeds' if seeds > 1 else ''})"
-        return task, " ".join([model, *options]), size, cell
+        model = " ".join([found["model"], *options])
+        mean, std = ({name: float(of[name]) for name in FIGURES[task] if of} for of in (found["mean"], std))
+        return Result(folder, task, model, found["counts"]["test"], seeds, mean, std)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the --out of finetune.py or benchmarks.chat") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not what finetune.py or benchmarks.chat writes; make the results again") from None
+
+
+def difference(one: Result, other: Result) -> list[str]:
+    """A row: the main figure of one less that of the other; the standard error of a difference of means is that of
+    independent samples, sqrt(s₁²/n₁ + s₂²/n₂), and what has a single seed adds none to it."""
+    name, shown = list(FIGURES[one.task].items())[-1]
+    error = sum(r.std[name] ** 2 / r.seeds for r in (one, other) if r.std) ** 0.5
+    less = one.mean[name] - other.mean[name]
+    times = f"{less / error:.1f} standard errors" if error else ""
+    return [f"{one.task}, {shown}", one.model, other.model, f"{100 * less:+.2f} ± {100 * error:.2f}", times]
 
 
 def published(page: Path) -> list[dict[str, str]]:

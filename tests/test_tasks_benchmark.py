@@ -32,7 +32,9 @@ def test_results_stand_above_the_published_figures(tmp_path, capsys):
     assert lines[3] == "| chat:gpt, 5-shot | 40.0 / 30.0 (n 1,200) |  |  |  |"
     assert "| bert-base-cased † (SELU) | 84.7 / 84.7 | 68.9 / 54.5 |  |  |" in lines
     assert "| SoftNER † (Tabassum et al. 2020) |  |  | 79.10 |  |" in lines
-    assert lines[-1] == "† Published elsewhere, on other splits: docs/published-results.md."
+    assert "† Published elsewhere, on other splits: docs/published-results.md." in lines
+    # 0.0049 / sqrt(3) = 0.00283
+    assert lines[-1].startswith("| quality, macro-F1 | runs/base | chat:gpt, 5-shot | +57.10 ± 0.28 |")
 
 
 def test_results_of_other_options_and_sizes_are_told_apart(tmp_path):
@@ -42,6 +44,16 @@ def test_results_of_other_options_and_sizes_are_told_apart(tmp_path):
     lines = tasks.lines([plain, leak], tasks.PUBLISHED)
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| tfidf", "| tfidf --keep-leak"]
     assert lines[-1].startswith("quality: the results are of 80 and 1,200 test examples")
+
+
+def test_the_difference_of_two_models_is_measured_in_its_standard_error(tmp_path):
+    """That of Welch's test, from scipy."""
+    one = folder(tmp_path / "a", "ner", "runs/base", {"f1": 0.61}, {"f1": 0.007})
+    other = folder(tmp_path / "b", "ner", "random:base", {"f1": 0.58}, {"f1": 0.013})
+    stats = pytest.importorskip("scipy.stats")
+    t, _ = stats.ttest_ind_from_stats(0.61, 0.007, 3, 0.58, 0.013, 3, equal_var=False)
+    last = tasks.lines([one, other], tasks.PUBLISHED)[-1]
+    assert last == f"| ner, F1 | runs/base | random:base | +3.00 ± {3 / t:.2f} | {t:.1f} standard errors |"
 
 
 def test_the_page_has_the_figures_of_the_issue():
