@@ -90,8 +90,8 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
         ["figure, on test", _count(len(seeds), "seed")], [[n, _plus_minus(results, n)] for n in results["mean"]]
     )
     if len(seeds) > 1:
-        yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed}, the "
-        yield "best on dev.\n"
+        yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed},"
+        yield "the best on dev.\n"
     on_dev = f"dev_{evaluation.main_figure(data)}"
     rows = [
         [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
