@@ -5,12 +5,14 @@
     python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
     python finetune.py --predict posts.jsonl --model results/ner-base
 
-The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It appears when
-all of it is there.
+The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed (of TF-IDF none).
+It appears when all of it is there.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,11 +29,12 @@ OPTIONS = {"quality": "keep_leak", "closed": "binary"}  # what a task can be rea
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0. A user's mistake ends in one line on standard error and exit status 2."""
+    """Returns 0, or 130 after Ctrl-C. A user's mistake ends in one line on standard error and exit status 2."""
     config = parse(FineTuneConfig, argv, prog="finetune.py", description=__doc__.splitlines()[0])
     try:
         if config.predict:
             apply.apply(config.model, config.predict)
+            sys.stdout.flush()
             return 0
         with new_folder(config.out) as folder:
             pyplot()  # is there, or training would be in vain
@@ -39,8 +42,14 @@ def main(argv: list[str] | None = None) -> int:
             data = load(config)
             outcomes = train(start, data, config)
             report.write(folder, config, data, outcomes)
-    except ValueError as error:
+    except BrokenPipeError:  # who reads the predictions has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
         fail(f"finetune.py: {error}")
+    except KeyboardInterrupt:
+        print("finetune.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
     return 0
 
@@ -55,15 +64,7 @@ def starting_point(config: FineTuneConfig):
 def load(config: FineTuneConfig) -> Dataset:
     option = OPTIONS.get(config.task)
     options = {option: getattr(config, option)} if option else {}
-    data = tasks.TASKS[config.task]([Path(path) for path in config.data], tasks.SPLIT_SEED, **options)
-    for name in ("train", "dev", "test"):
-        if not getattr(data, name):
-            raise ValueError(f"{', '.join(config.data)} gives no example for {name}; all three splits need some")
-    if data.kind == "sequence":
-        seen = {e.label for e in data.train}
-        if unseen := [label for i, label in enumerate(data.labels) if i not in seen]:
-            raise ValueError(f"train has no example of {', '.join(unseen)}; give data with every class")
-    return data
+    return tasks.TASKS[config.task]([Path(path) for path in config.data], tasks.SPLIT_SEED, **options)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:
@@ -78,4 +79,5 @@ def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())

@@ -4,7 +4,8 @@ The splits and figures are those of finetune.py, and the folder --out holds metr
 in its format, with what the answers have cost. Extra [chat]; the key of the server is read from OPENAI_API_KEY.
 
 Every test example is asked once, at temperature 0, after --shots examples of train; `prompts.py` has the words. An
-answer that is unparsable counts as wrong: it is no class, or none of the sentence's entities.
+answer that is unparsable counts as wrong: it is no class, or none of the sentence's entities. So does one that the
+server refuses with a 400, for its length or its content.
 
 Answers are kept in --cache, a line each as it comes. The same question to the same model is never asked again.
 """
@@ -15,9 +16,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -46,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
             out=options.out, keep_leak=options.keep_leak, binary=options.binary,
         )  # fmt: skip
         with new_folder(options.out) as folder:
-            chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             data = sample(finetune.load(config), options.limit)
+            chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
                 texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
             headline = write(folder, options, config, data, texts, chat)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(f"benchmarks.chat: {error}")
     except KeyboardInterrupt:
         print(f"\nbenchmarks.chat: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
@@ -80,8 +83,13 @@ def _options(argv: list[str] | None):
     for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
         if (value := getattr(options, name)) is not None and not least <= value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not options.base_url.startswith(("http://", "https://")):
-        parser.error(f"--base-url is {options.base_url!r}; it must begin with http:// or https://")
+    try:
+        parts = urlsplit(options.base_url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of the port
+        sound = False
+    if not sound:
+        parser.error(f"--base-url is {options.base_url!r}; it must be an address like http://localhost:8000/v1")
     if not 0 < options.timeout < float("inf"):
         parser.error(f"--timeout is {options.timeout}; it must be more than 0")
     if (options.price_in is None) != (options.price_out is None):
@@ -99,7 +107,8 @@ class Chat:
             raise ValueError("the openai package is missing: pip install 'minisobert[chat]'") from None
         if not os.environ.get("OPENAI_API_KEY"):
             raise ValueError("OPENAI_API_KEY is not set; set it, to any word for a server that asks for none")
-        self.model, self.base_url, self.cache, self.error = model, base_url, cache, openai.OpenAIError
+        self.model, self.base_url, self.cache = model, base_url, cache
+        self.error, self.refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=RETRIES)
         self.answers = read_cache(cache)
         self.used: list[dict] = []  # the cache's entry of each question of this run
@@ -107,7 +116,7 @@ class Chat:
 
     def ask(self, messages: list[dict]) -> str:
         """The text of the answer, empty where the model refuses one."""
-        name = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+        name = hashlib.sha256(json.dumps([self.base_url, self.model, messages]).encode()).hexdigest()
         if name not in self.answers:
             self.answers[name] = self._ask(messages)
             self.asked += 1
@@ -125,6 +134,8 @@ class Chat:
             if isinstance(text, str) and all(isinstance(n, (int, type(None))) for n in counts.values()):
                 return {"text": text, **counts}
         except self.error as error:
+            if isinstance(error, self.refusal) and self.used:  # of this post; of the first, everything may be wrong
+                return {"text": f"refused: {error}", "prompt_tokens": None, "completion_tokens": None}
             raise ValueError(f"{self.base_url}: {error}; {self.cache} keeps the answers so far") from None
         except (ValueError, AttributeError, TypeError, IndexError):
             pass  # what came is not JSON, or not of the protocol
@@ -234,4 +245,5 @@ def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C
     sys.exit(main())

@@ -33,7 +33,8 @@ _FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.S)
 
 
 def introduction(data: Dataset, shots: int) -> list[dict]:
-    """The messages before each question: what to do, and examples of train, of all classes in turn."""
+    """The messages before each question: what to do, and examples of train, of all classes in turn; sentences
+    in any order."""
     if shots > len(data.train):
         raise ValueError(f"--shots is {shots:,}; train has {len(data.train):,} examples")
     order = [data.train[i] for i in np.argsort(permutation_keys(len(data.train), key(0, "shots")))]

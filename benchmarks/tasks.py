@@ -113,12 +113,15 @@ def result(folder: Path) -> Result:
 
 def difference(one: Result, other: Result) -> list[str]:
     """A row: the main figure of one less that of the other; the standard error of a difference of means is that of
-    independent samples, sqrt(s₁²/n₁ + s₂²/n₂), and what has a single seed adds none to it."""
+    independent samples, sqrt(s₁²/n₁ + s₂²/n₂), which needs several seeds of both."""
     name, shown = list(FIGURES[one.task].items())[-1]
-    error = sum(r.std[name] ** 2 / r.seeds for r in (one, other) if r.std) ** 0.5
     less = one.mean[name] - other.mean[name]
+    row = [f"{one.task}, {shown}", one.model, other.model]
+    if not (one.std and other.std):
+        return [*row, f"{100 * less:+.2f}", ""]
+    error = (one.std[name] ** 2 / one.seeds + other.std[name] ** 2 / other.seeds) ** 0.5
     times = f"{less / error:.1f} standard errors" if error else ""
-    return [f"{one.task}, {shown}", one.model, other.model, f"{100 * less:+.2f} ± {100 * error:.2f}", times]
+    return [*row, f"{100 * less:+.2f} ± {100 * error:.2f}", times]
 
 
 def published(page: Path) -> list[dict[str, str]]:

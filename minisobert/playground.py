@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,20 @@ class Trained:
 
 
 def load_run(run: str | Path) -> Trained:
-    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none."""
+    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none, or where the
+    tokenizer beside it is another model's."""
     run = Path(run)
     saved = checkpoint.steps(run / "checkpoints")
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
-    config = ModelConfig(**json.loads((run / "config.json").read_text())["model"])
-    model = MaskedLM(config)
+    described = json.loads((run / "config.json").read_text())
+    pieces = run / "tokenizer.model"
+    if hashlib.sha256(pieces.read_bytes()).hexdigest() != described["tokenizer"]:
+        raise ValueError(f"{pieces} is another model's; put the one of the run's --data there")
+    model = MaskedLM(ModelConfig(**described["model"]))
     checkpoint.verify(saved[-1])
     model.load_state_dict(checkpoint.load(saved[-1])["model"])
-    return Trained(model.eval(), Tokenizer(run / "tokenizer.model"))
+    return Trained(model.eval(), Tokenizer(pieces))
 
 
 @torch.no_grad()
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             print(text)
             for guesses in guess(trained, *with_masks(trained, text), best=options.best):
                 print("   ", "   ".join(f"{piece!r} {p:.1%}" for piece, p in guesses))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(f"{parser.prog}: {error}")
 
 

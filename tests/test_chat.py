@@ -313,7 +313,8 @@ def test_entities_after_a_sentence_are_apart_from_it():
     ({"limit": 0}, "--limit is 0; it must be at least 1"),
     ({"timeout": "nan"}, "--timeout is nan; it must be more than 0"),
     ({"price_in": 1}, "--price-in and --price-out go together; give both or none"),
-    ({"base_url": "localhost"}, "--base-url is 'localhost'; it must begin with http:// or https://"),
+    ({"base_url": "localhost"}, "--base-url is 'localhost'; it must be an address like http://localhost:8000/v1"),
+    ({"base_url": "http://a:port"}, "--base-url is 'http://a:port'; it must be an address like http://localhost:8000/v1"),
     ({"cache": "."}, "--cache .: Is a directory"),
     ({"cache": "notes.txt"}, "--cache notes.txt holds no answers; name another file"),
 ])  # fmt: skip
@@ -321,6 +322,30 @@ def test_mistakes_end_in_one_line(server, capsys, options, message):
     Path("notes.txt").write_text("milk\n")
     assert refused(server, capsys, **options) == f"benchmarks.chat: {message}"
     assert not server.requests and Path("notes.txt").read_text() == "milk\n"
+
+
+def test_nothing_is_written_where_the_data_cannot_be_read(server, capsys, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "quality", lambda *args, **options: Path("missing").read_text())
+    assert "missing" in refused(server, capsys, cache="new/answers.jsonl")
+    assert not list(Path().iterdir())
+
+
+def test_a_post_that_the_server_refuses_counts_as_wrong(server, capsys):
+    server.failures = [None, failing(400)]
+    found = run(server)
+    assert found["unparsable"] == 1 and found["mean"]["accuracy"] == 11 / 12
+    assert "refused: Error code: 400" in Path("out/report.md").read_text()
+
+
+def test_a_server_that_refuses_the_first_post_ends_in_a_line(server, capsys):
+    server.failures = [failing(400)]
+    assert "400" in refused(server, capsys)
+
+
+def test_another_server_is_asked_again(server):
+    run(server)
+    run(server, out="again", base_url=server.url.replace("127.0.0.1", "localhost"))
+    assert len(server.requests) == 24
 
 
 def test_a_key_is_asked_for(server, capsys, monkeypatch):

@@ -22,11 +22,13 @@ from minisobert.corpus import tokenizer
 from minisobert.finetuning import encoder, loop, marking
 from minisobert.finetuning.encoder import Network
 from minisobert.model import Classifier, MaskedLM
+from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
 
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128, positions=64)
 WORDS = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
 PYTHON = Path(sys.executable)
+ROOT = Path(__file__).parents[1]
 
 
 def sequence_task(paths, seed, **options) -> Dataset:
@@ -152,11 +154,29 @@ def test_predictions_give_back_the_accuracy(results):
 
 def test_the_saved_model_applies_to_new_posts(results, tmp_path, capsys):
     posts = tmp_path / "posts.jsonl"
-    posts.write_text('{"text": "<p>bar dun</p> <b>please</b> kor"}\n{"text": "bar dun\\nkor"}\n')
+    posts.write_text('{"text": "bar please kor"}\n{"text": " "}\n{"text": "bar dun\\nkor"}\n')
     finetune.main(["--predict", str(posts), "--model", str(results["quality"])])
-    asked, other = capsys.readouterr().out.splitlines()
-    assert asked.startswith("LQ\tHQ")
+    asked, empty, other = capsys.readouterr().out.splitlines()
+    assert asked.startswith("LQ\tHQ") and not empty
     assert other.startswith("HQ\tHQ") and other.endswith("\tbar dun kor")
+
+
+def test_new_posts_are_cleaned_as_those_of_training_were(results, tmp_path, capsys):
+    copy = shutil.copytree(results["quality"], tmp_path / "copy")
+    task = json.loads((copy / "model/task.json").read_text())
+    assert task["cleaning"] == ""
+    (tmp_path / "posts.txt").write_text("<p>bar&nbsp;dun</p> code kor\n")
+    for cleaning, shown in (("", "<p>bar&nbsp;dun</p> code kor"), ("markup", "bar dun code kor"),
+                            ("words", "<p>bar&nbsp;dun</p> kor")):  # fmt: skip
+        (copy / "model/task.json").write_text(json.dumps({**task, "cleaning": cleaning}))
+        finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(copy)])
+        assert capsys.readouterr().out.rstrip("\n").split("\t")[2] == shown
+
+
+def test_a_reader_that_leaves_early_is_no_error(results):
+    command = f"yes 'bar dun' | head -1500 | {PYTHON} finetune.py --predict - --model {results['quality']} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 def test_entities_of_standard_input_are_marked(results):
@@ -232,9 +252,28 @@ def test_class_weights_make_classes_count_alike():
     assert weights[0] * 3 == pytest.approx(weights[2]) and weights[1] == 0
 
 
-def test_class_weights_are_taken(tmp_path, pieces):
-    found = run("quality", tmp_path / "out", tokenizer=pieces, class_weights=True)
-    assert found["mean"]["accuracy"] > 0.8
+def test_class_weights_make_a_rare_class_likelier(pieces):
+    data = sequence_task([], 0)
+    rare = [e for i, e in enumerate(data.train) if e.label == 0 or i % 20 == 1]
+    data = Dataset("quality", "sequence", ("HQ", "LQ", "none"), rare, data.dev, data.test)
+    share = {}
+    for weigh in (False, True):
+        config = FineTuneConfig(
+            "quality", "random:tiny", ("toy",), "out", epochs=2, learning_rate=2e-3, tokens_per_batch=200, dropout=0,
+            class_weights=weigh,
+        )  # fmt: skip
+        outcome = loop.fit(network(pieces, "sequence"), data, config, 1, lambda probabilities: 0.0)
+        share[weigh] = np.concatenate(outcome.test)[:, 1].mean()
+    assert share[True] > share[False] + 0.05
+
+
+def test_one_step_trains_something(pieces):
+    """The last step, here the only one, has a rate."""
+    ours, data = network(pieces, "sequence"), sequence_task([], 0)
+    before = ours.module.classifier.weight.clone()
+    config = FineTuneConfig("quality", "random:tiny", ("toy",), "out", epochs=1, tokens_per_batch=100_000)
+    loop.fit(ours, data, config, 1, lambda probabilities: 0.0)
+    assert (ours.module.classifier.weight != before).any()
 
 
 def test_training_ends_when_dev_gets_no_better_and_the_best_epoch_is_kept(pieces):
@@ -313,10 +352,16 @@ def test_a_run_lends_its_encoder_and_tokenizer(from_a_run, tmp_path):
     assert (tmp_path / "out/model/tokenizer.model").read_bytes() == (from_a_run / "tokenizer.model").read_bytes()
 
 
-def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, pieces, capsys):
+def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, capsys):
+    """Even one of as many pieces."""
     other = shutil.copytree(from_a_run, tmp_path / "other")
-    shutil.copyfile(pieces, other / "tokenizer.model")
-    refused(capsys, "another model's", model=str(other), out=str(tmp_path / "out"))
+    size = tokenizer.Tokenizer(other / "tokenizer.model").vocab_size
+    letters = [chr(c) for c in range(0x4E00, 0x4E00 + size - 261)]  # all pieces but 5 and the bytes
+    (other / "tokenizer.model").write_bytes(tokenizer.train(["".join(letters)], vocab_size=size, coverage=1))
+    assert tokenizer.Tokenizer(other / "tokenizer.model").vocab_size == size
+    refused(capsys, "tokenizer.model is another model's", model=str(other), out=str(tmp_path / "out"))
+    (other / "tokenizer.model").unlink()
+    refused(capsys, "No such file", model=str(other), out=str(tmp_path / "out"))
 
 
 def refused(capsys, expected: str, **options) -> None:
@@ -364,15 +409,6 @@ def test_nothing_that_exists_is_overwritten(results, capsys):
     assert (results["quality"] / "metrics.json").read_bytes() == before
 
 
-def test_a_class_that_train_lacks_is_named(monkeypatch, tmp_path, capsys):
-    def lacking(paths, seed, **options) -> Dataset:
-        data = sequence_task(paths, seed)
-        return Dataset("quality", "sequence", data.labels, data.train[::2], data.dev, data.test)
-
-    monkeypatch.setitem(tasks.TASKS, "quality", lacking)
-    refused(capsys, "no example of LQ", model="tfidf", out=str(tmp_path / "out"))
-
-
 @pytest.mark.parametrize("source", ["missing.txt", "empty.txt", "broken.jsonl"])
 def test_a_file_to_predict_that_cannot_be_read_is_one_line(source, results, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -415,13 +451,34 @@ def tiny_of_hugging_face(kind: str, folder: Path) -> Path:
     return folder
 
 
+def test_weights_that_an_encoder_lacks_are_not_made_up(tmp_path, capsys):
+    folder = tiny_of_hugging_face("bert", tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"num_hidden_layers": 2}, {"intermediate_size": 48}):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        refused(capsys, "lacks", model=f"hf:{folder}", out=str(tmp_path / "out"))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    refused(capsys, "no model that transformers can load", model=f"hf:{folder}", out=str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("task", ["quality", "ner"])
 def test_an_encoder_of_hugging_face_is_trained_and_applied(kind, task, tmp_path, capsys):
     folder = tiny_of_hugging_face(kind, tmp_path / kind)
     found = run(task, tmp_path / "out", f"hf:{folder}", epochs=6, learning_rate=5e-3)["mean"]
     assert found["accuracy"] > 0.8
-    (tmp_path / "posts.txt").write_text("import ban please\n")
+    # the saved model finds in test what the trained one found
+    with open(tmp_path / "out/predictions.csv", newline="") as file:
+        predicted = [row["predicted"] for row in csv.DictReader(file)]
+    test = tasks.TASKS[task]([], tasks.SPLIT_SEED).test
+    (tmp_path / "posts.txt").write_text("".join(f"{e.text or ' '.join(e.words)}\n" for e in test))
     capsys.readouterr()
     finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(tmp_path / "out")])
-    assert "ban" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    if task == "quality":
+        assert [line.partition("\t")[0] for line in lines] == predicted
+    else:
+        ends = np.cumsum([len(e.words) for e in test])
+        entities = [metrics.entities(predicted[end - len(e.words) : end]) for e, end in zip(test, ends)]
+        assert [line.count("](") for line in lines] == list(map(len, entities))

@@ -10,25 +10,24 @@ from pathlib import Path
 from minisobert.corpus.texts import texts
 from minisobert.finetuning import baselines, encoder, marking
 from minisobert.finetuning.loop import predict
+from minisobert.tasks import CLEANING
 from minisobert.tasks.dataset import Example
-from minisobert.tasks.quality import normalise
 
 SHOWN = 60  # characters of a post beside its class
 
 
 def apply(model: str, source: str) -> None:
     """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
-    its entities marked, in colour on a terminal. Raises ValueError where there is no such model or file."""
+    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
+    is no such model or file."""
     folder = Path(model) / "model"
     try:
         task = json.loads((folder / "task.json").read_text())
-    except FileNotFoundError:
+    except OSError:
         raise ValueError(
             f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
         ) from None
-    posts = read(source)
-    if task["task"] == "quality" and not task["keep_leak"]:
-        posts = [normalise(post) for post in posts]  # as the texts were that it was trained on
+    posts = [CLEANING[task["cleaning"]](post) for post in read(source)]  # as the texts it was trained on
     network = (baselines if task["format"] == "transformers" else encoder).load(folder, task)
     spans = [marking.words(post) for post in posts]
     examples = [
@@ -37,7 +36,9 @@ def apply(model: str, source: str) -> None:
     ]
     labels = task["labels"]
     for post, inside, p in zip(posts, spans, predict(network, network.encode(examples))):
-        if task["kind"] == "token":
+        if not post.strip():
+            print()
+        elif task["kind"] == "token":
             tags = [labels[i] for i in p.argmax(1)]
             print(marking.mark(post, inside, tags, colour=sys.stdout.isatty()))
         else:
@@ -46,15 +47,15 @@ def apply(model: str, source: str) -> None:
 
 
 def read(source: str) -> list[str]:
-    """The posts of a file, `text` of each line of a .jsonl or each line itself, empty ones left out."""
+    """The posts of a file, `text` of each line of a .jsonl or each line itself."""
     dropped: Counter = Counter()
     path = Path("/dev/stdin" if source == "-" else source)
     try:
-        posts = [text for _, text in texts(path, dropped) if text.strip()]
+        posts = [text for _, text in texts(path, dropped)]
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
     if malformed := sum(dropped.values()):
         raise ValueError(f'{source} has {malformed:,} lines that are not UTF-8, or in a .jsonl not {{"text": "…"}}')
-    if not posts:
+    if not any(map(str.strip, posts)):
         raise ValueError(f"{source} has no text; give a post a line, or a .jsonl")
     return posts

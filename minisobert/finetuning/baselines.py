@@ -82,10 +82,12 @@ class HuggingFace:
         torch.manual_seed(seed)  # of the classifier's weights, and of dropout in the loop
         names = dict(enumerate(data.labels))
         with explained(self.name):
-            module = _auto(data.kind).from_pretrained(
+            module, found = _auto(data.kind).from_pretrained(
                 self.name, id2label=names, label2id={name: i for i, name in names.items()}, dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # a classifier of another task is replaced
+                output_loading_info=True,
             )  # fmt: skip
+        _check_weights(self.name, module.base_model_prefix, found)
         return fit(HuggingFaceNetwork(module, self.tokenizer, data.kind), data, self.config, seed, score)
 
 
@@ -180,7 +182,7 @@ def explained(name: str):
     """Errors of transformers, of many kinds and many lines, as a ValueError of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # safetensors has one that is nothing else
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} is no model that transformers can load here: {reason[:300]}") from None
 
@@ -189,3 +191,16 @@ def _check_tokenizer(name: str, tokenizer) -> None:
     if tokenizer.pad_token_id is None or not tokenizer.is_fast:
         lacks = "padding token" if tokenizer.pad_token_id is None else "fast form, which knows the pieces of a word"
         raise ValueError(f"the tokenizer of {name} has no {lacks}; choose another model")
+
+
+def _check_weights(name: str, encoder: str, found: dict) -> None:
+    """Raises ValueError where the files lack weights of the encoder, which would be random: a head may be new.
+
+    encoder: the name of the encoder within the model. found: transformers' account of what it has loaded."""
+    keys = [key if isinstance(key, str) else key[0] for key in (*found["missing_keys"], *found["mismatched_keys"])]
+    lost = sorted(key for key in keys if key.startswith(f"{encoder}.") and ".pooler." not in key)
+    if lost:
+        raise ValueError(
+            f"{name} lacks {len(lost):,} weights of its encoder, or has them in another size ({lost[0]}, …); "
+            "its files don't belong together"
+        )

@@ -122,11 +122,6 @@ class Start:
                 raise ValueError("--tokenizer is for random:PRESET; a run has its own")
             trained = load_run(config.model)
             self.encoder, self.tokenizer, self.config = trained.model.encoder, trained.tokenizer, trained.model.config
-            if padded_vocabulary(self.tokenizer.vocab_size) != self.config.vocabulary:
-                raise ValueError(
-                    f"{config.model}/tokenizer.model has {self.tokenizer.vocab_size:,} pieces, the model "
-                    f"{self.config.vocabulary:,} rows of embeddings; the tokenizer is another model's"
-                )
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
         model = Classifier(self.config, len(data.labels), data.kind == "sequence").initialise(seed)

@@ -1,9 +1,9 @@
 """The loop of fine-tuning: batches of whole documents by tokens, early stopping on dev.
 
-A network (`encoder.Network`, `baselines.HuggingFace`) makes an Item of each example and logits of a batch of items;
-everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch takes
-the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over all
-classified places of a batch, weighted by class if wanted.
+A network (`encoder.Network`, `baselines.HuggingFaceNetwork`) makes an Item of each example and logits of a batch of
+items; everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch
+takes the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over
+all classified places of a batch, weighted by class if wanted.
 
 AdamW with the decay and betas of pre-training, linear warm-up over a tenth of all tokens, then linear decay to 0.
 """
@@ -113,7 +113,8 @@ def fit(
                 loss, weight = _backward(network, [training[i] for i in batch], config.tokens_per_batch, step, weights)
                 tokens = int(lengths[batch].sum())
                 done, step = done + tokens, step + 1
-                rate = learning_rate(done, total, config.learning_rate, WARMUP, 0.0)
+                # done counts this batch already: one more, or the last step would have a rate of 0
+                rate = learning_rate(done, total + config.tokens_per_batch, config.learning_rate, WARMUP, 0.0)
                 _, applied = optimizer.step(rate, max(weight, 1e-12), CLIP)
                 if not applied:
                     raise ValueError(

@@ -23,6 +23,7 @@ from minisobert.training.checkpoint import write_json
 WORST = 20
 WIDEST = 8  # classes of a table that a page has room for; the plot has them all
 SHOWN = 1_000  # characters of a document among the worst errors
+UNUSED = {"tfidf": ("epochs", "learning_rate", "tokens_per_batch", "dropout"), "hf": ("dropout",)}  # of the settings
 
 
 def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
@@ -55,7 +56,7 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model")
-        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "keep_leak": config.keep_leak}
+        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
         write_json(folder / "model/task.json", {**task, "format": best.network.format})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
@@ -122,9 +123,9 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield from _worst(data, best.test)
 
     yield "## How it was made\n"
-    yield from _table(
-        ["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in results["settings"].items() if v not in ("", ())]
-    )
+    unused = UNUSED.get(results["model"].partition(":")[0], ())
+    given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
+    yield from _table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()])
     if best.network:
         command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
         yield f"`{command}` applies the model to new posts.\n"

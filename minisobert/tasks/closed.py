@@ -67,8 +67,11 @@ def load(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
             if not text.strip():
                 raise ValueError(f"{where}: the text is empty; remove the row")
             thread = thread or f"{file.stem}:{i}"
-            items.append(Item(thread, file.split, Example(thread, text, min(label, 1) if binary else label)))
-    return dataset("closed", classes, items, seed, notes)
+            # drawn reason by reason either way: the splits are the same
+            example = Example(thread, text, min(label, 1) if binary else label)
+            items.append(Item(thread, file.split, example, group=label))
+    html = layout in ("bodies", "reasons", DUMP)
+    return dataset("closed", classes, items, seed, notes, cleaning="html" if html else "")
 
 
 def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, notes: list[str]) -> Iterator[tuple]:
@@ -78,12 +81,18 @@ def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, not
             question, text = row["question_id"], dumps.text(row["title"], row["body"])
             yield f"{file}, question {question}", f"{file.stem}:{question}", text, row["label"]
         return
+    question, title, body, label = COLUMNS
+    if kind == "kaggle":
+        question, title, body, label = "PostId", "Title", "BodyMarkdown", "OpenStatus"
+    removed = 0
     for where, row in rows(file):
-        if kind == "kaggle":
-            text = f"{row['Title'].strip()}\n\n{row['BodyMarkdown'].strip()}".strip().replace("\r\n", "\n")
-            yield where, row.get("PostId", ""), text, row["OpenStatus"]
-        else:
-            yield where, row["question_id"], dumps.text(row["title"], row.get("body", "")), row["label"]
+        given = row[title].replace("\r\n", "\n"), row.get(body, "").replace("\r\n", "\n")
+        cleaned = dumps.without_notices(*given)
+        removed += cleaned != given
+        text = "\n\n".join(filter(None, map(str.strip, cleaned))) if kind == "kaggle" else dumps.text(*cleaned)
+        yield where, row.get(question, ""), text, row[label]
+    if removed:
+        notes.append(f"{file.stem}: {removed:,} {dumps.NOTICES}")
 
 
 def _reasons(files: list[File]) -> dict[str, str]:

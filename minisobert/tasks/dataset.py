@@ -18,7 +18,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """kind: "sequence" (labels are classes) or "token" (labels are BIO tags, "O" first)."""
+    """kind: "sequence" (labels are classes) or "token" (labels are BIO tags, "O" first). cleaning: the key in
+    `tasks.CLEANING` of what the files' texts went through."""
 
     task: str
     kind: str
@@ -27,3 +28,4 @@ class Dataset:
     dev: list[Example]
     test: list[Example]
     notes: list[str] = field(default_factory=list)  # what was normalised, removed or repaired, one line each
+    cleaning: str = ""

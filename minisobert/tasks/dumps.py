@@ -14,8 +14,12 @@ from minisobert.corpus.html import html_to_text
 from minisobert.corpus.posts import rows
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles
+NOTICES = "notices of closing removed from questions"
 _TITLE_NOTICE = re.compile(r"\s*\[(?:closed|duplicate|on hold|migrated)\]\s*$", re.I)
-_BODY_NOTICE = re.compile(r"\s*<blockquote>\s*<p>\s*<strong>Possible Duplicate:?</strong>.*?</blockquote>", re.I | re.S)
+_BODY_NOTICE = re.compile(  # in HTML and in Markdown
+    r"\s*<blockquote>\s*<p>\s*<strong>Possible Duplicate:?</strong>.*?</blockquote>"
+    r"|\s*>\s*\*\*Possible Duplicate:?\*\*[^\n]*(?:\n>[^\n]*)*", re.I | re.S,
+)  # fmt: skip
 
 
 def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
@@ -37,13 +41,19 @@ def questions(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     removed = 0
     for row in posts(dump, notes):
         if row["PostTypeId"] == "1":
-            title, in_title = _TITLE_NOTICE.subn("", row.get("Title", ""))
-            notice = _BODY_NOTICE.match(row["Body"])
-            row |= {"Title": title, "Body": row["Body"][notice.end() :] if notice else row["Body"]}
-            if text(row["Title"], row["Body"]):
-                removed += bool(in_title or notice)
+            title, body = without_notices(row.get("Title", ""), row["Body"])
+            removed_here = (title, body) != (row.get("Title", ""), row["Body"])
+            row |= {"Title": title, "Body": body}
+            if text(title, body):
+                removed += removed_here
                 yield row
-    note(dump, Counter({"notices of closing removed from questions": removed}), notes)
+    note(dump, Counter({NOTICES: removed}), notes)
+
+
+def without_notices(title: str, body: str) -> tuple[str, str]:
+    """Title and body (HTML or Markdown) without what closing once wrote into them."""
+    notice = _BODY_NOTICE.match(body)
+    return _TITLE_NOTICE.sub("", title), body[notice.end() :] if notice else body
 
 
 def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, notes: list[str]) -> list[dict]:

@@ -33,7 +33,8 @@ def load(paths: list[Path], seed: int) -> Dataset:
     """Sentences with a tag per word; the labels are "O", then B- and I- of each type that occurs.
 
     An I- that continues no entity of its type is read as seqeval reads it, as a B-, and counted in the notes. Without
-    files for dev or test, whole questions are taken from train. Raises ValueError for whatever is wrong with the files.
+    files for dev or test, whole questions are taken from train, or sentences where no header begins a question. Raises
+    ValueError for whatever is wrong with the files.
     """
     files = find(paths)
     if stray := [file for file in files if file.named and file.kind != ".txt"]:
@@ -54,14 +55,14 @@ def load(paths: list[Path], seed: int) -> Dataset:
     known = {example.words for example in found.train}
     for split, part in (("dev", found.dev), ("test", found.test)):
         if repeated := sum(example.words in known for example in part):
-            notes.append(f"{repeated:,} sentences of {split} are in train too; kept, as in the published figures")
+            notes.append(f"{repeated:,} sentences of {split} are in train too; kept")
     return found
 
 
 def _sentences(file: File, notes: list[str]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
-    """(question, id, words, tags) of each sentence that is text; tags are merged and repaired."""
+    """(question or the sentence itself, id, words, tags) of each sentence that is text; tags are merged, repaired."""
     counts: Counter = Counter()
-    question = file.stem
+    question = ""
     for i, (words, tags) in enumerate(_blocks(file)):
         tags, repaired = _repair(tags)
         text = " ".join(words)
@@ -73,7 +74,7 @@ def _sentences(file: File, notes: list[str]) -> Iterator[tuple[str, str, tuple[s
             counts["entities in them"] += sum(tag[0] == "B" for tag in tags)
         else:
             counts["I- that continued no entity of their type, read as B-"] += repaired
-            yield question, f"{file.stem}:{i}", words, tags
+            yield question or f"{file.stem}:{i}", f"{file.stem}:{i}", words, tags
     notes += [f"{file.stem}: {count:,} {what}" for what, count in counts.items() if count]
 
 

@@ -7,8 +7,9 @@ rule knows no negation ("not outdated" counts), and the answer is as its last ed
 For each obsolete answer one that no such comment stands on is drawn, by hashes of (seed, answer): of the same question,
 or, where that has none left, an answer of the same year.
 
-What is read: a dump with Comments.xml; a dump and a .csv of QuestionID, AnswerID, CommentID, CommentText, whose answers
-are then the obsolete ones; or QuestionID, AnswerID, Title, Body (HTML), Label, as `data.tasks` writes it.
+What is read: a dump with Comments.xml; a dump and a .csv of QuestionID, AnswerID, CommentID, CommentText, whose
+comments then make answers obsolete, and those that the dump's comments alone call so are neither; or QuestionID,
+AnswerID, Title, Body (HTML), Label, as `data.tasks` writes it.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def load(paths: list[Path], seed: int) -> Dataset:
     dumped = [file for file, layout in files if layout == DUMP]
     if comments and len(dumped) != 1:
         raise ValueError(f"{comments[0]} holds comments, not answers; add the one dump that they are from")
-    obsolete = _listed(comments) if comments else None
     items, notes = [], []
+    obsolete = _listed(comments, notes) if comments else None
     for file, layout in files:
         if layout == "comments":
             continue
@@ -62,29 +63,35 @@ def load(paths: list[Path], seed: int) -> Dataset:
             if not dumps.text("", row["Body"]):
                 raise ValueError(f"{where}: the text is empty; remove the row")
             example = Example(prefix + row["AnswerID"], dumps.text(row["Title"], row["Body"]), label)
-            items.append(Item(prefix + row["QuestionID"], file.split, example))
-    return dataset("obsoletion", LABELS, items, seed, notes)
+            items.append(Item(prefix + row["QuestionID"], file.split, example, group=label))
+    return dataset("obsoletion", LABELS, items, seed, notes, cleaning="html")
 
 
-def _listed(files: list[File]) -> np.ndarray:
-    """The answers in these files of comments, sorted."""
-    found = set()
+def _listed(files: list[File], notes: list[str]) -> np.ndarray:
+    """The answers that a comment in these files calls obsolete, sorted. Other comments are counted in the notes."""
+    found, others = set(), 0
     for file in files:
         for where, row in rows(file):
             if (answer := dumps.number(row, "AnswerID")) is None:
                 raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is no number")
-            found.add(answer)
+            if KEYWORDS.search(row["CommentText"]):
+                found.add(answer)
+            else:
+                others += 1
+    if others:
+        notes.append(f"{others:,} comments left out, they have none of the words that call an answer obsolete")
     return np.array(sorted(found), np.int64)
 
 
 def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None = None) -> list[dict[str, str]]:
-    """The rows of a set in COLUMNS, by answer. obsolete: ids of the obsolete answers, in place of what comments say.
-    notes: what was left out is appended.
+    """The rows of a set in COLUMNS, by answer. obsolete: ids of the obsolete answers, in place of those of the dump's
+    comments; what only those call obsolete is left out. notes: what was left out is appended.
 
     Posts.xml is read twice, so that memory holds three numbers for each answer and the texts of those chosen.
     """
-    if obsolete is None:
-        obsolete = _said_obsolete(dump, notes)
+    there = obsolete is None or "Comments.xml" in members(dump)
+    said = _said_obsolete(dump, notes) if there else np.empty(0, np.int64)
+    obsolete = said if obsolete is None else obsolete
     answers, questions, years = array("q"), array("q"), array("q")
     for row in dumps.posts(dump, notes):
         question = dumps.number(row, "ParentId")
@@ -95,6 +102,8 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
     if not answers:
         raise NothingToDerive(f"{dump} holds no answers, which obsoletion is about")
     answer, question, year = (np.frombuffer(numbers, np.int64) for numbers in (answers, questions, years))
+    sound = np.isin(answer, obsolete) | ~np.isin(answer, said)
+    answer, question, year = answer[sound], question[sound], year[sound]
     label = _choose(answer, question, year, np.isin(answer, obsolete), seed)
     chosen = {int(answer[i]): LABELS[label[i]] for i in np.flatnonzero(label >= 0)}
     titles = dict.fromkeys(question[label >= 0].tolist(), "")

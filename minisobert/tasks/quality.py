@@ -55,7 +55,9 @@ def load(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
         notes.append("line endings and markup are kept: in the public set they tell the class")
     else:
         notes.append("line endings, markup and runs of white space are removed: in the public set they tell the class")
-    for file, layout in select(paths, "quality", LAYOUTS):
+    files = select(paths, "quality", LAYOUTS)
+    layouts = {layout for _, layout in files}
+    for file, layout in files:
         if layout == DUMP:
             found = ((f"{file}, question {row['Id']}", row) for row in derive(file.path, seed, notes))
         else:
@@ -63,15 +65,17 @@ def load(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
         for i, (where, row) in enumerate(found):
             label = class_of(row["Y"], LABELS, where)
             text = row["text"] if layout == "words" else f"{row['Title']}\n\n{row['Body']}"
-            if not keep_leak:
-                text = _without_markup_words(text) if layout == "words" else normalise(text)
+            cleaned = without_markup_words(text) if layout == "words" else normalise(text)
+            thread = fingerprint(cleaned)  # with the leak too: the splits are the same
+            text = text if keep_leak else cleaned
             if not text.strip():
                 lacks = "" if keep_leak else " without its markup"
                 raise ValueError(f"{where}: the text is empty{lacks}; remove the row")
             question = f"{file.stem}:{row['Id']}" if layout == DUMP else row.get("Id", "")
             example = Example(question or f"{file.stem}:{i}", text, label)
-            items.append(Item(question or fingerprint(text), file.split, example))
-    return dataset("quality", LABELS, items, seed, notes)
+            items.append(Item(question or thread, file.split, example, group=label))
+    cleaning = "" if keep_leak else "words" if layouts == {"words"} else "markup"
+    return dataset("quality", LABELS, items, seed, notes, cleaning=cleaning)
 
 
 def derive(dump: Path, seed: int, notes: list[str]) -> list[dict[str, str]]:
@@ -109,5 +113,6 @@ def normalise(text: str) -> str:
     return " ".join(text.split())
 
 
-def _without_markup_words(text: str) -> str:
+def without_markup_words(text: str) -> str:
+    """Two columns' text, without the words that markup left behind."""
     return " ".join(_MARKUP_WORD.sub("", _SNIPPET.sub("", " ".join(text.split()))).split())

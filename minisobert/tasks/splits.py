@@ -19,17 +19,20 @@ class Item(NamedTuple):
     thread: str
     split: str | None  # that of its file, None where the file's name tells none
     example: Example
+    group: int = 0  # dev and test are drawn from each group alike: its class
 
 
 def dataset(
-    task: str, labels: Sequence[str], items: list[Item], seed: int, notes: list[str], kind: str = "sequence"
-) -> Dataset:
+    task: str, labels: Sequence[str], items: list[Item], seed: int, notes: list[str], kind: str = "sequence",
+    cleaning: str = "",
+) -> Dataset:  # fmt: skip
     """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
     those with the smallest hashes of (seed, question).
 
-    Of texts (not of sentences, whose published splits repeat some) duplicates are removed, whatever their case and
-    white space, and questions that are in two splits: test keeps its own before dev, dev before train. notes: what was
-    done is appended. Raises ValueError for an empty split and for a class that train does not hold.
+    Duplicates are removed, whatever their case and white space, but not of sentences that have a split: the published
+    ones repeat some. So are questions that are in two splits: test keeps its own before dev, dev before train. notes:
+    what was done is appended. cleaning: see Dataset. Raises ValueError for an empty split and for a class that train
+    does not hold.
     """
     own = {item.split for item in items}
     if None in own and len(own) > 1:
@@ -48,46 +51,47 @@ def dataset(
         notes.append(
             f"{' and '.join(missing)}: {SHARE:.0%} of the questions each, taken from train by question, seed {seed}"
         )
-    if kind == "sequence":
+    if kind == "sequence" or own == {None}:
         parts = _unique(parts, notes)
     examples = {split: [item.example for item in part] for split, part in parts.items()}
     _check(task, labels, examples)
-    return Dataset(task, kind, tuple(labels), examples["train"], examples["dev"], examples["test"], notes)
+    return Dataset(task, kind, tuple(labels), examples["train"], examples["dev"], examples["test"], notes, cleaning)
 
 
 def _carve(items: list[Item], missing: list[str], seed: int) -> dict[str, str]:
     """thread → split, of the threads that leave train."""
-    threads: dict[str, int] = {}  # to the highest class that a thread holds
+    threads: dict[str, int] = {}  # to the highest group that a thread holds
     for item in items:
-        threads[item.thread] = max(item.example.label, threads.get(item.thread, 0))
-    of_class: dict[int, list[str]] = {}
-    for thread, label in threads.items():
-        of_class.setdefault(label, []).append(thread)
+        threads[item.thread] = max(item.group, threads.get(item.thread, 0))
+    of_group: dict[int, list[str]] = {}
+    for thread, group in threads.items():
+        of_group.setdefault(group, []).append(thread)
     splits = {}
-    for group in of_class.values():
-        group.sort(key=lambda thread: (key(seed, "split", zlib.crc32(thread.encode())), thread))
-        count = max(1, round(SHARE * len(group))) if len(group) > len(missing) else 0
+    for drawn in of_group.values():
+        drawn.sort(key=lambda thread: (key(seed, "split", zlib.crc32(thread.encode())), thread))
+        count = max(1, round(SHARE * len(drawn))) if len(drawn) > len(missing) else 0
         for i, split in enumerate(missing):
-            splits.update(dict.fromkeys(group[i * count : (i + 1) * count], split))
+            splits.update(dict.fromkeys(drawn[i * count : (i + 1) * count], split))
     return splits
 
 
 def _unique(parts: dict[str, list[Item]], notes: list[str]) -> dict[str, list[Item]]:
     split_of: dict[str, str] = {}
-    seen: dict[str, int] = {}  # text → class
+    seen: dict[str, int | tuple[int, ...]] = {}  # text → class, or those of its words
     left_out: Counter = Counter()
     kept: dict[str, list[Item]] = {}
     for split, part in parts.items():
         kept[split] = []
         for item in part:
-            text = fingerprint(item.example.text)
+            text = fingerprint(item.example.text or " ".join(item.example.words))
+            label = item.example.tags or item.example.label
             if split_of.setdefault(item.thread, split) != split:
                 left_out[f"of {split}, their question is in {split_of[item.thread]} too"] += 1
             elif text in seen:
-                same = "the same" if seen[text] == item.example.label else "another"
+                same = "the same" if seen[text] == label else "another"
                 left_out[f"of {split}, a duplicate with {same} label"] += 1
             else:
-                seen[text] = item.example.label
+                seen[text] = label
                 kept[split].append(item)
     notes += [f"{count:,} left out {reason}" for reason, count in left_out.items()]
     return kept

@@ -41,7 +41,8 @@ class Run:
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.free_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model), "data": shards.fingerprint}
-        self.described = {**self.identity, "layout": layout}
+        tokenizer = shards.meta["files"]["tokenizer.model"]["sha256"]
+        self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
         saved = checkpoint.steps(self.folder / "checkpoints")
         self.fresh = config.fresh
         self.resumes_from = saved[-1] if saved else None
