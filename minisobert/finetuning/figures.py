@@ -26,7 +26,7 @@ def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:
     axes.set_yticks(range(n), classes)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # the square takes what room the labels would need
     plt.close(figure)
 
 
