@@ -37,6 +37,13 @@ def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands
     assert capsys.readouterr().out.splitlines()[0] == "bar [MASK]"
 
 
+def test_a_mask_takes_the_space_before_it(run):
+    trained = playground.load_run(run)
+    found = [playground.with_masks(trained, text) for text in ("bar [MASK] gin", "bar[MASK] gin")]
+    assert found[0][0].tolist() == found[1][0].tolist() and found[0][1] == found[1][1]
+    assert trained.tokenizer.decode(found[0][0][found[0][1][0] + 1 :]) == " gin"
+
+
 def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_line(run, tmp_path, capsys):
     for main, argv, message in (
         (playground.main, [str(run), "no mask"], "the text has no [MASK]"),
