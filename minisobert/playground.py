@@ -65,8 +65,8 @@ def guess(trained: Trained, ids: np.ndarray, masked: list[int], best: int = 3) -
 def with_masks(trained: Trained, text: str) -> tuple[np.ndarray, list[int]]:
     """The ids of a text in which [MASK] stands for one piece each, and their places. ValueError where none stands.
 
-    A piece begins with the space before it, so " [MASK]" is one too: a space of its own is nothing that a model has seen
-    before a word."""
+    A piece begins with the space before it, so " [MASK]" is one: a space of its own before a word is nothing that a
+    model has seen."""
     parts = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     if len(parts) == 1:
         raise ValueError('the text has no [MASK]; write one where the model shall guess, as in "for i in [MASK](10):"')

@@ -182,8 +182,8 @@ def test_a_reader_that_leaves_early_is_no_error(results):
 def test_entities_of_standard_input_are_marked(results):
     code = "import sys, finetune; sys.exit(finetune.main(sys.argv[1:]))"
     words = ["--predict", "-", "--model", str(results["ner"])]
-    done = subprocess.run([PYTHON, "-c", code, *words], input="import  bar.\n", capture_output=True, text=True)
-    assert done.stdout == "import  [bar](Library).\n", done.stderr
+    done = subprocess.run([PYTHON, "-c", code, *words], input="import  bar.\n\n", capture_output=True, text=True)
+    assert done.stdout == "import  [bar](Library).\n\n", done.stderr
 
 
 def test_colours_surround_an_entity_on_a_terminal_alone():

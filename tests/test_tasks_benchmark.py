@@ -61,6 +61,13 @@ def test_the_page_has_the_figures_of_the_issue():
     assert ("ModernBERT-large", "closed", "71.3", "") in rows and ("SoftNER", "ner", "", "79.10") in rows
 
 
+def test_the_page_of_results_holds_what_its_folders_give():
+    page = tasks.PUBLISHED.parents[1] / "benchmarks/results/tasks.md"
+    names = [f"{task}-{model}" for model in ("tiny", "random", "tfidf") for task in tasks.FIGURES]
+    folders = [folder for name in names if (folder := page.with_suffix("") / name).exists()]
+    assert "\n".join(tasks.lines(folders, tasks.PUBLISHED)) in page.read_text()
+
+
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     def refused(*paths: Path) -> str:
         with pytest.raises(SystemExit) as exit:

@@ -49,7 +49,7 @@ class Network:
     def _sentence(self, example: Example) -> Item:
         """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
         pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
-        lengths = np.array([len(p) for p in pieces])
+        lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # an empty one too
         ids = self._whole(np.concatenate([np.empty(0, np.int64), *pieces]))
         places = 1 + np.cumsum(lengths) - lengths
         rows = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))

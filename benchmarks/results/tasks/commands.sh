@@ -23,21 +23,28 @@ $python -m data.prepare --input "$1"/text/titles.txt.xz "$1"/text/question_bodie
     --final-learning-rate-fraction 0 --beta2 0.98 --eval-every-tokens 4e6 --eval-rows 64 \
     --checkpoint-every-tokens 8e6 >runs/logs/train.txt
 $python -m minisobert.plot runs/tiny
+awk 'NR % 50 == 0 || /validation/' runs/tiny/metrics.jsonl >runs/logs/pretraining.jsonl
 
-# 3. fine-tuning: the same settings for both, two at a time
+# 3. fine-tuning; how many epochs each model needs was seen on dev
 finetune() {    # task, model, name of the model, settings
     $python finetune.py --task $1 --model ${2/ / --tokenizer } --out runs/results/$1-$3 --data ${files[$1]} --seeds 3 ${@:4} \
         >runs/logs/$1-$3.txt
 }
-both() {
-    finetune $1 runs/tiny tiny --dropout 0 ${@:2} &
-    finetune $1 "random:tiny runs/tiny" random --dropout 0 ${@:2} &
-    wait
-}
-both ner --epochs 8 --learning-rate 1e-3 --tokens-per-batch 2048
-both closed --epochs 3 --learning-rate 5e-4
-both quality --epochs 4 --learning-rate 5e-4
+random="random:tiny runs/tiny"
+finetune ner runs/tiny tiny --dropout 0 --epochs 8 --learning-rate 1e-3 --tokens-per-batch 2048 &
+finetune ner "$random" random --dropout 0 --epochs 8 --learning-rate 1e-3 --tokens-per-batch 2048 &
+wait
+finetune closed runs/tiny tiny --dropout 0.1 --epochs 2 --learning-rate 5e-4 &
+finetune closed "$random" random --dropout 0.1 --epochs 3 --learning-rate 5e-4 &
+wait
+finetune quality runs/tiny tiny --dropout 0 --epochs 4 --learning-rate 5e-4 &
+finetune quality "$random" random --dropout 0 --epochs 8 --learning-rate 5e-4 &
+wait
 for task in closed quality; do finetune $task tfidf tfidf; done
 
 # 4. the table
-$python -m benchmarks.tasks runs/results/*-tiny runs/results/*-random runs/results/*-tfidf
+results=()
+for model in tiny random tfidf; do for task in quality closed ner; do
+    [ -d runs/results/$task-$model ] && results+=(runs/results/$task-$model)
+done; done
+$python -m benchmarks.tasks ${results[@]}
