@@ -25,7 +25,7 @@ $python -m data.prepare --input "$1"/text/titles.txt.xz "$1"/text/question_bodie
 $python -m minisobert.plot runs/tiny
 awk 'NR % 50 == 0 || /validation/' runs/tiny/metrics.jsonl >runs/logs/pretraining.jsonl
 
-# 3. fine-tuning; how many epochs each model needs was seen on dev
+# 3. fine-tuning; what each model needs was seen on dev
 finetune() {    # task, model, name of the model, settings
     $python finetune.py --task $1 --model ${2/ / --tokenizer } --out runs/results/$1-$3 --data ${files[$1]} --seeds 3 ${@:4} \
         >runs/logs/$1-$3.txt
@@ -34,8 +34,8 @@ random="random:tiny runs/tiny"
 finetune ner runs/tiny tiny --dropout 0 --epochs 8 --learning-rate 1e-3 --tokens-per-batch 2048 &
 finetune ner "$random" random --dropout 0 --epochs 8 --learning-rate 1e-3 --tokens-per-batch 2048 &
 wait
-finetune closed runs/tiny tiny --dropout 0.1 --epochs 2 --learning-rate 5e-4 &
-finetune closed "$random" random --dropout 0.1 --epochs 3 --learning-rate 5e-4 &
+finetune closed runs/tiny tiny --dropout 0 --epochs 3 --learning-rate 5e-4 &
+finetune closed "$random" random --dropout 0 --epochs 3 --learning-rate 5e-4 &
 wait
 finetune quality runs/tiny tiny --dropout 0 --epochs 4 --learning-rate 5e-4 &
 finetune quality "$random" random --dropout 0 --epochs 8 --learning-rate 5e-4 &
