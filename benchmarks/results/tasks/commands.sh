@@ -48,3 +48,25 @@ for model in tiny random tfidf; do for task in quality closed ner; do
     [ -d runs/results/$task-$model ] && results+=(runs/results/$task-$model)
 done; done
 $python -m benchmarks.tasks ${results[@]}
+
+# 5. closed with fewer titles to train on, the same dev and test
+$python - ${files[closed]} <<'PYTHON'
+import csv, sys
+from pathlib import Path
+from minisobert.tasks import SPLIT_SEED, TASKS
+data = TASKS["closed"]([Path(sys.argv[1])], SPLIT_SEED)
+for n in (3_000, 12_000):
+    folder = Path(f"runs/fewer/{n}")
+    folder.mkdir(parents=True)
+    for split, part in (("train", data.train[:n]), ("dev", data.dev), ("test", data.test)):
+        with open(folder / f"{split}.csv", "w", newline="") as file:
+            rows = ((e.id, e.text, data.labels[e.label]) for e in part)
+            csv.writer(file).writerows([("question_id", "title", "label"), *rows])
+PYTHON
+settings="--seeds 3 --dropout 0 --epochs 5 --learning-rate 5e-4 --tokens-per-batch 1024"
+for n in 3000 12000; do
+    closed="$python finetune.py --task closed --data runs/fewer/$n/train.csv runs/fewer/$n/dev.csv runs/fewer/$n/test.csv"
+    $closed --model tfidf --out runs/fewer/$n-tfidf
+    $closed --model runs/tiny --out runs/fewer/$n-tiny $settings
+    $closed --model random:tiny --tokenizer runs/tiny --out runs/fewer/$n-random $settings
+done >runs/logs/fewer.txt
