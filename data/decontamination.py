@@ -1,6 +1,7 @@
 """Which documents hold what a model will be tested on: `data.prepare --decontaminate TASK=PATH …`.
 
-The texts are those of dev and test that `finetune.py --task TASK --data PATH …` gets. A document holds one of them where
+The texts are those of dev and test that `finetune.py --task TASK --data PATH …` gets. A document holds one of them
+where
 
 - it shares RUN words in a row with the text (GPT-3's authors looked for 13: Brown et al. 2020, appendix C);
 - the text is shorter than that, and is the whole document or, from LINE words on, one of its lines, such as its title.
