@@ -18,14 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from minisobert import tasks
-from minisobert.config import FineTuneConfig, fail, parse
+from minisobert.config import TASK_OPTIONS, FineTuneConfig, fail, parse
 from minisobert.corpus.shards import new_folder
 from minisobert.finetuning import apply, baselines, encoder, evaluation, report
 from minisobert.finetuning.loop import Outcome
 from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
-
-OPTIONS = {"quality": "keep_leak", "closed": "binary"}  # what a task can be read otherwise by
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +60,7 @@ def starting_point(config: FineTuneConfig):
 
 
 def load(config: FineTuneConfig) -> Dataset:
-    option = OPTIONS.get(config.task)
+    option = TASK_OPTIONS.get(config.task)
     options = {option: getattr(config, option)} if option else {}
     return tasks.TASKS[config.task]([Path(path) for path in config.data], tasks.SPLIT_SEED, **options)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import table
-from minisobert.config import Parser, fail, words
+from minisobert.config import TASK_OPTIONS, Parser, fail, words
 
 PUBLISHED = Path(__file__).parents[1] / "docs/published-results.md"
 COLUMNS = ["model", "task", "accuracy", "macro-F1", "F1", "source"]  # of its table
@@ -101,7 +101,7 @@ def result(folder: Path) -> Result:
         found = json.loads(path.read_text(encoding="utf-8"))
         task, seeds = found["task"], len(found["seeds"])
         std = found["std"] if seeds > 1 else {}
-        options = [f"--{name.replace('_', '-')}" for name in ("keep_leak", "binary") if found["settings"].get(name)]
+        options = [f"--{name.replace('_', '-')}" for name in TASK_OPTIONS.values() if found["settings"].get(name)]
         model = " ".join([found["model"], *options])
         mean, std = ({name: float(of[name]) for name in FIGURES[task] if of} for of in (found["mean"], std))
         return Result(folder, task, model, found["counts"]["test"], seeds, mean, std)

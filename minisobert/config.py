@@ -200,6 +200,9 @@ class TrainConfig:
         return {f.name for f in dataclasses.fields(self) if f.metadata["free"]}
 
 
+TASK_OPTIONS = {"quality": "keep_leak", "closed": "binary"}  # what a task can be read otherwise by
+
+
 @dataclass(frozen=True)
 class FineTuneConfig:
     """A fine-tuning run, or with `predict` the use of what one has made."""
@@ -243,7 +246,7 @@ class FineTuneConfig:
             raise ValueError(f"--learning-rate is {self.learning_rate}; it must be more than 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and less than 1")
-        for name, task in (("keep_leak", "quality"), ("binary", "closed")):
+        for task, name in TASK_OPTIONS.items():
             if getattr(self, name) and self.task != task:
                 raise ValueError(f"{flag(name)} is for --task {task}, given is {self.task or 'none'}")
 

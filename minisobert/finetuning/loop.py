@@ -5,7 +5,8 @@ items; everything else is the same for all of them. Documents are shuffled by a 
 takes the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over
 all classified places of a batch, weighted by class if wanted.
 
-AdamW with the decay and betas of pre-training, linear warm-up over a tenth of all tokens, then linear decay to 0.
+AdamW with the decay and betas of pre-training, linear warm-up over a tenth of all tokens, then linear decay to 0, which
+it would reach one batch after the last.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def fit(
                 loss, weight = _backward(network, [training[i] for i in batch], config.tokens_per_batch, step, weights)
                 tokens = int(lengths[batch].sum())
                 done, step = done + tokens, step + 1
-                # done counts this batch already: one more, or the last step would have a rate of 0
+                # done counts this batch already: without one more the last step would have a rate of 0
                 rate = learning_rate(done, total + config.tokens_per_batch, config.learning_rate, WARMUP, 0.0)
                 _, applied = optimizer.step(rate, max(weight, 1e-12), CLIP)
                 if not applied:

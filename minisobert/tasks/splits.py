@@ -14,12 +14,13 @@ SHARE = 0.1  # of the questions, for each of dev and test where the files name n
 
 
 class Item(NamedTuple):
-    """An example before it is split. thread: what must not be in two splits, its question."""
+    """An example before it is split. thread: what must not be in two splits, its question. group: its class in the
+    files, from each of which dev and test are drawn alike."""
 
     thread: str
     split: str | None  # that of its file, None where the file's name tells none
     example: Example
-    group: int = 0  # dev and test are drawn from each group alike: its class
+    group: int = 0
 
 
 def dataset(

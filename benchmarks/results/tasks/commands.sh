@@ -21,7 +21,8 @@ $python -m data.prepare --input "$1"/text/titles.txt.xz "$1"/text/question_bodie
 .venv/bin/torchrun --nproc_per_node=2 train.py --out runs/tiny --preset tiny --train-tokens 46e6 \
     --tokens-per-batch 8192 --micro-batch-rows 2 --dropout 0 --learning-rate 2e-3 --warmup-fraction 0.05 \
     --final-learning-rate-fraction 0 --beta2 0.98 --eval-every-tokens 4e6 --eval-rows 64 \
-    --checkpoint-every-tokens 8e6 >runs/logs/train.txt
+    --checkpoint-every-tokens 8e6 >runs/logs/train.txt 2>runs/logs/train.progress
+tr '\r' '\n' <runs/logs/train.progress | tail -1 >>runs/logs/train.txt
 $python -m minisobert.plot runs/tiny
 awk 'NR % 50 == 0 || /validation/' runs/tiny/metrics.jsonl >runs/logs/pretraining.jsonl
 
