@@ -15,12 +15,13 @@ import numpy as np
 import train
 from data import prepare, stdlib
 from minisobert import playground
-from minisobert.config import PRESETS, fail
+from minisobert.cli import fail
+from minisobert.config import PRESETS, TrainConfig
 from minisobert.corpus.loader import Rows
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.shards import Shards, open_shards
 from minisobert.plot import plot, read_metrics
 from minisobert.training.meter import training_flops
+from minisobert.training.run import open_run
 
 OUT = Path("runs/demo")
 VOCAB_SIZE = 4_000
@@ -72,11 +73,11 @@ def demo(inputs: list[Path]) -> None:
 
 def affordable_tokens(shards: Shards) -> int:
     """Row positions that FLOPS pay for, in whole rows."""
-    rows = Rows(shards, shards.training_documents, seed=1)
+    rows = Rows(shards, shards.training_documents, 1, TrainConfig.row_tokens)
     lengths = rows.packing.piece_length.astype(np.int64) + 2
     model = PRESETS["tiny"]
     per_epoch = training_flops(model, int(lengths.sum()), int((lengths**2).sum()), masked=int(0.15 * lengths.sum()))
-    return int(FLOPS / per_epoch * len(rows)) * ROW_TOKENS
+    return int(FLOPS / per_epoch * len(rows)) * TrainConfig.row_tokens
 
 
 def unigram_entropy(shards: Shards) -> float:
@@ -88,7 +89,7 @@ def unigram_entropy(shards: Shards) -> float:
 
 def show_guesses(shards: Shards, texts: int = 4, length: int = 40) -> None:
     """Beginnings of held-out documents, with every eighth piece masked, and what the model makes of them."""
-    trained = playground.load_run(OUT)
+    trained = open_run(OUT)
     tokenizer = trained.tokenizer
     long_enough = [i for i in shards.validation_documents if shards.offsets[i + 1] - shards.offsets[i] >= length]
     for i in long_enough[:: max(len(long_enough) // texts, 1)][:texts]:

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from minisobert import tasks
-from minisobert.config import TASK_OPTIONS, FineTuneConfig, fail, parse
-from minisobert.corpus.shards import new_folder
+from minisobert.cli import fail, parse
+from minisobert.config import TASK_OPTIONS, FineTuneConfig
+from minisobert.files import new_folder
 from minisobert.finetuning import apply, baselines, encoder, evaluation, report
 from minisobert.finetuning.loop import Outcome
 from minisobert.plot import pyplot

@@ -15,59 +15,57 @@ import time
 
 import torch
 
-from minisobert.config import TrainConfig, fail, parse
+from minisobert.cli import PATIENCE, fail, parse
+from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
 from minisobert.parallel.mesh import Mesh
-from minisobert.training import planning
+from minisobert.planning.report import report
 from minisobert.training.checkpoint import SaveFailed
 from minisobert.training.loop import TooManySkipped, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
-PATIENCE = 30  # seconds
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
-    first = meshes.from_torchrun("RANK", 0) == 0
     try:
         if config.plan:
-            print(planning.report(config))
+            print(report(config))
             return 0
 
         # Data, and whether everything fits together: before any process waits for another and anything is written
         world = meshes.from_torchrun("WORLD_SIZE", 1)
         shards = open_shards(config.data, verify=config.verify)
         model_config = config.model(shards.vocab_size)
-        meshes.check_layout(model_config, world, config.tensor_parallel)
-        training = Rows(shards, shards.training_documents, config.seed)
-        validation = Rows(shards, shards.validation_documents, config.seed, purpose="validation")
-        config.check(len(training), ROW_TOKENS, world // config.tensor_parallel)
+        meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
+        training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
+        validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
+        config.check(len(training), world // config.tensor_parallel)
         run = Run(config, model_config, shards)
 
         with meshes.start(config.tensor_parallel, config.timeout) as mesh:
             return pretrain(run, training, validation, mesh)
     except (ValueError, SaveFailed, TooManySkipped) as error:  # known to all ranks alike
         mistake = isinstance(error, ValueError)
-        if not (first if mistake else str(error)):
-            time.sleep(PATIENCE)  # torchrun ends all when one ends: not before another has said why
-        elif mistake:
+        if mistake:
             fail(f"train.py: {error}")
+        if not str(error):
+            time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
         else:
             print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 2 if mistake else 1
+        return 1
 
 
 def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
     config = run.config
     # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
     # its slice, so that the layout cannot change how it begins
-    model = MaskedLM(run.model).initialise(config.seed)
+    model = MaskedLM(run.model_config).initialise(config.seed)
     parameters = sum(p.numel() for p in model.parameters())
     model = tensor.shard(model, mesh, config.sequence_parallel).to(mesh.device)
     model.encoder.recompute = config.recompute
@@ -84,8 +82,8 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
         print(
             f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × "
             f"{mesh.tensor_parallel} {mesh.device.type}; "
-            f"{len(training):,} rows of {ROW_TOKENS:,} tokens an epoch, "
-            f"{training.packing.tokens / (len(training) * ROW_TOKENS):.2%} full"
+            f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
+            f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )

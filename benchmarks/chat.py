@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 import finetune
 from benchmarks import prompts, table
-from minisobert.config import FineTuneConfig, Parser, fail
-from minisobert.corpus.hashing import key, permutation_keys
-from minisobert.corpus.shards import new_folder
+from minisobert.cli import Parser, fail
+from minisobert.config import FineTuneConfig
+from minisobert.files import new_folder, write_json
 from minisobert.finetuning import evaluation, report
 from minisobert.finetuning.evaluation import Evaluation
+from minisobert.hashing import key, permutation_keys
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset
-from minisobert.training.checkpoint import write_json
 
 UNPARSABLE = "unparsable"  # a class of answers, after those of the task
 RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from minisobert.config import Parser
+from minisobert.cli import Parser
 
 DOCS = Path(__file__).parents[1] / "docs/kernels.md"
 CHIPS = (80, 90, 100)

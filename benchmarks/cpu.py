@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import JAVA_DUMP, machine, megatron_bert, write_result
-from minisobert.config import ModelConfig, Parser, fail
+from minisobert.cli import Parser, fail
+from minisobert.config import ModelConfig
 from minisobert.corpus.masking import mask_rows
 from minisobert.corpus.shards import Shards, open_shards
 from minisobert.corpus.tokenizer import CLS, SEP

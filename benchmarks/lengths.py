@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.config import Parser, fail
-from minisobert.corpus.packing import ROW_TOKENS, SPECIALS, Packing
+from minisobert.cli import Parser, fail
+from minisobert.config import TrainConfig
+from minisobert.corpus.packing import SPECIALS, Packing
 from minisobert.corpus.shards import open_shards
+
+ROW_TOKENS = TrainConfig.row_tokens
 
 HISTOGRAM = Path(__file__).parent / "post_lengths.json"
 EXACT, WIDTH = 64, 1.03
@@ -66,7 +69,7 @@ def main() -> None:
         shards = open_shards(options.data)
     except ValueError as error:
         fail(f"{parser.prog}: {error}")
-    packing = Packing(shards.offsets, range(shards.meta["documents"]), seed=0)
+    packing = Packing(shards.offsets, range(shards.meta["documents"]), 0, ROW_TOKENS)
     lengths = packing.piece_length + SPECIALS
     p50, p95 = np.percentile(lengths, (50, 95), method="lower").tolist()
     about = {

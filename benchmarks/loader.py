@@ -14,9 +14,9 @@ import torch
 
 from benchmarks import JAVA_DUMP, machine, write_result
 from data.prepare import prepare
-from minisobert.config import Parser, fail
+from minisobert.cli import Parser, fail
+from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows, load, spans
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.shards import open_shards
 
 
@@ -34,9 +34,9 @@ def main() -> None:
         shards = open_shards(options.data or Path(folder) / "shards")
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-        rows = Rows(shards, shards.training_documents, seed=0)
+        rows = Rows(shards, shards.training_documents, 0, TrainConfig.row_tokens)
         rows.micro_batch(0, 1)  # the shuffle of the first epoch
-        wanted = spans(0, options.tokens // ROW_TOKENS, options.micro_batch_rows, 0, 1)
+        wanted = spans(0, options.tokens // TrainConfig.row_tokens, options.micro_batch_rows, 0, 1)
         began = time.perf_counter()
         real = masked = 0
         for batch in load(rows, wanted, torch.device("cpu")):

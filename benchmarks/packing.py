@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine, write_result
-from minisobert.config import Parser
-from minisobert.corpus.packing import ROW_TOKENS, SPECIALS, Packing
+from minisobert.cli import Parser
+from minisobert.config import TrainConfig
+from minisobert.corpus.packing import SPECIALS, Packing
 from minisobert.corpus.shards import open_shards
+
+ROW_TOKENS = TrainConfig.row_tokens
 
 
 def lengths_like_posts(count: int, data: Path | None) -> np.ndarray:
@@ -44,7 +47,7 @@ def main() -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths_like_posts(options.documents, options.data))])
 
     began = time.perf_counter()
-    packing = Packing(offsets, range(options.documents), seed=0)
+    packing = Packing(offsets, range(options.documents), 0, ROW_TOKENS)
     packed = time.perf_counter()
     epoch = packing.epoch(0)
     drawn = time.perf_counter()

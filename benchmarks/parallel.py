@@ -8,7 +8,7 @@ the collectives of a step run once more, on as many bytes and with nothing else 
     share that hides = (step that waits - step) / communication alone
 
 First the two ways must have the same gradients to the last bit, and what was called must be what
-`training/forecast.py` says, which gives the bytes.
+`planning/forecast.py` says, which gives the bytes.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import machine, write_result
-from minisobert.config import ModelConfig, Parser
+from minisobert.cli import Parser
+from minisobert.config import ModelConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
 from minisobert.parallel import data, tensor
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel.collectives import all_gather_into, reduce_scatter_into
 from minisobert.parallel.mesh import Mesh
-from minisobert.training import forecast
-from minisobert.training.forecast import Layout
+from minisobert.planning import forecast
+from minisobert.planning.forecast import Layout
 from minisobert.training.optimizer import Optimizer
 
 MODEL = ModelConfig(layers=6, hidden=384, heads=12, ffn=1_536, vocabulary=8_192, positions=512)
@@ -50,7 +51,7 @@ BUCKET = 1 << 20  # elements: several buckets a step, as a larger model has with
 
 
 def layouts(world: int) -> list[Layout]:
-    one = Layout(precision="fp32")
+    one = Layout(precision="fp32", row_tokens=ROW)
     if world == 1:
         return [one]
     return [
@@ -204,7 +205,7 @@ def _seconds(run: Callable, mesh: Mesh) -> float:
 
 def _work(rank: int, world: int, ports: list[str], turns: int, out: Path) -> None:
     torch.set_num_threads(1)
-    forecast.ROW_TOKENS, data.BUCKET = ROW, BUCKET
+    data.BUCKET = BUCKET
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     results = []
@@ -264,7 +265,7 @@ def main() -> None:
             "- Hides: (step that waits - step) / communication alone, in each turn. It may be more than all of it: a "
             "step that waits does so for the slowest process, too. And gloo's threads need cores: with none to spare, "
             "what can hide is the waiting and not the work. Nothing here is about GPUs.",
-            "- Bytes: those of rings, for the collectives of `training/forecast.py`, which were called. gloo's "
+            "- Bytes: those of rings, for the collectives of `planning/forecast.py`, which were called. gloo's "
             "reduce-scatter sends twice that, as much as an all-reduce.",
         ],
         "parallel",

@@ -14,8 +14,8 @@ import re
 
 import numpy as np
 
-from minisobert.corpus.hashing import key, permutation_keys
 from minisobert.finetuning import evaluation
+from minisobert.hashing import key, permutation_keys
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import table
-from minisobert.config import TASK_OPTIONS, Parser, fail, words
+from minisobert.cli import Parser, fail, words
+from minisobert.config import TASK_OPTIONS
 
 PUBLISHED = Path(__file__).parents[1] / "docs/published-results.md"
 COLUMNS = ["model", "task", "accuracy", "macro-F1", "F1", "source"]  # of its table

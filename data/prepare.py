@@ -26,11 +26,12 @@ from tqdm import tqdm
 from data import decontamination
 from data.decontamination import Texts
 from data.inputs import check, documents
-from minisobert.config import Parser, fail
-from minisobert.corpus.hashing import key, permutation_keys
+from minisobert.cli import Parser, fail
 from minisobert.corpus.posts import KINDS, Post
-from minisobert.corpus.shards import held_out, new_folder, write_meta
+from minisobert.corpus.shards import held_out, write_meta
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, token_dtype, train
+from minisobert.files import new_folder
+from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
 BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time

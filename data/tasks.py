@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 from data.inputs import check
-from minisobert.config import Parser, fail
-from minisobert.corpus.shards import new_folder
+from minisobert.cli import Parser, fail
+from minisobert.files import new_folder
 from minisobert.tasks import closed, obsoletion, quality
 
 SETS = {  # task → its module and its classes; the last column of a row is its class

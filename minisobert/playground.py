@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from minisobert.config import ModelConfig, Parser, fail
+from minisobert.cli import Parser, fail
 from minisobert.corpus.packing import SPECIALS
-from minisobert.corpus.tokenizer import CLS, MASK, SEP, Tokenizer
-from minisobert.model import MaskedLM
+from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
-from minisobert.training import checkpoint
-
-
-@dataclass(frozen=True)
-class Trained:
-    model: MaskedLM
-    tokenizer: Tokenizer
-
-
-def load_run(run: str | Path) -> Trained:
-    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none, or where the
-    tokenizer beside it is another model's."""
-    run = Path(run)
-    saved = checkpoint.steps(run / "checkpoints")
-    if not saved:
-        raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
-    described = json.loads((run / "config.json").read_text())
-    pieces = run / "tokenizer.model"
-    if hashlib.sha256(pieces.read_bytes()).hexdigest() != described["tokenizer"]:
-        raise ValueError(f"{pieces} is another model's; put the one of the run's --data there")
-    model = MaskedLM(ModelConfig(**described["model"]))
-    checkpoint.verify(saved[-1])
-    model.load_state_dict(checkpoint.load(saved[-1])["model"])
-    return Trained(model.eval(), Tokenizer(pieces))
+from minisobert.training.run import Trained, open_run
 
 
 @torch.no_grad()
@@ -84,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each (default 5)")
     options = parser.parse_args(argv)
     try:
-        trained = load_run(options.run)
+        trained = open_run(options.run)
         for text in options.text:
             print(text)
             for guesses in guess(trained, *with_masks(trained, text), best=options.best):

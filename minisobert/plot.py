@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from minisobert.config import Parser, fail
+from minisobert.cli import Parser, fail
 
 
 def read_metrics(run: Path) -> list[dict]:

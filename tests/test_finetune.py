@@ -340,7 +340,7 @@ def from_a_run(tmp_path_factory, corpus):
     from tests.runs import make_small, words
 
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch.setattr, patch.setitem)
+        make_small(patch.setitem)
         out = tmp_path_factory.mktemp("run") / "run"
         train.main(words(corpus, out, steps=2))
     return out

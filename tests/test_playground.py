@@ -10,6 +10,7 @@ from data import stdlib
 from minisobert import playground, plot
 from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
+from minisobert.training.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def run(corpus, tmp_path_factory):
 
 
 def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands(run, capsys):
-    trained = playground.load_run(run)
+    trained = open_run(run)
     ids, places = playground.with_masks(trained, "bar[MASK] gin [MASK]")
     assert [int(ids[place]) for place in places] == [MASK, MASK] and len(places) == 2
     tokens = torch.tensor([CLS, *ids.tolist(), SEP])
@@ -38,7 +39,7 @@ def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands
 
 
 def test_a_mask_takes_the_space_before_it(run):
-    trained = playground.load_run(run)
+    trained = open_run(run)
     found = [playground.with_masks(trained, text) for text in ("bar [MASK] gin", "bar[MASK] gin")]
     assert found[0][0].tolist() == found[1][0].tolist() and found[0][1] == found[1][1]
     assert trained.tokenizer.decode(found[0][0][found[0][1][0] + 1 :]) == " gin"

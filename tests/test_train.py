@@ -18,7 +18,8 @@ import torch
 from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 
 import train
-from minisobert.config import TrainConfig, parse
+from minisobert.cli import parse
+from minisobert.config import TrainConfig
 from minisobert.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    make_small(monkeypatch.setattr, monkeypatch.setitem)
+    make_small(monkeypatch.setitem)
 
 
 @pytest.fixture(scope="module")

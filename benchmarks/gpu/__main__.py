@@ -27,7 +27,7 @@ from benchmarks.gpu import BEGAN, attention, plots, report, rowwise, training
 from benchmarks.gpu.records import BENCHMARKS, ROOT, TESTS, Records
 from benchmarks.gpu.setting import DROPOUTS, LENGTHS, Setting, real_setting, toy_setting
 from benchmarks.gpu.timing import Disagreement
-from minisobert.config import Parser, fail
+from minisobert.cli import Parser, fail
 
 TESTS_SHARE = 0.5  # of the time: tests that hang leave the rest for the measurements
 # Seconds that must be left to begin with what torch compiles first. A whole model then has 150 until minute nine.

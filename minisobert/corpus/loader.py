@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisobert.corpus import hashing
+from minisobert import hashing
 from minisobert.corpus.masking import mask_rows
 from minisobert.corpus.packing import SPECIALS, Epoch, Packing
 from minisobert.corpus.shards import Shards
@@ -53,10 +53,10 @@ class MicroBatch:
 class Rows:
     """The rows of some documents of the shards, by their number in the global order."""
 
-    def __init__(self, shards: Shards, documents: range, seed: int, purpose: str = "masking"):
+    def __init__(self, shards: Shards, documents: range, seed: int, row_tokens: int, purpose: str = "masking"):
         """purpose: what the masks are for; training and validation draw theirs apart."""
         self.shards, self.seed, self.purpose = shards, seed, purpose
-        self.packing = Packing(shards.offsets, documents, seed)
+        self.packing = Packing(shards.offsets, documents, seed, row_tokens)
         self._epochs: dict[int, Epoch] = {}
 
     def __len__(self) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisobert.corpus.hashing import lowbias32
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK
+from minisobert.hashing import lowbias32
 
 RATE = 0.15
 TO_MASK, TO_RANDOM = 0.8, 0.1  # the rest stays as it is

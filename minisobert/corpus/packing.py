@@ -1,4 +1,4 @@
-"""Documents into rows of 2,048 tokens, by the histogram of their lengths.
+"""Documents into rows of `row_tokens` tokens, by the histogram of their lengths.
 
 A document longer than a row is cut into pieces; a piece of n tokens takes n + 2 places, for its [CLS] and [SEP]. Which
 lengths share a row is decided once, on the histogram, by best fit from the longest down ("shortest-pack-first" of Krell
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minisobert.corpus import hashing
+from minisobert import hashing
 
-ROW_TOKENS = 2_048
 SPECIALS = 2  # [CLS] before and [SEP] after each piece
 
 
@@ -34,7 +33,7 @@ class Packing:
     piece_start (P,) int64, piece_length (P,) int32: where each piece lies in tokens.bin, specials not counted.
     """
 
-    def __init__(self, offsets: np.ndarray, documents: range, seed: int, row_tokens: int = ROW_TOKENS):
+    def __init__(self, offsets: np.ndarray, documents: range, seed: int, row_tokens: int):
         """offsets: (D+1,) token offsets of all documents; documents: those to pack. Empty documents are left out."""
         self.row_tokens, self.seed = row_tokens, seed
         self.piece_start, self.piece_length = _pieces(offsets[documents.start : documents.stop + 1], row_tokens)
@@ -78,7 +77,7 @@ def _pieces(offsets: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarra
     return start, length.astype(np.int32)
 
 
-def pack_histogram(histogram: Iterable[int], row_tokens: int = ROW_TOKENS) -> list[tuple[int, list[int]]]:
+def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int, list[int]]]:
     """histogram[n]: how many pieces of n tokens there are. Returns (number of rows, lengths in each of them) pairs.
 
     Best fit, longest first: a length goes to the fullest open rows that it still fits, many rows at a time.

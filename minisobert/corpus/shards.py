@@ -13,18 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from minisobert.corpus.hashing import key, lowbias32
 from minisobert.corpus.tokenizer import Tokenizer, token_dtype
+from minisobert.files import sha256
+from minisobert.hashing import key, mix
 
 FORMAT = 1
 FILES = ("tokens.bin", "documents.npy", "tokenizer.model")
@@ -81,7 +78,7 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
             raise ValueError(f"{path} is missing; prepare the data again")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise ValueError(f"{path} has {size:,} bytes, meta.json says {expected['bytes']:,}; prepare the data again")
-        if (verify or name == "tokenizer.model") and checksum(path) != expected["sha256"]:
+        if (verify or name == "tokenizer.model") and sha256(path) != expected["sha256"]:
             raise ValueError(f"{path} is not the file that meta.json describes (checksum); prepare the data again")
 
     dtype, tokens_bytes = token_dtype(meta["vocab_size"]), meta["files"]["tokens.bin"]["bytes"]
@@ -143,39 +140,11 @@ def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
     source, thread: (D,) int64; equal in both means the same thread. Of a single thread nothing is held out.
     """
     threads, index = np.unique(np.stack([source, thread], axis=1), axis=0, return_inverse=True)
-    hashes = np.full(len(threads), key(seed, "validation"), np.uint32)
-    for part in (threads[:, 0], threads[:, 1], threads[:, 1] >> 32):
-        hashes = lowbias32(hashes ^ lowbias32(part.astype(np.uint32)))
+    hashes = mix(key(seed, "validation"), threads[:, 0], threads[:, 1], threads[:, 1] >> 32)
     count = min(max(1, round(HELD_OUT * len(threads))), MOST_HELD_OUT, len(threads) - 1)
     chosen = np.zeros(len(threads), bool)
     chosen[np.argsort(hashes, kind="stable")[:count]] = True
     return chosen[index.reshape(-1)]
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
-
-    Raises ValueError where `out` exists already (an empty folder is fine) or cannot be made.
-    """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
-    made = [parent for parent in out.parents if not parent.exists()]  # removed again if the block fails
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
-    try:
-        work.chmod(0o755)  # mkdtemp's are private
-        yield work
-        work.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: `out` is there
-                parent.rmdir()
 
 
 def write_meta(folder: Path, **meta) -> None:
@@ -184,15 +153,6 @@ def write_meta(folder: Path, **meta) -> None:
     for name in FILES:
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     text = json.dumps({"format": FORMAT, **meta, "files": files}, indent=1, ensure_ascii=False)
     (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
-
-
-def checksum(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+from minisobert.files import COMPRESSED, open_binary
 
 
 def format_of(path: Path) -> str | None:
     """".txt" or ".jsonl", whether packed or not; None for any other file."""
-    suffix = path.with_suffix("").suffix if path.suffix in _OPEN else path.suffix
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     return suffix if suffix in (".txt", ".jsonl") else None
 
 
@@ -28,20 +25,17 @@ def texts(
     read since it was last called, after unpacking. Raises ValueError where a packed file is truncated or damaged.
     """
     jsonl = format_of(path) == ".jsonl"
-    try:
-        with _OPEN.get(path.suffix, open)(path, "rb") as file:
-            for number, line in enumerate(file):
-                progress(len(line))
-                if number == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if jsonl and not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"] if jsonl else line.decode()
-                    text.encode()  # JSON can hold half of a surrogate pair
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    dropped["malformed lines"] += 1
-                    continue
-                yield number, text.replace("\r\n", "\n").strip("\n")
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error})") from None
+    with open_binary(path) as file:
+        for number, line in enumerate(file):
+            progress(len(line))
+            if number == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if jsonl and not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"] if jsonl else line.decode()
+                text.encode()  # JSON can hold half of a surrogate pair
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                dropped["malformed lines"] += 1
+                continue
+            yield number, text.replace("\r\n", "\n").strip("\n")

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisobert.config import PRESETS, FineTuneConfig, ModelConfig, padded_vocabulary, words
+from minisobert.cli import words
+from minisobert.config import PRESETS, FineTuneConfig, ModelConfig, padded_vocabulary
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
+from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.loop import Item, Outcome, fit
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
-from minisobert.playground import load_run
 from minisobert.tasks.dataset import Dataset, Example
-from minisobert.training import checkpoint
+from minisobert.training.run import open_run
 
 
 class Network:
@@ -76,13 +77,9 @@ class Network:
         return self.module(tokens, positions, documents, torch.from_numpy(places).to(self.device), dropout)
 
     def save(self, folder: Path) -> None:
-        tensors = {name: p.detach().float().cpu().contiguous() for name, p in self.module.named_parameters()}
-        header, _, _ = checkpoint.safetensors_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-        with open(folder / "model.safetensors", "wb") as file:
-            file.write(header)
-            for tensor in tensors.values():
-                file.write(tensor.numpy().tobytes())
-        checkpoint.write_json(folder / "config.json", dataclasses.asdict(self.module.config))
+        weights = {name: parameter.detach().float() for name, parameter in self.module.named_parameters()}
+        write_safetensors(folder / "model.safetensors", weights)
+        write_json(folder / "config.json", dataclasses.asdict(self.module.config))
         (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
 
 
@@ -90,7 +87,7 @@ def load(folder: Path, task: dict) -> Network:
     """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
     model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
-    model.load_state_dict(checkpoint.read_safetensors(folder / "model.safetensors"))
+    model.load_state_dict(read_safetensors(folder / "model.safetensors"))
     return Network(model, Tokenizer(folder / "tokenizer.model"), task["kind"])
 
 
@@ -120,7 +117,7 @@ class Start:
                 )
             if config.tokenizer:
                 raise ValueError("--tokenizer is for random:PRESET; a run has its own")
-            trained = load_run(config.model)
+            trained = open_run(config.model)
             self.encoder, self.tokenizer, self.config = trained.model.encoder, trained.tokenizer, trained.model.config
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:

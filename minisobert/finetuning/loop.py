@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisobert.config import FineTuneConfig
-from minisobert.corpus.hashing import key, permutation_keys
+from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
 from minisobert.training.optimizer import Optimizer

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.config import FineTuneConfig
+from minisobert.files import write_json
 from minisobert.finetuning import evaluation, figures, marking
 from minisobert.finetuning.evaluation import Evaluation
 from minisobert.finetuning.loop import Outcome
 from minisobert.tasks.dataset import Dataset
-from minisobert.training.checkpoint import write_json
 
 WORST = 20
 WIDEST = 8  # classes of a table that a page has room for; the plot has them all

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minisobert import hashing
 from minisobert.config import MOST_TOKENS
-from minisobert.corpus import hashing
 from minisobert.ops.dispatch import implementation
 
 SITES = ("embedding", "attention", "attention_output", "ffn_output")

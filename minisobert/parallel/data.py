@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minisobert.parallel import plan
+from minisobert.parallel import splits
 from minisobert.parallel.collectives import all_gather_into, reduce_scatter_into
 from minisobert.parallel.mesh import Mesh
 
@@ -56,7 +56,7 @@ def lay_out(
 
     sizes: elements of each parameter, in the order of the model.
     """
-    by_tokens = {name for name in sizes if sequence_parallel and plan.summed_over_tokens(name)}
+    by_tokens = {name for name in sizes if sequence_parallel and splits.summed_over_tokens(name)}
     places: dict[str, slice] = {}
     buckets: list[Bucket] = []
     at = 0

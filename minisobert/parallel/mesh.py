@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minisobert.config import ModelConfig, nearest, words
-from minisobert.corpus.packing import ROW_TOKENS
+from minisobert.cli import nearest, words
+from minisobert.config import ModelConfig
 
 CPU = torch.device("cpu")
 ROLL_CALL = 4.0  # seconds in which who is alive has to answer
@@ -100,24 +100,24 @@ def from_torchrun(name: str, otherwise: int) -> int:
     return int(os.environ.get(name, otherwise))
 
 
-def _divided(model: ModelConfig, world: int) -> dict[str, int]:
+def _divided(model: ModelConfig, world: int, row_tokens: int) -> dict[str, int]:
     """All that tensor parallelism splits; tokens with sequence parallelism, which any layout may add."""
     return {
         "processes": world, "attention heads": model.heads, "hidden": model.hidden, "ffn": model.ffn,
-        "vocabulary": model.vocabulary, "tokens of a row": ROW_TOKENS,
+        "vocabulary": model.vocabulary, "tokens of a row": row_tokens,
     }  # fmt: skip
 
 
-def tensor_parallel_sizes(model: ModelConfig, world: int) -> list[int]:
+def tensor_parallel_sizes(model: ModelConfig, world: int, row_tokens: int) -> list[int]:
     """That `world` processes and the model's sizes can be divided by."""
-    return [n for n in range(1, world + 1) if not any(size % n for size in _divided(model, world).values())]
+    return [n for n in range(1, world + 1) if not any(size % n for size in _divided(model, world, row_tokens).values())]
 
 
-def check_layout(model: ModelConfig, world: int, tensor_parallel: int) -> None:
+def check_layout(model: ModelConfig, world: int, tensor_parallel: int, row_tokens: int) -> None:
     """Raises ValueError, with the sizes that fit everything, where model or processes cannot be split so."""
-    choices = tensor_parallel_sizes(model, world)
+    choices = tensor_parallel_sizes(model, world, row_tokens)
     if tensor_parallel not in choices:
-        unfit = [f"{n:,} {name}" for name, n in _divided(model, world).items() if n % tensor_parallel]
+        unfit = [f"{n:,} {name}" for name, n in _divided(model, world, row_tokens).items() if n % tensor_parallel]
         raise ValueError(
             f"{words(unfit, 'and')} cannot be split over --tensor-parallel {tensor_parallel}; "
             f"choose {words(nearest(choices, tensor_parallel))}"

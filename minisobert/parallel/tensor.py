@@ -1,4 +1,4 @@
-"""Tensor parallelism: a whole model becomes one rank's slice of it, layer by layer as `plan.py` says.
+"""Tensor parallelism: a whole model becomes one rank's slice of it, layer by layer as `splits.py` says.
 
     column   y = x Wᵀ        W = [W₀; W₁; …]        rank i makes yᵢ = x Wᵢᵀ                    dx = Σᵢ dyᵢ Wᵢ
     row      y = x Wᵀ        W = [W₀, W₁, …]        rank i makes xᵢ Wᵢᵀ, of which y is the sum
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minisobert import ops
 from minisobert.model import Decoder, Linear, MaskedLM
-from minisobert.parallel import plan
+from minisobert.parallel import splits
 from minisobert.parallel.collectives import (
     all_gather,
     all_gather_into,
@@ -129,18 +129,18 @@ PARALLEL = {
 
 
 def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> MaskedLM:
-    """The same model with this rank's slices for what `plan.PLAN` splits. Logits become (M, V / tensor_parallel).
+    """The same model with this rank's slices for what `splits.SPLITS` splits. Logits become (M, V / tensor_parallel).
 
     Names of parameters stay. A mesh without tensor parallelism leaves the model as it is.
     """
     if mesh.tensor_parallel == 1:
         return model
     for name, module in list(model.named_modules()):
-        if kind := plan.kind(name):
+        if kind := splits.kind(name):
             parent, _, child = name.rpartition(".")
             own = {
                 each: nn.Parameter(
-                    plan.slice_of(f"{name}.{each}", whole.detach(), mesh.tensor_rank, mesh.tensor_parallel).clone()
+                    splits.slice_of(f"{name}.{each}", whole.detach(), mesh.tensor_rank, mesh.tensor_parallel).clone()
                 )
                 for each, whole in module.named_parameters()
             }

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minisobert.corpus.dump import open_member
-from minisobert.corpus.hashing import key
 from minisobert.corpus.html import html_to_text
 from minisobert.corpus.posts import rows
+from minisobert.hashing import key
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles
 NOTICES = "notices of closing removed from questions"

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from minisobert.corpus import dump
+from minisobert.files import COMPRESSED, open_binary
 
 DUMP = "dump"
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit of 131,072 is shorter than some posts
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
 _KNOWN = "a folder, .7z, .csv or .txt (.xz, .gz), or a dump's Posts.xml"
 
 
@@ -53,7 +50,7 @@ class File:
         if self.member:
             opened = dump.open_member(self.path, self.member)
         else:
-            opened = _OPEN.get(self.path.suffix, open)(self.path, "rb")
+            opened = open_binary(self.path)
         try:
             with opened as stream:
                 yield io.TextIOWrapper(stream, "utf-8-sig", newline=newline)
@@ -64,8 +61,6 @@ class File:
             ) from None
         except csv.Error as error:
             raise ValueError(f"{self} is no readable .csv file ({error})") from None
-        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{self} is truncated or damaged ({error})") from None
 
 
 def find(paths: Sequence[Path]) -> list[File]:
@@ -95,7 +90,7 @@ def _expand(path: Path, named: bool) -> list[File]:
         if "Posts.xml" in members:
             return [File(path, DUMP, named)]
         return [File(path, Path(m).suffix, named, m) for m in sorted(members) if Path(m).suffix in (".csv", ".txt")]
-    kind = path.with_suffix("").suffix if path.suffix in _OPEN else path.suffix
+    kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     return [File(path, kind, named)] if kind in (".csv", ".txt") else []
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.corpus.dump import members, open_member
-from minisobert.corpus.hashing import key, lowbias32
 from minisobert.corpus.posts import rows as xml_rows
+from minisobert.hashing import key, mix
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example
 from minisobert.tasks.files import DUMP, File, class_of, rows, select
@@ -137,9 +137,7 @@ def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
 
 def _choose(answer: np.ndarray, question: np.ndarray, year: np.ndarray, obsolete: np.ndarray, seed: int) -> np.ndarray:
     """The class of each answer, -1 for those that are not drawn. All (A,), int64; obsolete bool."""
-    rank = np.full(len(answer), key(seed, "obsoletion"), np.uint32)
-    for part in (answer, answer >> 32):
-        rank = lowbias32(rank ^ lowbias32(part.astype(np.uint32)))
+    rank = mix(key(seed, "obsoletion"), answer, answer >> 32)
     label = np.full(len(answer), -1)
 
     def by_rank(mask: np.ndarray) -> np.ndarray:

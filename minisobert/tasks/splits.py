@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from minisobert.corpus.hashing import key
+from minisobert.hashing import key
 from minisobert.tasks.dataset import Dataset, Example
 
 SHARE = 0.1  # of the questions, for each of dev and test where the files name none

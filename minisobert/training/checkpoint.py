@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all, and the safetensors format in a few lines.
+"""Checkpoints: folders that appear whole or not at all.
 
     step-00001000/
         model.safetensors       the fp32 weights, whole, under the model's own names
@@ -12,10 +12,7 @@ Nothing is pickled. With several machines the folder must be on storage that all
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import mmap
 import os
 import shutil
 from collections.abc import Iterable
@@ -26,45 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisobert.files import flush_folder, read_safetensors, safetensors_header, sha256, write_json
 from minisobert.parallel.mesh import Mesh
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILES = ("model", "optimizer")
 UNFINISHED = ".unfinished-"
-
-
-def safetensors_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
-    """Of a file with tensors of these dtypes and shapes: its beginning, where in it each tensor begins, its size.
-
-    Format: 8 bytes, the header's length (little endian); the header, JSON of dtype, shape and place of each tensor,
-    padded with spaces to a multiple of 8; the tensors' bytes, row-major, little endian.
-    """
-    header, at = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name], at = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}, at + size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    places = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
-    return len(text).to_bytes(8, "little") + text, places, begin + at
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of the process's own: changing them does not change the file."""
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    size = int.from_bytes(data[:8], "little")
-    tensors = {}
-    for name, place in json.loads(data[8 : 8 + size]).items():
-        if name == "__metadata__":
-            continue
-        dtype, (start, stop) = DTYPES[place["dtype"]], place["data_offsets"]
-        count = (stop - start) // dtype.itemsize
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + start) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).view(place["shape"])
-    return tensors
 
 
 @dataclass(frozen=True)
@@ -111,7 +74,7 @@ class Saver:
             return
         work = self.folder / f"{UNFINISHED}{step:08d}"
         headers = {
-            file: safetensors_header({name: (torch.float32, shape) for name, shape in of_file.items()})
+            file: safetensors_header({name: ("float32", shape) for name, shape in of_file.items()})
             for file, of_file in shapes.items()
         }
         created = self._pool.submit(_create, work, headers) if self.mesh.is_first else None
@@ -193,11 +156,11 @@ def _write_at(descriptor: int, data: memoryview, at: int) -> None:
 def _publish(final: Path, state: dict, keep: int) -> None:
     """Checksums of what the files hold, the name, and the end of older checkpoints."""
     folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
-    checksums = {f"{file}.safetensors": _sha256(work / f"{file}.safetensors") for file in FILES}
+    checksums = {f"{file}.safetensors": sha256(work / f"{file}.safetensors") for file in FILES}
     write_json(work / "state.json", {**state, "sha256": checksums})
-    _flush_folder(work)
+    flush_folder(work)
     os.replace(work, final)
-    _flush_folder(folder)
+    flush_folder(folder)
     for old in set(steps(folder)) - set(steps(folder)[-keep:]) - {best(folder)}:
         # renamed first: a folder with a checkpoint's name is always whole
         os.replace(old, folder / f"{UNFINISHED}{old.name}")
@@ -239,7 +202,7 @@ def verify(path: Path) -> None:
     """Raises ValueError where a file of a checkpoint has not the checksum that is in state.json."""
     for name, expected in read_state(path)["sha256"].items():
         try:
-            found = _sha256(path / name)
+            found = sha256(path / name)
         except OSError as error:
             found = error.strerror
         if found != expected:
@@ -252,30 +215,3 @@ def verify(path: Path) -> None:
 def load(path: Path) -> dict[str, dict[str, Tensor]]:
     """The whole tensors of a checkpoint, by file and name. Nothing is read before somebody looks at it."""
     return {file: read_safetensors(path / f"{file}.safetensors") for file in FILES}
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes beside, flushes, renames: the file is the old one or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,14 +12,14 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from minisobert.config import ModelConfig, TrainConfig
+from minisobert.config import ModelConfig, Step, TrainConfig
 from minisobert.corpus.loader import MicroBatch, Rows, load, spans
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout
 from minisobert.parallel.mesh import Mesh
@@ -31,6 +31,18 @@ from minisobert.training.run import Progress, Run
 from minisobert.training.schedule import learning_rate
 
 
+class Tally(NamedTuple):
+    """What the processes tell each other once a step: whole numbers, which are summed over all of them."""
+
+    masked: int = 0  # tokens to guess
+    real_tokens: int = 0
+    pairs: int = 0  # of tokens that see each other
+    signals: int = 0  # the number of the signal that asked this process to stop, or 0
+    stopping: int = 0  # 1 where there was one
+    written: int = 0  # 1 where this process has written its part of a checkpoint
+    failed: int = 0  # 1 where it could not
+
+
 class TooManySkipped(Exception):
     """More than --max-skipped steps in a row had no finite gradient. On the first rank the message says whose."""
 
@@ -39,23 +51,23 @@ def train_step(
     model: MaskedLM,
     optimizer: Optimizer,
     batches: Iterable[MicroBatch],
+    step: Step,
     config: TrainConfig,
     mesh: Mesh,
     progress: Progress,
-    notes: Sequence[int] = (),
-) -> dict:
-    """One step on this rank's micro-batches. Advances progress; returns the step's figures.
+    own: Tally,
+) -> tuple[dict, Tally]:
+    """One step on this rank's micro-batches. Advances progress.
 
-    notes: numbers to be summed over all processes; the sums are among the figures.
+    own: what this process has to tell the others; its counts are filled in here. Returns the step's figures, and the
+    tally summed over all processes.
     """
     device = mesh.device
-    first_row, size = progress.consumed_tokens // ROW_TOKENS, config.batch_at(progress.consumed_tokens)
-    accumulation = config.accumulation(size, ROW_TOKENS, mesh.data_parallel)
     dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     masked = real_tokens = pairs = 0
     for i, batch in enumerate(batches, 1):
-        offset = (batch.first_row - first_row) * ROW_TOKENS
+        offset = (batch.first_row - step.first_row) * config.row_tokens
         here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
         # in one expression: a name for the logits would keep them, the largest tensor of all, through the backward pass
         loss = cross_entropy(
@@ -63,43 +75,45 @@ def train_step(
         ).sum()
         if config.loss_average == "micro-batch":
             loss = loss / max(len(batch.targets), 1)
-        if i == accumulation:
+        if i == step.accumulation:
             optimizer.gradients.before_last_backward()
         loss.backward()
         loss_sum += loss.detach()
         masked, real_tokens, pairs = masked + len(batch.targets), real_tokens + batch.real_tokens, pairs + batch.pairs
 
     # what the hosts know: up to here nobody has waited for a device. The ranks of a tensor group have the same rows
-    counts = mesh.sum_on_hosts([masked, real_tokens, pairs, *notes])
-    masked, real_tokens, pairs = (n // mesh.tensor_parallel for n in counts[:3])
-    divisor = masked if config.loss_average == "token" else accumulation * mesh.data_parallel
+    own = own._replace(masked=masked, real_tokens=real_tokens, pairs=pairs)
+    total = Tally(*mesh.sum_on_hosts(list(own)))
+    masked, real_tokens, pairs = (n // mesh.tensor_parallel for n in (total.masked, total.real_tokens, total.pairs))
+    divisor = masked if config.loss_average == "token" else step.accumulation * mesh.data_parallel
     divisor = max(divisor, 1)  # nothing to guess in a whole batch: loss and gradient are 0
 
-    tokens = progress.schedule_tokens + size
+    tokens = progress.schedule_tokens + step.tokens
     rate = learning_rate(
         tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction
     )
     norm, applied = optimizer.step(rate, divisor, config.clip)
     progress.step += 1
-    progress.consumed_tokens += size
+    progress.consumed_tokens += step.tokens
     progress.schedule_tokens = tokens if applied else progress.schedule_tokens
     progress.skipped += not applied
     progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
     progress.real_tokens += real_tokens
     progress.loss = mesh.sum_over_data(loss_sum).item() / divisor
     if progress.skipped_in_a_row > config.max_skipped:
-        report = _report(optimizer, progress, first_row, size // ROW_TOKENS)
+        report = _report(optimizer, progress, step)
         raise TooManySkipped(report if mesh.is_first else "")
     flops = meter.training_flops(model.config, real_tokens, pairs, masked)
-    return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops, "heard": counts[3:]}
+    return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops}, total
 
 
-def _report(optimizer: Optimizer, progress: Progress, first_row: int, rows: int) -> str:
+def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
     """Which rank's gradient was not finite, and of which parameter first. Called by all ranks."""
     found = [f"rank {rank}: {name}" for rank, name in enumerate(optimizer.not_finite()) if name]
     return (
         f"the gradient of {progress.skipped_in_a_row} steps in a row was not finite, the last of them step "
-        f"{progress.step} with rows {first_row:,} to {first_row + rows - 1:,}, loss {progress.loss}; where it began: "
+        f"{progress.step} with rows {step.first_row:,} to {step.first_row + step.rows - 1:,}, loss {progress.loss}; "
+        "where it began: "
         + ("; ".join(found) or "in no rank's own gradient, but in their sum")
     )
 
@@ -138,10 +152,11 @@ def train(
     and SaveFailed where a checkpoint cannot be written, on all ranks.
     """
     config = run.config
-    micro_batches = load(training, _share(config, progress.consumed_tokens, mesh), mesh.device)
+    steps, read_ahead = itertools.tee(config.steps(mesh.data_parallel, progress.consumed_tokens))
+    micro_batches = load(training, _share(read_ahead, config, mesh), mesh.device)
     saver = Saver(run.folder / "checkpoints", config.keep_checkpoints, mesh)
     peak = meter.peak_flops(mesh.device)
-    *_, (last, size) = config.steps()
+    *_, (last, size) = config.batch_sizes()
 
     bar = tqdm(
         total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.preset,
@@ -149,18 +164,19 @@ def train(
     )  # fmt: skip
     shown, stopped = "", 0
     with bar, StopSignals() as stop:
-        for before, size in config.steps(progress.consumed_tokens):
+        for step in steps:
 
-            def passed(every: int, before: int = before) -> bool:
+            def passed(every: int, before: int = progress.consumed_tokens) -> bool:
                 """Whether the step just made went past a multiple of `every` tokens, or was the last one."""
                 done = progress.consumed_tokens
                 return done >= config.train_tokens or before // every != done // every
 
             began = time.perf_counter()
-            batches = itertools.islice(micro_batches, config.accumulation(size, ROW_TOKENS, mesh.data_parallel))
-            notes = [stop.received, int(stop.received > 0), *saver.notes]
+            batches = itertools.islice(micro_batches, step.accumulation)
+            written, failed = saver.notes
+            own = Tally(signals=stop.received, stopping=int(stop.received > 0), written=written, failed=failed)
             try:
-                figures = train_step(model, optimizer, batches, config, mesh, progress, notes)
+                figures, total = train_step(model, optimizer, batches, step, config, mesh, progress, own)
             except TooManySkipped:
                 saver.wait()  # what is being written is sound
                 raise
@@ -186,12 +202,11 @@ def train(
             if mesh.is_first:
                 run.log(line)
             bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
-            bar.update(size)
+            bar.update(step.tokens)
 
             # one rank may have got a signal, or all: they leave after the same step, with the same number
-            total, ranks, *of_saver = figures["heard"]
-            stopped = total // max(ranks, 1)
-            saver.heard(*of_saver)
+            stopped = total.signals // max(total.stopping, 1)
+            saver.heard(total.written, total.failed)
             if stopped or passed(config.checkpoint_every_tokens):
                 run.save(saver, optimizer, progress, line.get("validation_loss"))
             if stopped:
@@ -203,11 +218,11 @@ def train(
     return stopped
 
 
-def _share(config: TrainConfig, consumed: int, mesh: Mesh) -> Iterator[tuple[int, int]]:
+def _share(steps: Iterable[Step], config: TrainConfig, mesh: Mesh) -> Iterator[tuple[int, int]]:
     """(first row, rows) of each of this rank's micro-batches."""
-    for before, size in config.steps(consumed):
-        first, last = before // ROW_TOKENS, (before + size) // ROW_TOKENS
-        yield from spans(first, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
+    for step in steps:
+        last = step.first_row + step.rows
+        yield from spans(step.first_row, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
 
 
 class StopSignals:

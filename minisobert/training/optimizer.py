@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minisobert.parallel import plan
+from minisobert.parallel import splits
 from minisobert.parallel.data import FlatParameters, Gradients, OverlappedGradients
 from minisobert.parallel.mesh import Mesh
 
@@ -71,7 +71,7 @@ class Optimizer:
             moments = {name: torch.zeros_like(piece.master) for name in MOMENTS}
             self.adam.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
         # of a parameter that several ranks have whole, each counts its part: together they count it once
-        split = [plan.split_dimension(piece.name) is not None for piece in self.pieces]
+        split = [splits.split_dimension(piece.name) is not None for piece in self.pieces]
         copies = [1 if each else self.mesh.tensor_parallel for each in split]
         self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
         if not sharded:
@@ -133,7 +133,7 @@ class Optimizer:
         mesh = self.mesh
         for piece in self.pieces:
             for (file, name), tensor in zip(self.names(piece.name), self.tensors(piece)):
-                mine = plan.slice_of(piece.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
+                mine = splits.slice_of(piece.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
                 tensor.copy_(mine.flatten()[piece.first : piece.first + len(tensor)])
             self.adam.state[piece.master]["step"].fill_(steps)
         self._round_masters()

@@ -9,9 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisobert.config import ModelConfig, TrainConfig, flag
+from minisobert.cli import flag
+from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
-from minisobert.parallel import plan
+from minisobert.corpus.tokenizer import Tokenizer
+from minisobert.files import sha256, write_json
+from minisobert.model import MaskedLM
+from minisobert.parallel import splits
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
 from minisobert.training.optimizer import Optimizer, Piece
@@ -34,13 +38,13 @@ class Progress:
 class Run:
     """Looks at the folder and writes nothing until `begin`."""
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, shards: Shards):
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards):
         """Raises ValueError where the folder's last checkpoint was made by another config or from other data."""
-        self.config, self.model, self.shards = config, model, shards
+        self.config, self.model_config, self.shards = config, model_config, shards
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
-        layout = {name: settings.pop(name) for name in config.free_fields()}
-        self.identity = {"train": settings, "model": dataclasses.asdict(model), "data": shards.fingerprint}
+        layout = {name: settings.pop(name) for name in config.resumable_fields()}
+        self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
         tokenizer = shards.meta["files"]["tokenizer.model"]["sha256"]
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
         saved = checkpoint.steps(self.folder / "checkpoints")
@@ -105,7 +109,7 @@ class Run:
             beside = metrics.with_name(".metrics.jsonl.new")
             beside.write_text("".join(line + "\n" for line in kept))
             os.replace(beside, metrics)
-        checkpoint.write_json(self.folder / "config.json", self.described)
+        write_json(self.folder / "config.json", self.described)
         shutil.copyfile(self.shards.folder / "tokenizer.model", self.folder / "tokenizer.model")
 
     def log(self, line: dict) -> None:
@@ -120,7 +124,7 @@ class Run:
         mesh, pieces = optimizer.mesh, optimizer.pieces
         shapes: dict[str, dict[str, tuple[int, ...]]] = {file: {} for file in checkpoint.FILES}
         for name, parameter in optimizer.flat.parameters.items():
-            whole = plan.whole_shape(name, tuple(parameter.shape), mesh.tensor_parallel)
+            whole = splits.whole_shape(name, tuple(parameter.shape), mesh.tensor_parallel)
             for file, tensor in optimizer.names(name):
                 shapes[file][tensor] = whole
         slices = [s for piece in pieces if _writes(piece, optimizer) for s in _slices(piece, optimizer)]
@@ -134,14 +138,37 @@ def _writes(piece: Piece, optimizer: Optimizer) -> bool:
     """Whether it is for this rank to write the piece, of which others may have the same."""
     mesh = optimizer.mesh
     one_of_a_kind = optimizer.sharded or mesh.data_rank == 0
-    return one_of_a_kind and (plan.split_dimension(piece.name) is not None or mesh.tensor_rank == 0)
+    return one_of_a_kind and (splits.split_dimension(piece.name) is not None or mesh.tensor_rank == 0)
 
 
 def _slices(piece: Piece, optimizer: Optimizer) -> list[checkpoint.Slice]:
     mesh, shape = optimizer.mesh, tuple(optimizer.flat.parameters[piece.name].shape)
-    where = plan.runs(piece.name, shape, piece.first, len(piece.master), mesh.tensor_rank, mesh.tensor_parallel)
+    where = splits.runs(piece.name, shape, piece.first, len(piece.master), mesh.tensor_rank, mesh.tensor_parallel)
     runs = list(where)
     return [
         checkpoint.Slice(file, name, tensor, runs)
         for (file, name), tensor in zip(optimizer.names(piece.name), optimizer.tensors(piece))
     ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    model: MaskedLM
+    tokenizer: Tokenizer
+
+
+def open_run(run: str | Path) -> Trained:
+    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none, or where the
+    tokenizer beside it is another model's."""
+    run = Path(run)
+    saved = checkpoint.steps(run / "checkpoints")
+    if not saved:
+        raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
+    described = json.loads((run / "config.json").read_text())
+    pieces = run / "tokenizer.model"
+    if sha256(pieces) != described["tokenizer"]:
+        raise ValueError(f"{pieces} is another model's; put the one of the run's --data there")
+    model = MaskedLM(ModelConfig(**described["model"]))
+    checkpoint.verify(saved[-1])
+    model.load_state_dict(checkpoint.load(saved[-1])["model"])
+    return Trained(model.eval(), Tokenizer(pieces))

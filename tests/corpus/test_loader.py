@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from minisobert.corpus.loader import Rows, load, spans
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, PAD, SEP
+
+ROW = 2_048
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def rows(corpus):
-    return Rows(corpus, corpus.training_documents, seed=3)
+    return Rows(corpus, corpus.training_documents, 3, ROW)
 
 
 def unmasked(batch) -> np.ndarray:
@@ -35,7 +36,7 @@ def test_an_epoch_holds_each_training_document_once(corpus, rows):
         for start, stop in pairwise(bounds):
             document = tokens[start:stop]
             if document[0] == PAD:
-                assert (document == PAD).all() and stop % ROW_TOKENS == 0
+                assert (document == PAD).all() and stop % ROW == 0
                 continue
             assert document[0] == CLS and document[-1] == SEP and (document[1:-1] >= FIRST_ORDINARY_ID).all()
             seen.append(document[1:-1].tobytes())
@@ -50,8 +51,8 @@ def test_an_epoch_holds_each_training_document_once(corpus, rows):
 
 def test_positions_restart_in_every_document_and_rows_are_full_width(rows):
     batch = rows.micro_batch(0, 4)
-    assert batch.tokens.shape == batch.positions.shape == (4 * ROW_TOKENS,)
-    assert batch.documents.tokens == 4 * ROW_TOKENS
+    assert batch.tokens.shape == batch.positions.shape == (4 * ROW,)
+    assert batch.documents.tokens == 4 * ROW
     expected = np.concatenate([np.arange(n) for n in batch.documents.bounds.diff().tolist()])
     assert (batch.positions.numpy() == expected).all()
     real = [n for n, first in zip(batch.documents.bounds.diff().tolist(), batch.documents.bounds) if
@@ -69,10 +70,10 @@ def same(a, b) -> bool:
 
 def test_a_row_is_the_same_in_any_company_and_after_any_restart(corpus, rows):
     together = rows.micro_batch(0, 8)
-    again = Rows(corpus, corpus.training_documents, seed=3)  # one that never saw the rows before
+    again = Rows(corpus, corpus.training_documents, 3, ROW)  # one that never saw the rows before
     for row in (7, 2):
         alone = again.micro_batch(row, 1)
-        part = slice(row * ROW_TOKENS, (row + 1) * ROW_TOKENS)
+        part = slice(row * ROW, (row + 1) * ROW)
         assert torch.equal(together.tokens[part], alone.tokens)
         inside = (together.masked >= part.start) & (together.masked < part.stop)
         assert torch.equal(together.masked[inside] - part.start, alone.masked)
@@ -83,13 +84,13 @@ def test_the_next_epoch_has_other_rows_and_other_masks_and_a_batch_may_span_both
     last, first = rows.micro_batch(len(rows) - 1, 1), rows.micro_batch(len(rows), 1)
     spanning = rows.micro_batch(len(rows) - 1, 2)
     assert torch.equal(spanning.tokens, torch.cat([last.tokens, first.tokens]))
-    masks = [torch.zeros(ROW_TOKENS, dtype=torch.bool).index_fill(0, rows.micro_batch(r, 1).masked, True) for r in
+    masks = [torch.zeros(ROW, dtype=torch.bool).index_fill(0, rows.micro_batch(r, 1).masked, True) for r in
              (0, len(rows), 1)]  # fmt: skip
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
 def test_training_and_validation_are_masked_apart(corpus):
-    one, other = (Rows(corpus, corpus.validation_documents, 3, purpose) for purpose in ("masking", "validation"))
+    one, other = (Rows(corpus, corpus.validation_documents, 3, ROW, purpose) for purpose in ("masking", "validation"))
     assert not torch.equal(one.micro_batch(0, 1).masked, other.micro_batch(0, 1).masked)
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisobert.corpus.packing import ROW_TOKENS, SPECIALS, Packing, pack_histogram
+from minisobert.corpus.packing import SPECIALS, Packing, pack_histogram
 
+ROW = 2_048
 DUMPS = Path(__file__).parents[2] / "../shared/data/dumps"
 
 
@@ -19,7 +20,7 @@ def offsets_of(lengths) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def pack(lengths, seed=1, row_tokens=ROW_TOKENS) -> Packing:
+def pack(lengths, seed=1, row_tokens=ROW) -> Packing:
     return Packing(offsets_of(lengths), range(len(lengths)), seed, row_tokens)
 
 
@@ -82,7 +83,7 @@ def test_the_order_of_documents_of_one_length_is_a_fair_shuffle():
 def test_best_fit_on_the_histogram_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).lognormal(5.3, 1, 20_000).astype(int) + 1
     packing = pack(lengths)
-    at_least = -(-packing.tokens // ROW_TOKENS)
+    at_least = -(-packing.tokens // ROW)
     assert packing.tokens == sum(lengths) + SPECIALS * len(packing.piece_length)
     assert len(packing) <= 1.001 * at_least
 
@@ -103,5 +104,5 @@ def test_a_real_dump_is_packed_at_least_99_and_a_half_percent_full(tmp_path):
 
     prepare([DUMPS / "german.meta.stackexchange.com.7z"], tmp_path / "out", vocab_size=2_000, workers=1)
     shards = open_shards(tmp_path / "out")
-    packing = Packing(shards.offsets, range(shards.meta["documents"]), seed=0)
-    assert packing.tokens / (len(packing) * ROW_TOKENS) >= 0.995
+    packing = Packing(shards.offsets, range(shards.meta["documents"]), 0, ROW)
+    assert packing.tokens / (len(packing) * ROW) >= 0.995

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from minisobert.corpus.shards import checksum, held_out, new_folder, open_shards, write_meta
+from minisobert.corpus.shards import held_out, open_shards, write_meta
 from minisobert.corpus.tokenizer import Tokenizer, train
+from minisobert.files import new_folder, sha256
 
 DOCUMENTS = [f"document {n}\n    of some words" for n in range(20)]
 
@@ -65,7 +66,7 @@ def swap_two_tokens(folder):
 
 def rewrite_checksum(folder, name):
     files = json.loads((folder / "meta.json").read_text())["files"]
-    files[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+    files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     edit_meta(folder, files=files)
 
 

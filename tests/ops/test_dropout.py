@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisobert.corpus.hashing import lowbias32
+from minisobert.hashing import lowbias32
 from minisobert.ops import Dropout, drop
 
 P = 0.1

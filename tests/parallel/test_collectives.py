@@ -18,15 +18,15 @@ import train
 from minisobert import ops
 from minisobert.config import ModelConfig
 from minisobert.corpus.loader import Rows
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
 from minisobert.parallel import data, mesh, tensor
 from minisobert.parallel.collectives import gather_for_all, leave, scatter_tokens
 from minisobert.parallel.mesh import Mesh, check_layout
-from minisobert.training import forecast, loop
-from minisobert.training.forecast import Layout
+from minisobert.planning import forecast
+from minisobert.planning.forecast import Layout
+from minisobert.training import loop
 
 
 def on_ranks(check, log: Path, ranks: int, *arguments) -> None:
@@ -94,7 +94,7 @@ def batch():
 
 def a_model(mesh: Mesh, sequence_parallel: bool) -> None:
     """Losses, guesses and gradients of a split model in fp64, each gradient against its slice of the whole one's."""
-    from minisobert.parallel import plan
+    from minisobert.parallel import splits
 
     *inputs, targets = batch()
     whole = MaskedLM(CONFIG).initialise(0).double()
@@ -117,9 +117,9 @@ def a_model(mesh: Mesh, sequence_parallel: bool) -> None:
     losses.sum().backward()
     for name, parameter in split.named_parameters():
         gradient = parameter.grad
-        if sequence_parallel and plan.summed_over_tokens(name):
+        if sequence_parallel and splits.summed_over_tokens(name):
             gradient = mesh.sum_over_slices(gradient)
-        exact = plan.slice_of(name, whole.get_parameter(name).grad, mesh.tensor_rank, mesh.tensor_parallel)
+        exact = splits.slice_of(name, whole.get_parameter(name).grad, mesh.tensor_rank, mesh.tensor_parallel)
         assert (gradient - exact).abs().max() <= 1e-6 * exact.abs().max().clamp(min=1e-2), name
 
 
@@ -186,10 +186,9 @@ def test_a_steps_collectives_and_their_bytes_are_those_of_the_plan(corpus, tmp_p
         jobs.append(partial(count_a_step, argv, folder))
     assert finish(launch(jobs, tmp_path / "log", 4)) == [0] * 4, (tmp_path / "log").read_text()
     monkeypatch.setattr(data, "BUCKET", 10_000)
-    monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
     model = ModelConfig(SMALL.layers, SMALL.hidden, SMALL.heads, SMALL.ffn, vocabulary=512)
     for layout, folder in zip(COUNTED, folders):
-        layout = Layout(**{**vars(layout), "precision": "fp32"})
+        layout = Layout(**{**vars(layout), "precision": "fp32", "row_tokens": ROW})
         for rank in range(4):
             recorded = json.loads((folder / f"{rank}.json").read_text())
             assert recorded["buckets"] > 2
@@ -211,7 +210,7 @@ def test_a_steps_collectives_and_their_bytes_are_those_of_the_plan(corpus, tmp_p
 )
 def test_a_layout_that_does_not_fit_is_refused_with_those_that_do(model, world, tensor_parallel, message):
     with pytest.raises(ValueError, match=message):
-        check_layout(model, world, tensor_parallel)
+        check_layout(model, world, tensor_parallel, 2_048)
 
 
 def test_ids_outside_the_vocabulary_are_refused_at_every_layout(corpus, tmp_path, capsys, monkeypatch):
@@ -232,12 +231,17 @@ def test_ids_outside_the_vocabulary_are_refused_at_every_layout(corpus, tmp_path
 
 def test_rows_of_a_step_are_the_same_whatever_the_layout(corpus):
     shards = open_shards(corpus.folder)
-    rows = Rows(shards, shards.training_documents, seed=1)
-    config = train.TrainConfig(tokens_per_batch=8 * ROW_TOKENS, train_tokens=3 * 8 * ROW_TOKENS, micro_batch_rows=2)
+    rows = Rows(shards, shards.training_documents, 1, ROW)
+    sizes = {"row_tokens": ROW, "tokens_per_batch": 8 * ROW, "train_tokens": 3 * 8 * ROW}
+    config = train.TrainConfig(**sizes, micro_batch_rows=2)
     assert len(rows) >= 8
     for data_parallel in (1, 2, 4):
         taken = [
-            [row for first, n in loop._share(config, 0, Mesh(rank, data_parallel)) for row in range(first, first + n)]
+            [
+                row
+                for first, n in loop._share(config.steps(data_parallel), config, Mesh(rank, data_parallel))
+                for row in range(first, first + n)
+            ]
             for rank in range(data_parallel)
         ]
         per_step = 8 // data_parallel

@@ -77,10 +77,10 @@ def sleep_in_a_step(rank: int) -> None:
     """Rank 1 lives, but does not come to the meeting of the hosts."""
     step = loop.train_step
 
-    def sleeping(model, optimizer, batches, config, mesh, progress, *rest):
+    def sleeping(model, optimizer, batches, step_of_run, config, mesh, progress, *rest):
         if rank == 1 and progress.step == 3:
             time.sleep(100)
-        return step(model, optimizer, batches, config, mesh, progress, *rest)
+        return step(model, optimizer, batches, step_of_run, config, mesh, progress, *rest)
 
     loop.train_step = sleeping
 
@@ -101,11 +101,11 @@ from minisobert.training import loop
 torch.set_num_threads(1)
 runs.make_small()
 step = loop.train_step
-def dying(model, optimizer, batches, config, mesh, progress, *rest):
+def dying(model, optimizer, batches, step_of_run, config, mesh, progress, *rest):
     if mesh.rank == 1 and progress.step == 5 and not os.path.exists(sys.argv[1]):
         open(sys.argv[1], "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(model, optimizer, batches, config, mesh, progress, *rest)
+    return step(model, optimizer, batches, step_of_run, config, mesh, progress, *rest)
 loop.train_step = dying
 sys.exit(train.main(sys.argv[2:]))
 """

@@ -69,7 +69,7 @@ def packed(batch: megatron.MicroBatch, first_row: int) -> MicroBatch:
 
 def ours(tensor_parallel: int, out: Path) -> int:
     """Trains on this process's share, and writes what came of it."""
-    size = MICRO_BATCHES * loop.ROW_TOKENS
+    size = MICRO_BATCHES * TrainConfig.row_tokens
     config = TrainConfig(
         tokens_per_batch=size, micro_batch_rows=1, train_tokens=RECIPE.decay_steps * size, dropout=0.0,
         warmup_fraction=RECIPE.warmup_steps / RECIPE.decay_steps, learning_rate=PEAK, loss_average="micro-batch",
@@ -80,10 +80,9 @@ def ours(tensor_parallel: int, out: Path) -> int:
         model = tensor.shard(initial(), here)
         optimizer = Optimizer(model, torch.float32, (config.beta1, config.beta2), config.weight_decay, here)
         progress = Progress()
-        for step in batches():
-            share = step[here.data_rank :: here.data_parallel]
-            first = progress.consumed_tokens // loop.ROW_TOKENS
-            figures = loop.train_step(model, optimizer, [packed(b, first) for b in share], config, here, progress)
+        for batch, step in zip(batches(), config.steps(here.data_parallel)):
+            share = [packed(b, step.first_row) for b in batch[here.data_rank :: here.data_parallel]]
+            figures, _ = loop.train_step(model, optimizer, share, step, config, here, progress, loop.Tally())
             losses.append(progress.loss)
             norms.append(figures["grad_norm"])
             rates.append(figures["lr"])
@@ -121,7 +120,7 @@ def minisoberts(tmp_path_factory) -> dict[tuple[int, int], megatron.Trained]:
 
 
 def whole(name: str, slices: list[torch.Tensor]) -> torch.Tensor:
-    dimension = tensor.plan.split_dimension(name)
+    dimension = tensor.splits.split_dimension(name)
     return slices[0] if dimension is None else torch.cat(slices, dimension)
 
 

@@ -14,7 +14,7 @@ from runs import ROW, SMALL, column, finish, start, train_all, weights, words
 from minisobert.config import ModelConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, cross_entropy
-from minisobert.parallel import plan
+from minisobert.parallel import splits
 from minisobert.parallel.data import Gradients, OverlappedGradients
 from minisobert.training import checkpoint
 
@@ -98,8 +98,8 @@ def lose_a_gradient(rank: int) -> None:
 def lose_a_reduction(rank: int) -> None:
     """One layer norm's gradient is not summed over the ranks that have other tokens."""
     lost = "encoder.blocks.1.ffn_norm.weight"
-    summed = plan.summed_over_tokens
-    plan.summed_over_tokens = lambda name: name != lost and summed(name)
+    summed = splits.summed_over_tokens
+    splits.summed_over_tokens = lambda name: name != lost and summed(name)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisobert import files
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
@@ -136,8 +137,8 @@ TENSORS = {
 
 
 def write(path, tensors) -> None:
-    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    begin, places, size = checkpoint.safetensors_header(described)
+    described = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+    begin, places, size = files.safetensors_header(described)
     data = bytearray(begin.ljust(size, b"\0"))
     for name, t in tensors.items():
         data[places[name] : places[name] + t.nbytes] = t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -148,7 +149,7 @@ def test_our_safetensors_are_read_by_the_library_and_the_librarys_by_us(tmp_path
     library = pytest.importorskip("safetensors.torch")
     write(tmp_path / "ours", TENSORS)
     library.save_file({name: t.contiguous() for name, t in TENSORS.items()}, tmp_path / "theirs", {"format": "pt"})
-    for read in (library.load_file(tmp_path / "ours"), checkpoint.read_safetensors(tmp_path / "theirs")):
+    for read in (library.load_file(tmp_path / "ours"), files.read_safetensors(tmp_path / "theirs")):
         assert read.keys() == TENSORS.keys()
         assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in TENSORS.items())
 
@@ -306,10 +307,10 @@ def test_dollars_are_gpu_hours_times_their_price():
 def test_tokens_per_batch_that_does_not_divide_names_all_numbers_and_the_nearest_choices():
     config = TrainConfig(tokens_per_batch=524_288, micro_batch_rows=12)
     with pytest.raises(ValueError) as error:
-        config.accumulation(524_288, 2_048, data_parallel=8)
+        config.accumulation(524_288, data_parallel=8)
     assert "524,288 = 12 × 2,048 × 8 × 2.667" in str(error.value)
     assert "choose --tokens-per-batch 393,216 or 589,824, or --micro-batch-rows 4, 8 or 16" in str(error.value)
-    assert TrainConfig(tokens_per_batch=524_288, micro_batch_rows=16).accumulation(524_288, 2_048, 8) == 2
+    assert TrainConfig(tokens_per_batch=524_288, micro_batch_rows=16).accumulation(524_288, 8) == 2
 
 
 def test_the_config_is_written_as_json():
@@ -318,13 +319,13 @@ def test_the_config_is_written_as_json():
 
 def test_a_batch_schedule_sets_the_size_of_each_step():
     config = TrainConfig(batch_schedule="0:8192,20_000:16384,1e5:32768", train_tokens=150_000, micro_batch_rows=1)
-    assert [*config.steps()][:4] == [(0, 8_192), (8_192, 8_192), (16_384, 8_192), (24_576, 16_384)]
-    steps = [*config.steps()]
+    assert [*config.batch_sizes()][:4] == [(0, 8_192), (8_192, 8_192), (16_384, 8_192), (24_576, 16_384)]
+    steps = [*config.batch_sizes()]
     assert all(before + size == after for (before, size), (after, _) in pairwise(steps))
     assert steps[-1][0] < 150_000 <= sum(steps[-1])
     assert {size for before, size in steps if before >= 1e5} == {32_768}
-    assert [*config.steps(24_576)] == steps[3:]
-    assert [*TrainConfig(train_tokens=1_000_000).steps()] == [(0, 524_288), (524_288, 524_288)]
+    assert [*config.batch_sizes(24_576)] == steps[3:]
+    assert [*TrainConfig(train_tokens=1_000_000).batch_sizes()] == [(0, 524_288), (524_288, 524_288)]
 
 
 @pytest.mark.parametrize("schedule", ["8192", "1:8192", "0:8192,0:16384", "0:8192,9:1,5:2", "0:0", "0:8192,", "0:x"])
@@ -336,6 +337,6 @@ def test_a_wrong_batch_schedule_is_refused(schedule):
 def test_every_size_of_a_batch_schedule_must_come_out_even():
     config = TrainConfig(batch_schedule="0:8192,1e5:20480", micro_batch_rows=1)
     with pytest.raises(ValueError, match=r"20,480 = 1 × 2,048 × 4 × 2.5; choose --batch-schedule 16,384 or 24,576"):
-        config.check(rows=1_000, row_tokens=2_048, data_parallel=4)
+        config.check(rows=1_000, data_parallel=4)
     with pytest.raises(ValueError, match="a batch of 33,554,432 row positions is more than dropout can count"):
         TrainConfig(tokens_per_batch=1 << 25)

@@ -24,8 +24,9 @@ from minisobert.parallel import collectives as parallel_collectives
 from minisobert.parallel import tensor as parallel_tensor
 from minisobert.parallel.mesh import Mesh
 from minisobert.parallel.tensor import cross_entropy, shard
-from minisobert.training import forecast, planning
-from minisobert.training.forecast import Layout
+from minisobert.planning import forecast
+from minisobert.planning import report as planning
+from minisobert.planning.forecast import Layout
 from minisobert.training.meter import CHIPS
 from minisobert.training.optimizer import Optimizer
 
@@ -34,7 +35,8 @@ ROW = 64
 BASE, LARGE = PRESETS["base"], PRESETS["large"]
 
 LAYOUTS = [
-    Layout(micro_batch_rows=2, tensor_parallel=n, sequence_parallel=sequence, recompute=recompute, precision="fp32")
+    Layout(micro_batch_rows=2, tensor_parallel=n, sequence_parallel=sequence, recompute=recompute, precision="fp32",
+           row_tokens=ROW)
     for n, sequence, recompute in [
         (1, False, False), (2, False, False), (2, True, False), (1, False, True), (2, False, True), (2, True, True)
     ]
@@ -72,7 +74,6 @@ def collectives(monkeypatch) -> Counter:
     for module in (parallel_collectives, parallel_tensor):
         monkeypatch.setattr(module, "all_gather_into", all_gather)
         monkeypatch.setattr(module, "reduce_scatter_into", reduce_scatter)
-    monkeypatch.setattr(forecast, "ROW_TOKENS", ROW)
     return calls
 
 
@@ -226,12 +227,11 @@ def test_a_ring_sends_a_part_in_each_of_its_rounds(n):
         assert forecast.wire_bytes([row], layout, "data") == 0
 
 
-def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(monkeypatch):
+def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts():
     """A row that one document fills, 15 % of it masked; with recomputation the profiler sees the blocks twice."""
-    monkeypatch.setattr(forecast, "ROW_TOKENS", 40)
-    config = TrainConfig(train_tokens=4_000, tokens_per_batch=400)
+    config = TrainConfig(train_tokens=4_000, tokens_per_batch=400, row_tokens=40)
     for recompute in (False, True):
-        layout = Layout(recompute=recompute)
+        layout = Layout(recompute=recompute, row_tokens=40)
         step = Step(layout, 0.1, bounds=(0,))  # with dropout attention is matrix products, which the profiler knows
         with FlopCounterMode(display=False) as counter:
             step.loss().backward()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, replace
 
-from minisobert.config import PRESETS, ModelConfig, TrainConfig, nearest, words
-from minisobert.corpus.packing import ROW_TOKENS
+from minisobert.cli import nearest, words
+from minisobert.config import PRESETS, ModelConfig, TrainConfig
 from minisobert.parallel.mesh import check_layout, tensor_parallel_sizes
-from minisobert.training.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
+from minisobert.planning.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
 from minisobert.training.meter import CHIPS, dollars, training_flops
 
 RESERVED = 2 * 10**9  # bytes of a GPU, for what `forecast.memory` leaves out
@@ -25,14 +25,16 @@ COLUMNS = {
 
 
 def hours(
-    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, seen: float = ROW_TOKENS
+    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, seen: float | None = None
 ) -> float:
-    """Of the whole run. flops: a second, of one GPU; mfu: the part of them that is used; seen: as `flops_per_token`.
+    """Of the whole run. flops: a second, of one GPU; mfu: the part of them that is used; seen: as `flops_per_token`,
+    a whole row where it is not known.
 
     Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
     """
+    seen = seen or config.row_tokens
     again = training_flops(model, 1, seen, 0) / 3 if layout.recompute else 0
-    tokens = sum(size for _, size in config.steps())
+    tokens = sum(size for _, size in config.batch_sizes())
     return tokens * (flops_per_token(model, seen) + again) / (layout.gpus * flops * mfu) / 3600
 
 
@@ -48,16 +50,19 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
     Raises ValueError where nothing fits.
     """
     batch = math.gcd(*(size for _, size in config.batches))
-    rows, rest = divmod(batch, ROW_TOKENS)
+    rows, rest = divmod(batch, config.row_tokens)
     found, totals = [], []
-    for tensor_parallel in tensor_parallel_sizes(model, gpus):
+    for tensor_parallel in tensor_parallel_sizes(model, gpus, config.row_tokens):
         data_parallel, most = gpus // tensor_parallel, 0
         if rest or rows % data_parallel:
             continue
         choices = [n for n in range(1, MOST_ROWS + 1) if rows // data_parallel % n == 0]
         for recompute in (False, True):
             for shard_optimizer in (False, True) if data_parallel > 1 else (False,):
-                one = Layout(data_parallel, tensor_parallel, 1, tensor_parallel > 1, shard_optimizer, recompute)
+                one = Layout(
+                    data_parallel, tensor_parallel, 1, tensor_parallel > 1, shard_optimizer, recompute,
+                    row_tokens=config.row_tokens,
+                )  # fmt: skip
                 tried = [replace(one, micro_batch_rows=n) for n in choices]
                 needed = [memory(model, layout, config.dropout > 0).total + RESERVED for layout in tried]
                 totals += needed
@@ -67,8 +72,9 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
                     most = fitting[-1].micro_batch_rows
     if not totals:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
-        choices = f"--gpus {words(nearest(divisors, gpus))}" if divisors else f"a multiple of {ROW_TOKENS:,} tokens"
-        split = f"a batch of {batch:,} tokens cannot be split over {gpus} GPUs by rows of {ROW_TOKENS:,}"
+        row = f"{config.row_tokens:,}"
+        choices = f"--gpus {words(nearest(divisors, gpus))}" if divisors else f"a multiple of {row} tokens"
+        split = f"a batch of {batch:,} tokens cannot be split over {gpus} GPUs by rows of {row}"
         raise ValueError(f"{split}; choose {choices}")
     if not found:
         raise ValueError(
@@ -81,26 +87,25 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
 def report(config: TrainConfig) -> str:
     """What `train.py --plan` prints: the run, the layouts that fit its GPUs, and, below them, the one that was given.
 
-    Raises ValueError where --gpu is not known, --mfu is not in (0, 1], or nothing fits.
+    Raises ValueError where --gpu is not known or nothing fits.
     """
     model, gpu, mfu = PRESETS[config.preset], config.gpu, config.mfu
     given = Layout(
         max(config.gpus // config.tensor_parallel, 1), config.tensor_parallel, config.micro_batch_rows,
         config.sequence_parallel, config.shard_optimizer, config.recompute,
-        "fp32" if config.precision == "fp32" else "bf16",
+        "fp32" if config.precision == "fp32" else "bf16", config.row_tokens,
     )  # fmt: skip
     if gpu not in CHIPS:
         raise ValueError(f"--gpu is {gpu}; choose {words(CHIPS)}")
-    if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu is {mfu}; it must be more than 0 and at most 1")
     chip, price, sizes = CHIPS[gpu], config.price_per_gpu_hour, [f"{size:,}" for _, size in config.batches]
     fitting = layouts(model, config, config.gpus, chip.memory)
     gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
     lines = [
         f"{config.preset}: {parameters(model):,} parameters in {model.layers} layers, hidden {model.hidden:,}, "
         f"{model.heads} heads, vocabulary {model.vocabulary:,}",
-        f"{config.train_tokens:,} tokens in {len([*config.steps()]):,} steps of {words(sizes, 'then')}; "
-        f"{flops_per_token(model) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less otherwise)",
+        f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
+        f"{flops_per_token(model, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less "
+        "otherwise)",
         f"{config.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
@@ -119,11 +124,11 @@ def report(config: TrainConfig) -> str:
 
 def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:
     """Of the table. Raises ValueError where model or batch cannot be split so."""
-    check_layout(model, config.gpus, layout.tensor_parallel)
+    check_layout(model, config.gpus, layout.tensor_parallel, config.row_tokens)
     chip = CHIPS[gpu]
     for _, size in config.batches:  # the last is the longest step
         given = replace(config, micro_batch_rows=layout.micro_batch_rows)
-        passes = given.accumulation(size, ROW_TOKENS, layout.data_parallel)
+        passes = given.accumulation(size, layout.data_parallel)
     kinds = memory(model, layout, config.dropout > 0)
     sent = collectives(model, layout, [layout.masked] * passes)
     time = hours(model, config, layout, chip.flops, mfu)

@@ -18,14 +18,13 @@ import torch
 
 from minisobert.config import ModelConfig
 from minisobert.corpus.masking import RATE
-from minisobert.corpus.packing import ROW_TOKENS
 from minisobert.model import MaskedLM
-from minisobert.parallel import plan
+from minisobert.parallel import splits
 from minisobert.parallel.data import lay_out
+from minisobert.training.loop import Tally
 from minisobert.training.meter import training_flops
 
 FP32, FP64, INT64 = 4, 8, 8  # bytes
-COUNTS = 3 + 4  # masked and real tokens, pairs; two numbers about signals, two about a checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Layout:
     shard_optimizer: bool = False
     recompute: bool = False
     precision: str = "bf16"  # or "fp32"
+    row_tokens: int = 2_048
 
     @property
     def gpus(self) -> int:
@@ -47,7 +47,7 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Of a micro-batch."""
-        return self.micro_batch_rows * ROW_TOKENS
+        return self.micro_batch_rows * self.row_tokens
 
     @property
     def masked(self) -> int:
@@ -93,14 +93,14 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def parameters(model: ModelConfig, tensor_parallel: int = 1) -> int:
-    """Of one rank: its slices of what `plan.PLAN` splits, and the whole of the rest."""
+    """Of one rank: its slices of what `splits.SPLITS` splits, and the whole of the rest."""
     return sum(_own_sizes(model, tensor_parallel).values())
 
 
 def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
     """Elements of each parameter that one rank has."""
     whole = _sizes(model)
-    return {name: n // (1 if plan.split_dimension(name) is None else tensor_parallel) for name, n in whole.items()}
+    return {name: n // (1 if splits.split_dimension(name) is None else tensor_parallel) for name, n in whole.items()}
 
 
 def _outside(layout: Layout) -> int:
@@ -230,7 +230,7 @@ def collectives(model: ModelConfig, layout: Layout, masked: Sequence[int]) -> li
                 rows.append(Collective("parameters", "data", "all-gather", element * size, 1))
     if layout.gpus > 1:
         rows.append(Collective("gradient norm", "all", "all-reduce", FP64, 1))
-        rows.append(Collective("counts and notes", "hosts", "all-reduce", INT64 * COUNTS, 1))
+        rows.append(Collective("counts and notes", "hosts", "all-reduce", INT64 * len(Tally._fields), 1))
     if layout.data_parallel > 1:
         rows.append(Collective("loss", "data", "all-reduce", FP64, 1))
     return rows
@@ -243,6 +243,6 @@ def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
     return sum(sent) * (n - 1) // n
 
 
-def flops_per_token(model: ModelConfig, seen: float = ROW_TOKENS) -> float:
+def flops_per_token(model: ModelConfig, seen: float) -> float:
     """Of training. seen: tokens that a token attends to, Σ n² / Σ n over documents of n; at most a row."""
     return training_flops(model, 1, seen, RATE)

@@ -46,3 +46,11 @@ def permutation_keys(n: int, key: int) -> np.ndarray:
     index ^= np.uint32(key)
     # a second key, or index 0 would come first in every shuffle: lowbias32(0) is 0
     return lowbias32(lowbias32(index) ^ np.uint32(lowbias32((key + 0x9E3779B9) & MASK32)))
+
+
+def mix(key: int, *columns: np.ndarray) -> np.ndarray:
+    """(n,) uint32: a hash of (key, each row's numbers), for n rows of (n,) integer columns, 32 bits of each counted."""
+    hashes = np.full(len(columns[0]), key, np.uint32)
+    for column in columns:
+        hashes = lowbias32(hashes ^ lowbias32(column.astype(np.uint32)))
+    return hashes

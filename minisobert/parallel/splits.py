@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-PLAN = {
+SPLITS = {
     r"encoder\.embeddings\.word": "vocab",
     r"encoder\.blocks\.\d+\.qkv": "column",
     r"encoder\.blocks\.\d+\.attention_output": "row",
@@ -34,7 +34,7 @@ BY_TOKENS = (
 
 def kind(module: str) -> str | None:
     """How the module of this dotted name is split; None: it is whole on every rank."""
-    return next((kind for pattern, kind in PLAN.items() if re.fullmatch(pattern, module)), None)
+    return next((kind for pattern, kind in SPLITS.items() if re.fullmatch(pattern, module)), None)
 
 
 def split_dimension(parameter: str) -> int | None:

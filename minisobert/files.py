@@ -1,0 +1,139 @@
+"""Files and folders that appear whole or not at all, checksums, and the safetensors format in a few lines."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import math
+import mmap
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:  # what prepares data must start without torch, which takes seconds to import
+    from torch import Tensor
+
+_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+COMPRESSED = tuple(_OPEN)  # suffixes that `open_binary` unpacks
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """A file as bytes, unpacked where its name ends in .gz or .xz. ValueError where the packed file is damaged."""
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rb") as file:
+            yield file
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error})") from None
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
+
+    Raises ValueError where `out` exists already (an empty folder is fine) or cannot be made.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
+    made = [parent for parent in out.parents if not parent.exists()]  # removed again if the block fails
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
+    try:
+        work.chmod(0o755)  # mkdtemp's are private
+        yield work
+        work.replace(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: `out` is there
+                parent.rmdir()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes beside, flushes, renames: the file is the old one or the new one, never half of one."""
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes names that were just given or taken in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """Of a file with tensors of these dtypes ("float32") and shapes: its beginning, where each tensor begins, its size.
+
+    Format: 8 bytes, the header's length (little endian); the header, JSON of dtype, shape and place of each tensor,
+    padded with spaces to a multiple of 8; the tensors' bytes, row-major, little endian.
+    """
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * _BYTES[dtype]
+        header[name], at = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}, at + size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    places = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
+    return len(text).to_bytes(8, "little") + text, places, begin + at
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory of the process's own: changing them does not change the file."""
+    import torch
+
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    size = int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, place in json.loads(data[8 : 8 + size]).items():
+        if name == "__metadata__":
+            continue
+        dtype, (start, stop) = getattr(torch, _DTYPES[place["dtype"]]), place["data_offsets"]
+        count = (stop - start) // dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + start) if count else torch.empty(0)
+        tensors[name] = flat.to(dtype).view(place["shape"])
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file of fp32 or fp64 tensors, or whatever else numpy knows, copied to the CPU one at a time."""
+    header, _, _ = safetensors_header(
+        {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+    )
+    with open(path, "wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().numpy().tobytes())
