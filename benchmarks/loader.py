@@ -16,7 +16,7 @@ from benchmarks import JAVA_DUMP, machine, write_result
 from data.prepare import prepare
 from minisobert.cli import Parser, fail
 from minisobert.config import TrainConfig
-from minisobert.corpus.loader import Rows, load, spans
+from minisobert.corpus.loader import Rows, prefetch, spans
 from minisobert.corpus.shards import open_shards
 
 
@@ -39,7 +39,7 @@ def main() -> None:
         wanted = spans(0, options.tokens // TrainConfig.row_tokens, options.micro_batch_rows, 0, 1)
         began = time.perf_counter()
         real = masked = 0
-        for batch in load(rows, wanted, torch.device("cpu")):
+        for batch in prefetch(rows, wanted, torch.device("cpu")):
             real, masked = real + batch.real_tokens, masked + len(batch.masked)
         seconds = time.perf_counter() - began
     write_result(

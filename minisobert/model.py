@@ -1,8 +1,8 @@
 """The encoder: Megatron-LM's BERT on flat, packed tokens.
 
-Hidden states are (T, h): T tokens of several documents in a row, no batch dimension and no padding. The residual stream
-and its normal form travel side by side, since `ops.add_norm` makes both at once: each block hands its two branches to
-the layer norm that comes next, its own or the following block's.
+Hidden states are (T, h): the T tokens of several documents, one after the other, without a batch dimension or padding.
+The residual stream and its layer-normed copy travel together, because `ops.add_norm` computes both. The norm after a
+block's MLP therefore belongs to the next block, and is passed in.
 
     T tokens   h hidden   H heads   d = h / H head width   f FFN width   V vocabulary   M masked tokens
 
@@ -61,17 +61,17 @@ class Block(nn.Module):
     def forward(
         self,
         residual: Tensor,  # (T, h)
-        normal: Tensor,  # (T, h): attention_norm(residual)
+        normed: Tensor,  # (T, h): attention_norm(residual)
         next_norm: nn.LayerNorm,
         documents: Documents,
         dropout_at,  # site → Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = self.qkv(normal).unflatten(1, (-1, 3, self.config.head_width)).unbind(2)  # each (T, H, d)
+        q, k, v = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width)).unbind(2)  # each (T, H, d)
         context = attention(q, k, v, documents, dropout_at("attention")).flatten(1)  # (T, h)
-        residual, normal = _add_norm(
+        residual, normed = _add_norm(
             self.attention_output, context, residual, self.ffn_norm, dropout_at("attention_output")
         )
-        inner = bias_gelu(self.ffn_input(normal), self.ffn_input.bias, self.config.gelu)  # (T, f)
+        inner = bias_gelu(self.ffn_input(normed), self.ffn_input.bias, self.config.gelu)  # (T, f)
         return _add_norm(self.ffn_output, inner, residual, next_norm, dropout_at("ffn_output"))
 
 
@@ -97,15 +97,15 @@ class Encoder(nn.Module):
 
         norms = [block.attention_norm for block in self.blocks] + [self.final_norm]
         residual = self.embeddings(tokens, positions, dropout_at(0, "embedding"))
-        normal = norms[0](residual)
+        normed = norms[0](residual)
         for i, block in enumerate(self.blocks):
-            arguments = residual, normal, norms[i + 1], documents, partial(dropout_at, i)
+            arguments = residual, normed, norms[i + 1], documents, partial(dropout_at, i)
             if self.recompute and torch.is_grad_enabled():
                 # no generator to rewind: the same masks come from the same hashes
-                residual, normal = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                residual, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                residual, normal = block(*arguments)
-        return normal
+                residual, normed = block(*arguments)
+        return normed
 
 
 class Decoder(nn.Module):

@@ -27,7 +27,7 @@ PREFETCH = 4  # micro-batches made ahead
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows in a line, T tokens. M of them are to be guessed."""
+    """Some rows, one after the other, as T tokens. M of them are to be guessed."""
 
     tokens: Tensor  # (T,) int32, masked
     positions: Tensor  # (T,) int32, 0 at the beginning of each document
@@ -35,7 +35,7 @@ class MicroBatch:
     masked: Tensor  # (M,) int64, indices into tokens
     targets: Tensor  # (M,) int64, what stood there
     real_tokens: int  # all but padding
-    pairs: int  # of tokens that see each other: the sum of squares of the documents' lengths, padding left out
+    attention_pairs: int  # (query, key) pairs: the sum of the documents' squared lengths, padding left out
     first_row: int  # of the global order
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -64,13 +64,27 @@ class Rows:
         return len(self.packing)
 
     def micro_batch(self, first_row: int, rows: int) -> MicroBatch:
-        """Rows first_row, …, first_row + rows - 1; they may span two epochs."""
+        """Rows first_row, …, first_row + rows - 1; they may span two epochs.
+
+        An example: one row of 10 tokens that holds two documents, of 3 and of 2 tokens. In tokens.bin their ids a b c
+        begin at 70 and their ids d e at 20.
+
+            place               0     1  2  3  4     5     6  7  8     9
+            tokens            [CLS]   a  b  c  [SEP] [CLS] d  e  [SEP] [PAD]
+            positions           0     1  2  3  4     0     1  2  3     0
+            counts            [2]            lengths           [5, 4]     with [CLS] and [SEP]
+            padding           [1]            ends              [2]        a padding document goes in behind piece 1
+            document_lengths  [5, 4, 1]      bounds            [0, 5, 9, 10]
+            starts            [0, 5]         stops             [5, 9]     of the real documents alone
+            places            [1, 2, 3, 6, 7]                             where ids go
+            source            [70, 71, 72, 20, 21]                        where in tokens.bin they come from
+        """
         width = self.packing.row_tokens
         epochs, row_in_epoch = np.divmod(np.arange(first_row, first_row + rows), len(self))
         parts = [self.packing.pieces(self._epoch(e), row_in_epoch[epochs == e]) for e in np.unique(epochs).tolist()]
         pieces, counts = (np.concatenate(part) for part in zip(*parts))
 
-        # Pieces with their specials, and what padding each row needs, as the documents of T tokens in a line.
+        # The documents: pieces with their specials, and behind the last piece of a row the padding that it needs
         row_of_piece = np.repeat(np.arange(rows), counts)
         lengths = self.packing.piece_length[pieces].astype(np.int64) + SPECIALS
         padding = width - np.bincount(row_of_piece, lengths, minlength=rows).astype(np.int64)
@@ -82,10 +96,12 @@ class Rows:
 
         positions = np.arange(rows * width) - np.repeat(bounds[:-1], document_lengths)
         tokens = np.full(rows * width, PAD, dtype=np.int32)
-        inner = np.repeat(self.packing.piece_start[pieces] - starts - 1, lengths - SPECIALS)  # source - destination
-        places = np.repeat(starts + 1 - (np.cumsum(lengths - SPECIALS) - (lengths - SPECIALS)), lengths - SPECIALS)
-        places += np.arange(len(places))
-        tokens[places] = self.shards.tokens[places + inner]
+        # All ids are gathered at once; a loop over documents in Python would cost more than everything else here
+        inner = lengths - SPECIALS
+        nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # of an id, in its piece
+        places = np.repeat(starts + 1, inner) + nth
+        source = np.repeat(self.packing.piece_start[pieces], inner) + nth
+        tokens[places] = self.shards.tokens[source]
         tokens[starts], tokens[stops - 1] = CLS, SEP
 
         coordinates = zip(epochs.tolist(), row_in_epoch.tolist())
@@ -98,7 +114,7 @@ class Rows:
             torch.from_numpy(masked),
             torch.from_numpy(targets),
             real_tokens=int(lengths.sum()),
-            pairs=int((lengths**2).sum()),
+            attention_pairs=int((lengths**2).sum()),
             first_row=first_row,
         )
 
@@ -109,8 +125,8 @@ class Rows:
         return self._epochs[epoch]
 
 
-def load(rows: Rows, spans: Iterable[tuple[int, int]], device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches of (first row, rows) spans, on the device, a few made ahead in a background thread."""
+def prefetch(rows: Rows, spans: Iterable[tuple[int, int]], device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches of (first row, rows) spans, on the device. A background thread makes a few of them ahead."""
     pool, pending = ThreadPoolExecutor(1, thread_name_prefix="loader"), deque()
     try:
         for span in spans:

@@ -1,14 +1,16 @@
 """Collectives that gradients pass through, in conjugate pairs: what is one's forward is the other's backward.
 
-                        forward                          backward
-    (enter              identity                         all-reduce)          into the split part of a layer
-    leave               all-reduce                       identity             out of it: partial sums become the sum
-    (gather_tokens      all-gather                       reduce-scatter)      as enter and leave, where what lies
-    scatter_tokens      reduce-scatter                   all-gather           between layers is split by tokens
-    gather_for_all      all-gather                       own slice            to a part that every rank computes alike
+    name, as in Megatron-LM                       forward           backward
+    f   (copy to tensor parallel)                 identity          all-reduce         before a column layer
+    g   reduce_from_tensor_parallel               all-reduce        identity           after a row layer
+    ḡ   reduce_scatter_to_sequence_parallel       reduce-scatter    all-gather         after a row layer
+        (gather into tensor parallel)             all-gather        reduce-scatter     before a column layer
+        gather_from_sequence_parallel             all-gather        own slice          before what every rank computes
 
-All act along dimension 0, tokens, among the ranks of one tensor group. The two in brackets are no functions here: a
-column layer does their work itself, so that it can compute its weights' gradient meanwhile (`tensor.py`).
+The first two serve plain tensor parallelism (Shoeybi et al. 2019, whose names f and g are), the next two sequence
+parallelism (Korthikanti et al. 2022). All act along dimension 0, tokens, within one tensor group. The two in brackets
+are not functions here: a column layer does their work itself, so that it can compute the gradient of its weight
+meanwhile (`tensor.py`).
 """
 
 from __future__ import annotations
@@ -65,13 +67,13 @@ class _Pair(torch.autograd.Function):
         return ctx.conjugate(gradient, ctx.mesh), None, None, None
 
 
-def leave(x: Tensor, mesh: Mesh) -> Tensor:
+def reduce_from_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     return _Pair.apply(x, mesh, all_reduce, identity)
 
 
-def scatter_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+def reduce_scatter_to_sequence_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     return _Pair.apply(x, mesh, reduce_scatter, all_gather)
 
 
-def gather_for_all(x: Tensor, mesh: Mesh) -> Tensor:
+def gather_from_sequence_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     return _Pair.apply(x, mesh, all_gather, own_slice)

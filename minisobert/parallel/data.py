@@ -1,18 +1,19 @@
 """Data parallelism: every rank has other rows, and their gradients are summed before a step.
 
-All parameters of a rank stand in one flat buffer, their gradients in another, in the order in which a backward pass
-makes them, last layer first. Cut into buckets, gradients of a whole bucket are summed by one collective:
+All parameters of a rank lie in one flat buffer and their gradients in another, in the order in which a backward pass
+makes them, last layer first. The buffers are cut into buckets, and one collective sums the gradients of a whole bucket:
 
     gradients   | ffn_output … qkv  block 1 | ffn_output … qkv  block 0 |  embeddings    |
                 |        bucket 0           |        bucket 1           |   bucket 2     |
                   summed while block 0's backward runs ───┘
 
-`Gradients` is the plain way: everything after the backward pass. `OverlappedGradients` sums each bucket as soon as its
-last gradient is there, in the last micro-batch of a step, and gives the same bits.
+`Gradients` is the simple version: it sums everything after the backward pass. `OverlappedGradients` sums each bucket as
+soon as its last gradient is there, during the last backward pass of a step, and gives the same bits.
 
-With a sharded optimizer (ZeRO stage 1, Rajbhandari et al. 2020) each rank owns 1/data_parallel of every bucket: it gets
-the sum of its own share alone (reduce-scatter), steps with it, and all-gather puts the new parameters together. Both
-halves of an all-reduce then, with the step between them: no more bytes, and the optimizer's state divided.
+With a sharded optimizer (ZeRO stage 1, Rajbhandari et al. 2020) each rank owns 1/data_parallel of every bucket. It
+receives the sum of its own share only (reduce-scatter), steps with it, and an all-gather puts the new parameters
+together. These are the two halves of an all-reduce with the step in between: no extra bytes, and each rank stores only
+its share of the optimizer state.
 
     data_parallel 2    bucket 0: | rank 0 | rank 1 |    bucket 1: | rank 0 | rank 1 |    …
 """

@@ -62,7 +62,7 @@ def whole_shape(parameter: str, shape: tuple[int, ...], ranks: int) -> tuple[int
     return tuple(n * ranks if i == dimension else n for i, n in enumerate(shape))
 
 
-def runs(
+def contiguous_runs(
     parameter: str, shape: tuple[int, ...], first: int, count: int, rank: int, ranks: int
 ) -> Iterator[tuple[int, int, int]]:
     """Where `count` elements from `first` on, of one rank's flattened slice of `shape`, lie in the flattened whole.

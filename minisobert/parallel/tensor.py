@@ -23,11 +23,11 @@ from minisobert.parallel import splits
 from minisobert.parallel.collectives import (
     all_gather,
     all_gather_into,
-    gather_for_all,
-    leave,
+    gather_from_sequence_parallel,
     own_slice,
+    reduce_from_tensor_parallel,
     reduce_scatter_into,
-    scatter_tokens,
+    reduce_scatter_to_sequence_parallel,
 )
 from minisobert.parallel.mesh import Mesh
 
@@ -62,7 +62,7 @@ class _ColumnProduct(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-class ColumnParallel(nn.Module):
+class ColumnParallelLinear(nn.Module):
     """One rank's rows of a linear. weight: (out / tensor_parallel, in), bias: (out / tensor_parallel,)."""
 
     def __init__(self, whole: nn.Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
@@ -76,16 +76,16 @@ class ColumnParallel(nn.Module):
         return _ColumnProduct.apply(x, self.weight, bias, self.mesh, self.by_tokens)
 
 
-class RowParallel(nn.Module):
+class RowParallelLinear(nn.Module):
     """One rank's columns of a linear. weight: (out, in / tensor_parallel); bias: (out,), which the op behind adds."""
 
     def __init__(self, whole: Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
-        self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
+        self.mesh, self.reduce = mesh, reduce_scatter_to_sequence_parallel if by_tokens else reduce_from_tensor_parallel
         self.weight, self.bias = own["weight"], own["bias"]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.linear(x, self.weight), self.mesh)
+        return self.reduce(F.linear(x, self.weight), self.mesh)
 
 
 class VocabularyParallelEmbedding(nn.Module):
@@ -96,14 +96,14 @@ class VocabularyParallelEmbedding(nn.Module):
 
     def __init__(self, whole: nn.Embedding, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
-        self.mesh, self.leave = mesh, scatter_tokens if by_tokens else leave
+        self.mesh, self.reduce = mesh, reduce_scatter_to_sequence_parallel if by_tokens else reduce_from_tensor_parallel
         self.weight = own["weight"]
         self.first = mesh.tensor_rank * len(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         here = (tokens >= self.first) & (tokens < self.first + len(self.weight))
         x = F.embedding((tokens - self.first).where(here, 0), self.weight)
-        return self.leave(x * here[:, None].to(x.dtype), self.mesh)
+        return self.reduce(x * here[:, None].to(x.dtype), self.mesh)
 
 
 class VocabularyParallelDecoder(nn.Module):
@@ -120,9 +120,9 @@ class VocabularyParallelDecoder(nn.Module):
 
 
 PARALLEL = {
-    ("column", nn.Linear): ColumnParallel,
-    ("column", Linear): ColumnParallel,
-    ("row", Linear): RowParallel,
+    ("column", nn.Linear): ColumnParallelLinear,
+    ("column", Linear): ColumnParallelLinear,
+    ("row", Linear): RowParallelLinear,
     ("vocab", nn.Embedding): VocabularyParallelEmbedding,
     ("vocab", Decoder): VocabularyParallelDecoder,
 }
@@ -149,7 +149,7 @@ def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> Maske
     if sequence_parallel:
         # positions are looked up for the rank's own tokens; what the encoder returns goes to a head on every rank
         model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
-        model.encoder.register_forward_hook(lambda _, args, hidden: gather_for_all(hidden, mesh))
+        model.encoder.register_forward_hook(lambda _, args, hidden: gather_from_sequence_parallel(hidden, mesh))
     return model
 
 
@@ -188,7 +188,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
     return _CrossEntropy.apply(logits, targets, mesh)
 
 
-def guessed(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
+def guessed_right(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
     """(M,) bool: whether no word has a higher logit than the target."""
     maximum, target_logit, _ = ops.cross_entropy_parts(logits, targets, mesh.tensor_rank * logits.shape[1])
     if mesh.tensor_parallel > 1:

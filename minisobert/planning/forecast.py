@@ -243,6 +243,6 @@ def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
     return sum(sent) * (n - 1) // n
 
 
-def flops_per_token(model: ModelConfig, seen: float) -> float:
-    """Of training. seen: tokens that a token attends to, Σ n² / Σ n over documents of n; at most a row."""
-    return training_flops(model, 1, seen, RATE)
+def flops_per_token(model: ModelConfig, attended: float) -> float:
+    """Of training. attended: how many tokens a token attends to: Σ n² / Σ n over documents of n tokens; at most a row."""
+    return training_flops(model, 1, attended, RATE)

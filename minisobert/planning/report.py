@@ -25,17 +25,17 @@ COLUMNS = {
 
 
 def hours(
-    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, seen: float | None = None
+    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, attended: float | None = None
 ) -> float:
-    """Of the whole run. flops: a second, of one GPU; mfu: the part of them that is used; seen: as `flops_per_token`,
-    a whole row where it is not known.
+    """Of the whole run. flops: per second and GPU; mfu: the fraction of them that training uses; attended: see
+    `flops_per_token`, by default a whole row.
 
     Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
     """
-    seen = seen or config.row_tokens
-    again = training_flops(model, 1, seen, 0) / 3 if layout.recompute else 0
+    attended = attended or config.row_tokens
+    again = training_flops(model, 1, attended, 0) / 3 if layout.recompute else 0
     tokens = sum(size for _, size in config.batch_sizes())
-    return tokens * (flops_per_token(model, seen) + again) / (layout.gpus * flops * mfu) / 3600
+    return tokens * (flops_per_token(model, attended) + again) / (layout.gpus * flops * mfu) / 3600
 
 
 def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int) -> list[Layout]:

@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from minisobert.config import ModelConfig, Step, TrainConfig
-from minisobert.corpus.loader import MicroBatch, Rows, load, spans
+from minisobert.corpus.loader import MicroBatch, Rows, prefetch, spans
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout
 from minisobert.parallel.mesh import Mesh
-from minisobert.parallel.tensor import cross_entropy, guessed
+from minisobert.parallel.tensor import cross_entropy, guessed_right
 from minisobert.training import meter
 from minisobert.training.checkpoint import Saver
 from minisobert.training.optimizer import Optimizer
@@ -35,8 +35,8 @@ class Tally(NamedTuple):
     """What the processes tell each other once a step: whole numbers, which are summed over all of them."""
 
     masked: int = 0  # tokens to guess
-    real_tokens: int = 0
-    pairs: int = 0  # of tokens that see each other
+    real_tokens: int = 0  # all but padding
+    attention_pairs: int = 0  # (query, key) pairs: the sum of the documents' squared lengths
     signals: int = 0  # the number of the signal that asked this process to stop, or 0
     stopping: int = 0  # 1 where there was one
     written: int = 0  # 1 where this process has written its part of a checkpoint
@@ -65,26 +65,30 @@ def train_step(
     device = mesh.device
     dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    masked = real_tokens = pairs = 0
+    masked = real_tokens = attention_pairs = 0
     for i, batch in enumerate(batches, 1):
+        # dropout masks are hashes of a token's place in the global batch, so that the layout cannot change them
         offset = (batch.first_row - step.first_row) * config.row_tokens
         here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
-        # in one expression: a name for the logits would keep them, the largest tensor of all, through the backward pass
+        # one expression: a name for the logits, the largest tensor of all, would keep them through the backward pass
         loss = cross_entropy(
             model(batch.tokens, batch.positions, batch.documents, batch.masked, here), batch.targets, mesh
         ).sum()
         if config.loss_average == "micro-batch":
             loss = loss / max(len(batch.targets), 1)
-        if i == step.accumulation:
+        if i == step.accumulation:  # gradients are complete after this backward pass, and may be summed during it
             optimizer.gradients.before_last_backward()
         loss.backward()
         loss_sum += loss.detach()
-        masked, real_tokens, pairs = masked + len(batch.targets), real_tokens + batch.real_tokens, pairs + batch.pairs
+        masked += len(batch.targets)
+        real_tokens += batch.real_tokens
+        attention_pairs += batch.attention_pairs
 
-    # what the hosts know: up to here nobody has waited for a device. The ranks of a tensor group have the same rows
-    own = own._replace(masked=masked, real_tokens=real_tokens, pairs=pairs)
+    # The hosts know these numbers without having waited for a device. The ranks of a tensor group read the same rows,
+    # and each of them counts them
+    own = own._replace(masked=masked, real_tokens=real_tokens, attention_pairs=attention_pairs)
     total = Tally(*mesh.sum_on_hosts(list(own)))
-    masked, real_tokens, pairs = (n // mesh.tensor_parallel for n in (total.masked, total.real_tokens, total.pairs))
+    masked, real_tokens, attention_pairs = (n // mesh.tensor_parallel for n in total[:3])
     divisor = masked if config.loss_average == "token" else step.accumulation * mesh.data_parallel
     divisor = max(divisor, 1)  # nothing to guess in a whole batch: loss and gradient are 0
 
@@ -103,7 +107,7 @@ def train_step(
     if progress.skipped_in_a_row > config.max_skipped:
         report = _report(optimizer, progress, step)
         raise TooManySkipped(report if mesh.is_first else "")
-    flops = meter.training_flops(model.config, real_tokens, pairs, masked)
+    flops = meter.training_flops(model.config, real_tokens, attention_pairs, masked)
     return {"lr": rate, "grad_norm": norm, "real_tokens": real_tokens, "flops": flops}, total
 
 
@@ -134,10 +138,10 @@ def evaluate(model: MaskedLM, rows: Rows, config: TrainConfig, mesh: Mesh) -> tu
     last_row = min(len(rows), config.eval_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, right guesses, masked tokens
     share = spans(0, last_row, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
-    for batch in load(rows, share, mesh.device):
+    for batch in prefetch(rows, share, mesh.device):
         logits = model(batch.tokens, batch.positions, batch.documents, batch.masked)
         sums[0] += cross_entropy(logits, batch.targets, mesh).sum()
-        sums[1] += guessed(logits, batch.targets, mesh).sum()
+        sums[1] += guessed_right(logits, batch.targets, mesh).sum()
         sums[2] += len(batch.targets)
     loss, right, masked = mesh.sum_over_data(sums).tolist()
     return loss / max(masked, 1), right / max(masked, 1)
@@ -153,7 +157,7 @@ def train(
     """
     config = run.config
     steps, read_ahead = itertools.tee(config.steps(mesh.data_parallel, progress.consumed_tokens))
-    micro_batches = load(training, _share(read_ahead, config, mesh), mesh.device)
+    micro_batches = prefetch(training, _share(read_ahead, config, mesh), mesh.device)
     saver = Saver(run.folder / "checkpoints", config.keep_checkpoints, mesh)
     peak = meter.peak_flops(mesh.device)
     *_, (last, size) = config.batch_sizes()

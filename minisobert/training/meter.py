@@ -14,7 +14,8 @@ class Chip(NamedTuple):
     memory: int  # bytes, as sold: the device's own count is a little higher
 
 
-# By the makers' datasheets. A device is the first whose name its own contains; which A100 it is, that does not tell.
+# From the vendors' datasheets. A device matches the first key that its name contains; the name alone does not tell the
+# two A100s apart.
 CHIPS = {
     "B200": Chip(2.25e15, 180 * 10**9),
     "H200": Chip(989e12, 141 * 10**9),
@@ -29,14 +30,14 @@ CHIPS = {
 }
 
 
-def training_flops(config: ModelConfig, tokens: int, pairs: int, masked: int) -> float:
+def training_flops(config: ModelConfig, tokens: int, attention_pairs: int, masked: int) -> float:
     """Multiplications and additions of the matrix products of one forward and backward pass, recomputation not counted.
 
-    tokens: real ones; pairs: of tokens that see each other, Σ n² over the documents; masked: tokens through the head.
+    tokens: real ones; attention_pairs: Σ n² over the documents, of n tokens; masked: tokens through the head.
     A product with an (m, n) matrix takes 2mn per token forward, and twice that backward (Kaplan et al. 2020).
     """
     h, f = config.hidden, config.ffn
-    per_layer = tokens * 2 * (4 * h * h + 2 * h * f) + pairs * 2 * 2 * h
+    per_layer = tokens * 2 * (4 * h * h + 2 * h * f) + attention_pairs * 2 * 2 * h
     head = masked * 2 * (h * h + h * config.vocabulary)
     return 3.0 * (config.layers * per_layer + head)
 

@@ -1,7 +1,7 @@
-"""AdamW on fp32 masters of what this rank owns: everything, or with a sharded optimizer a share of every bucket.
+"""AdamW on fp32 master weights of what this rank owns: everything, or with a sharded optimizer a share of every bucket.
 
-In fp32 the masters are the parameters themselves. In bf16 they are copies, since steps of 1e-4 on weights of 0.02 are
-lost in bf16's 8 bits; the parameters are their rounding, made anew after every step.
+In fp32 the masters are the parameters themselves. In bf16 they are copies, because a step of 1e-4 on a weight of 0.02
+is lost in bf16's 8 bits; after every step the parameters are set to the rounded masters.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Optimizer:
             piece.master.grad = flat.gradients[piece.place]
             moments = {name: torch.zeros_like(piece.master) for name in MOMENTS}
             self.adam.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
-        # of a parameter that several ranks have whole, each counts its part: together they count it once
+        # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so that
+        # the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel where the
+        # optimizer is not sharded
         split = [splits.split_dimension(piece.name) is not None for piece in self.pieces]
         copies = [1 if each else self.mesh.tensor_parallel for each in split]
         self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
@@ -119,7 +121,7 @@ class Optimizer:
         self.gradients.gather_parameters()
 
     @staticmethod
-    def names(parameter: str) -> list[tuple[str, str]]:
+    def checkpoint_names(parameter: str) -> list[tuple[str, str]]:
         """(file of a checkpoint, name in it) of a parameter's master and its two moments."""
         return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in MOMENTS)]
 
@@ -132,7 +134,7 @@ class Optimizer:
         """files: whole, unsharded tensors by file and name. steps: how many were applied."""
         mesh = self.mesh
         for piece in self.pieces:
-            for (file, name), tensor in zip(self.names(piece.name), self.tensors(piece)):
+            for (file, name), tensor in zip(self.checkpoint_names(piece.name), self.tensors(piece)):
                 mine = splits.slice_of(piece.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
                 tensor.copy_(mine.flatten()[piece.first : piece.first + len(tensor)])
             self.adam.state[piece.master]["step"].fill_(steps)

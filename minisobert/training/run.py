@@ -125,7 +125,7 @@ class Run:
         shapes: dict[str, dict[str, tuple[int, ...]]] = {file: {} for file in checkpoint.FILES}
         for name, parameter in optimizer.flat.parameters.items():
             whole = splits.whole_shape(name, tuple(parameter.shape), mesh.tensor_parallel)
-            for file, tensor in optimizer.names(name):
+            for file, tensor in optimizer.checkpoint_names(name):
                 shapes[file][tensor] = whole
         slices = [s for piece in pieces if _writes(piece, optimizer) for s in _slices(piece, optimizer)]
         state = {
@@ -143,11 +143,11 @@ def _writes(piece: Piece, optimizer: Optimizer) -> bool:
 
 def _slices(piece: Piece, optimizer: Optimizer) -> list[checkpoint.Slice]:
     mesh, shape = optimizer.mesh, tuple(optimizer.flat.parameters[piece.name].shape)
-    where = splits.runs(piece.name, shape, piece.first, len(piece.master), mesh.tensor_rank, mesh.tensor_parallel)
-    runs = list(where)
+    elements = piece.first, len(piece.master)
+    runs = list(splits.contiguous_runs(piece.name, shape, *elements, mesh.tensor_rank, mesh.tensor_parallel))
     return [
         checkpoint.Slice(file, name, tensor, runs)
-        for (file, name), tensor in zip(optimizer.names(piece.name), optimizer.tensors(piece))
+        for (file, name), tensor in zip(optimizer.checkpoint_names(piece.name), optimizer.tensors(piece))
     ]
 
 

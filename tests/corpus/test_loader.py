@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from minisobert.corpus.loader import Rows, load, spans
+from minisobert.corpus.loader import Rows, prefetch, spans
 from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, PAD, SEP
 
 ROW = 2_048
@@ -57,7 +58,7 @@ def test_positions_restart_in_every_document_and_rows_are_full_width(rows):
     assert (batch.positions.numpy() == expected).all()
     real = [n for n, first in zip(batch.documents.bounds.diff().tolist(), batch.documents.bounds) if
             batch.tokens[first] != PAD]  # fmt: skip
-    assert batch.real_tokens == sum(real) and batch.pairs == sum(n * n for n in real)
+    assert batch.real_tokens == sum(real) and batch.attention_pairs == sum(n * n for n in real)
 
 
 def same(a, b) -> bool:
@@ -103,10 +104,10 @@ def test_the_ranks_together_read_each_row_once(ranks, width):
 
 def test_loading_in_the_background_gives_the_same_in_order_and_ends_with_its_reader(rows):
     wanted = list(spans(0, 12, 2, 0, 1))
-    batches = list(load(rows, wanted, CPU))
+    batches = list(prefetch(rows, wanted, CPU))
     assert len(batches) == 6
     assert all(same(batch, rows.micro_batch(*span)) for batch, span in zip(batches, wanted))
-    unfinished = load(rows, iter(lambda: (0, 1), None), CPU)
+    unfinished = prefetch(rows, iter(lambda: (0, 1), None), CPU)
     next(unfinished)
     unfinished.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
@@ -114,4 +115,21 @@ def test_loading_in_the_background_gives_the_same_in_order_and_ends_with_its_rea
 
 def test_an_error_in_the_background_reaches_the_reader(rows):
     with pytest.raises(ValueError):
-        list(load(rows, [(0, -1)], CPU))
+        list(prefetch(rows, [(0, -1)], CPU))
+
+
+def test_the_example_of_micro_batch_is_what_it_makes(monkeypatch):
+    monkeypatch.setattr("minisobert.corpus.masking.RATE", 0.0)
+    a, b, c, d, e = ids = np.arange(5) + FIRST_ORDINARY_ID
+    tokens = np.zeros(75, np.uint16)
+    tokens[[70, 71, 72, 20, 21]] = ids
+    shards = SimpleNamespace(offsets=np.array([20, 22, 70, 73]), tokens=tokens, vocab_size=50)
+    rows = Rows(shards, range(3), 1, 10)
+    two = rows.packing.piece_start != 22  # the two documents of the example, without what lies between them
+    rows.packing.piece_start, rows.packing.piece_length = rows.packing.piece_start[two], rows.packing.piece_length[two]
+    rows.packing._starts, rows.packing._slots = np.array([0, 2]), np.array([1, 0])  # the longer one first
+    batch = rows.micro_batch(0, 1)
+    assert batch.tokens.tolist() == [CLS, a, b, c, SEP, CLS, d, e, SEP, PAD]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0]
+    assert batch.documents.bounds.tolist() == [0, 5, 9, 10]
+    assert (batch.real_tokens, batch.attention_pairs) == (9, 5 * 5 + 4 * 4)

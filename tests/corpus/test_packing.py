@@ -106,3 +106,7 @@ def test_a_real_dump_is_packed_at_least_99_and_a_half_percent_full(tmp_path):
     shards = open_shards(tmp_path / "out")
     packing = Packing(shards.offsets, range(shards.meta["documents"]), 0, ROW)
     assert packing.tokens / (len(packing) * ROW) >= 0.995
+
+
+def test_the_example_of_pack_histogram_is_what_it_returns():
+    assert pack_histogram([0, 4, 0, 0, 0, 3], 10) == [(3, [5, 1]), (1, [1])]

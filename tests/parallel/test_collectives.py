@@ -22,7 +22,11 @@ from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
 from minisobert.parallel import data, mesh, tensor
-from minisobert.parallel.collectives import gather_for_all, leave, scatter_tokens
+from minisobert.parallel.collectives import (
+    gather_from_sequence_parallel,
+    reduce_from_tensor_parallel,
+    reduce_scatter_to_sequence_parallel,
+)
 from minisobert.parallel.mesh import Mesh, check_layout
 from minisobert.planning import forecast
 from minisobert.planning.forecast import Layout
@@ -52,24 +56,24 @@ def part(rank: int, rows: int = 6) -> torch.Tensor:
 def each_pair(mesh: Mesh) -> None:
     ranks = range(mesh.tensor_parallel)
     parts, upstream = [part(rank) for rank in ranks], [part(10 + rank) for rank in ranks]
-    # a loss that every rank has the same of: what is behind `leave` and `gather_for_all` is computed by all alike
+    # a loss that every rank has the same of: what follows the two is computed by all alike
     common = part(99)
 
     x = parts[mesh.tensor_rank].clone().requires_grad_()
-    y = leave(x, mesh)
+    y = reduce_from_tensor_parallel(x, mesh)
     y.backward(common)
     torch.testing.assert_close(y, sum(parts))
     torch.testing.assert_close(x.grad, common)
 
     x = parts[mesh.tensor_rank].clone().requires_grad_()
-    y = scatter_tokens(x, mesh)
+    y = reduce_scatter_to_sequence_parallel(x, mesh)
     own = [g[: 6 // mesh.tensor_parallel] for g in upstream]
     y.backward(own[mesh.tensor_rank])
     torch.testing.assert_close(y, sum(parts).chunk(mesh.tensor_parallel)[mesh.tensor_rank])
     torch.testing.assert_close(x.grad, torch.cat(own))
 
     x = parts[mesh.tensor_rank].clone().requires_grad_()
-    y = gather_for_all(x, mesh)
+    y = gather_from_sequence_parallel(x, mesh)
     whole = torch.cat([common * (i + 1) for i in ranks])
     y.backward(whole)
     torch.testing.assert_close(y, torch.cat(parts))
@@ -113,7 +117,7 @@ def a_model(mesh: Mesh, sequence_parallel: bool) -> None:
     losses = tensor.cross_entropy(own, targets, mesh)
     # its three numbers are fp32
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    assert torch.equal(tensor.guessed(own, targets, mesh), logits.argmax(1) == targets)
+    assert torch.equal(tensor.guessed_right(own, targets, mesh), logits.argmax(1) == targets)
     losses.sum().backward()
     for name, parameter in split.named_parameters():
         gradient = parameter.grad
