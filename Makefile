@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint gpu gpu-dry gpu-sanitize
+.PHONY: demo test quick lint gpu gpu-dry gpu-sanitize
 
 demo: .venv/installed-demo    ## train a small real model: make demo [DUMP=path/to/site.7z]
 	.venv/bin/python demo.py $(if $(DUMP),"$(DUMP)")
@@ -14,8 +14,13 @@ test: .venv/installed-test lint    ## lint, then every test
 	.venv/bin/python -m pytest --ignore $$compiled; rest=$$?; \
 	wait $$gate; gate=$$?; cat $$log; rm $$log; exit $$((rest | gate))
 
+QUICK = test_house.py test_docs.py test_cli.py test_files.py test_model.py corpus tasks training ops/test_ops.py
+quick: .venv/installed-test lint    ## what is worth running after every change: under a minute
+	.venv/bin/python -m pytest -m "not slow" $(QUICK:%=tests/%)
+
 lint: .venv/installed-test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 gpu:    ## tests, kernels and training on one GPU, in under nine minutes; results in $OUT or benchmarks/results/gpu
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu

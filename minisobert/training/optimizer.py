@@ -70,9 +70,9 @@ class Optimizer:
             piece.master.grad = flat.gradients[piece.place]
             moments = {name: torch.zeros_like(piece.master) for name in MOMENTS}
             self.adam.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
-        # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so that
-        # the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel where the
-        # optimizer is not sharded
+        # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so
+        # that the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel
+        # where the optimizer is not sharded
         split = [splits.split_dimension(piece.name) is not None for piece in self.pieces]
         copies = [1 if each else self.mesh.tensor_parallel for each in split]
         self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
