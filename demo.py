@@ -74,7 +74,7 @@ def demo(inputs: list[Path]) -> None:
 def affordable_tokens(shards: Shards) -> int:
     """Row positions that FLOPS pay for, in whole rows."""
     rows = Rows(shards, shards.training_documents, 1, TrainConfig.row_tokens)
-    lengths = rows.packing.piece_length.astype(np.int64) + 2
+    lengths = rows.packing.chunk_length.astype(np.int64) + 2
     model = PRESETS["tiny"]
     per_epoch = training_flops(model, int(lengths.sum()), int((lengths**2).sum()), masked=int(0.15 * lengths.sum()))
     return int(FLOPS / per_epoch * len(rows)) * TrainConfig.row_tokens

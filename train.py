@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         # Data, and whether everything fits together: before any process waits for another and anything is written
         world = meshes.from_torchrun("WORLD_SIZE", 1)
         shards = open_shards(config.data, verify=config.verify)
-        model_config = config.model(shards.vocab_size)
+        model_config = config.model_config(shards.vocab_size)
         meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
         training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
         validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
@@ -74,7 +74,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
         model, torch.bfloat16 if bf16 else torch.float32, (config.beta1, config.beta2), config.weight_decay, mesh,
         sharded=config.shard_optimizer, sequence_parallel=config.sequence_parallel,
     )  # fmt: skip
-    progress = run.load(optimizer, mesh)
+    progress = run.restore(optimizer, mesh)
 
     # Loop
     if mesh.is_first:

@@ -1,6 +1,6 @@
 """How long posts are: `python -m benchmarks.lengths --data SHARDS` makes post_lengths.json, which benchmarks draw from.
 
-Counted are the pieces that packing makes: [CLS] and [SEP] included, a post longer than a row cut into rows. Lengths up
+Counted are the chunks that packing makes: [CLS] and [SEP] included, a post longer than a row cut into rows. Lengths up
 to 64 are counted one by one, longer ones in buckets that are 3 % wide.
 """
 
@@ -27,12 +27,12 @@ def bucket_edges() -> np.ndarray:
     edges = list(range(SPECIALS + 1, EXACT + 2))
     while edges[-1] <= ROW_TOKENS:
         edges.append(max(edges[-1] + 1, int(edges[-1] * WIDTH)))
-    full_row = [ROW_TOKENS, ROW_TOKENS + 1]  # a bucket of its own: all but the last piece of a long post
+    full_row = [ROW_TOKENS, ROW_TOKENS + 1]  # a bucket of its own: all but the last chunk of a long post
     return np.array([edge for edge in edges if edge < ROW_TOKENS] + full_row)
 
 
 def histogram(lengths: np.ndarray) -> list[list[int]]:
-    """Of lengths with specials: [first length, last length, pieces] of each bucket that holds any."""
+    """Of lengths with specials: [first length, last length, chunks] of each bucket that holds any."""
     edges = bucket_edges()
     counts, _ = np.histogram(lengths, edges)  # its last bucket holds both of the last two edges
     return [[int(a), int(b) - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts) if n]
@@ -53,8 +53,8 @@ def packed_rows(rows: int, row_tokens: int, seed: int) -> tuple[np.ndarray, np.n
     """
     lengths = draw(max(20_000, 100 * rows), seed) - SPECIALS
     packing = Packing(np.concatenate([[0], np.cumsum(lengths)]), range(len(lengths)), seed, row_tokens)
-    pieces, counts = packing.pieces(packing.epoch(0), np.arange(rows))
-    lengths = packing.piece_length[pieces].astype(np.int64) + SPECIALS
+    chunks, counts = packing.chunks(packing.epoch(0), np.arange(rows))
+    lengths = packing.chunk_length[chunks].astype(np.int64) + SPECIALS
     padding = row_tokens - np.add.reduceat(lengths, np.cumsum(counts) - counts)
     ends = np.cumsum(counts)[padding > 0]
     real = np.insert(np.ones(len(lengths), bool), ends, False)
@@ -70,15 +70,15 @@ def main() -> None:
     except ValueError as error:
         fail(f"{parser.prog}: {error}")
     packing = Packing(shards.offsets, range(shards.meta["documents"]), 0, ROW_TOKENS)
-    lengths = packing.piece_length + SPECIALS
+    lengths = packing.chunk_length + SPECIALS
     p50, p95 = np.percentile(lengths, (50, 95), method="lower").tolist()
     about = {
-        "about": "lengths in tokens of posts as packing cuts them, [CLS] and [SEP] included: [first, last, pieces]",
+        "about": "lengths in tokens of posts as packing cuts them, [CLS] and [SEP] included: [first, last, chunks]",
         "made_by": "python -m benchmarks.lengths",
         "sources": shards.meta["sources"],
         "vocabulary": shards.vocab_size,
         "documents": shards.meta["documents"],
-        "pieces": len(lengths),
+        "chunks": len(lengths),
         "mean": round(float(lengths.mean()), 1),
         "p50": p50,
         "p95": p95,

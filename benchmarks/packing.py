@@ -53,14 +53,14 @@ def main() -> None:
     drawn = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
-    pieces, counts = packing.pieces(epoch, np.arange(len(packing)))
-    if not np.array_equal(np.sort(pieces), np.arange(len(packing.piece_length))):
-        raise SystemExit("benchmarks.packing: an epoch does not hold each piece once")
-    places = np.add.reduceat(packing.piece_length[pieces] + SPECIALS, np.cumsum(counts) - counts)
+    chunks, counts = packing.chunks(epoch, np.arange(len(packing)))
+    if not np.array_equal(np.sort(chunks), np.arange(len(packing.chunk_length))):
+        raise SystemExit("benchmarks.packing: an epoch does not hold each chunk once")
+    places = np.add.reduceat(packing.chunk_length[chunks] + SPECIALS, np.cumsum(counts) - counts)
     if places.max() > ROW_TOKENS:
         raise SystemExit("benchmarks.packing: a row is too full")
     full = packing.tokens / (len(packing) * ROW_TOKENS)
-    in_order = rows_in_order(np.random.default_rng(1).permutation(packing.piece_length))
+    in_order = rows_in_order(np.random.default_rng(1).permutation(packing.chunk_length))
     write_result(
         [
             "# Packing on one core",

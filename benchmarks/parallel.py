@@ -122,7 +122,7 @@ class Step:
         """The sums that this rank steps with."""
         self.backward()
         self.optimizer.gradients.sum()
-        sums = torch.cat([piece.master.grad for piece in self.optimizer.pieces])
+        sums = torch.cat([part.master.grad for part in self.optimizer.parts])
         self.optimizer.flat.gradients.zero_()
         return sums
 

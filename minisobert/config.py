@@ -81,7 +81,7 @@ class TrainConfig:
 
     data: str = _data("data/prepared", "folder that data.prepare wrote", resumable=True)
     verify: bool = _data(False, "check the checksums of the data before training", resumable=True)
-    row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into pieces", least=3)
+    row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
 
     preset: str = _model("base", "size of the model", choices=tuple(PRESETS))
     gelu: str = _model("erf", "form of the GELU: exact (erf), or the approximation that Megatron-LM fuses (tanh)",
@@ -144,7 +144,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
-        if (largest := max(size for _, size in self.batches)) > MOST_TOKENS:
+        if (largest := max(size for _, size in self.batch_ramp)) > MOST_TOKENS:
             raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
         if self.row_tokens > (positions := PRESETS[self.preset].positions):
             raise ValueError(
@@ -152,7 +152,7 @@ class TrainConfig:
             )
 
     @property
-    def batches(self) -> list[tuple[int, int]]:
+    def batch_ramp(self) -> list[tuple[int, int]]:
         """(from how many consumed row positions on, row positions per optimizer step), in order."""
         if not self.batch_schedule:
             return [(0, self.tokens_per_batch)]
@@ -171,9 +171,9 @@ class TrainConfig:
 
     def batch_sizes(self, consumed: int = 0) -> Iterator[tuple[int, int]]:
         """(row positions consumed before, row positions) of each step that is left after `consumed`."""
-        batches = self.batches
+        ramp = self.batch_ramp
         while consumed < self.train_tokens:
-            size = next(size for start, size in reversed(batches) if start <= consumed)
+            size = next(size for start, size in reversed(ramp) if start <= consumed)
             yield consumed, size
             consumed += size
 
@@ -183,7 +183,7 @@ class TrainConfig:
             accumulation = self.accumulation(tokens, data_parallel)
             yield Step(before // self.row_tokens, tokens // self.row_tokens, tokens, accumulation)
 
-    def model(self, vocab_size: int) -> ModelConfig:
+    def model_config(self, vocab_size: int) -> ModelConfig:
         """The preset's model for a tokenizer of vocab_size pieces."""
         return dataclasses.replace(PRESETS[self.preset], vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
 
@@ -222,7 +222,7 @@ class TrainConfig:
 
     def check(self, rows: int, data_parallel: int) -> None:
         """Raises ValueError where the layout or the data (rows in an epoch) does not go with a batch."""
-        for _, tokens_per_batch in self.batches:
+        for _, tokens_per_batch in self.batch_ramp:
             self.accumulation(tokens_per_batch, data_parallel, most=rows * self.row_tokens)
 
     def resumable_fields(self) -> set[str]:

@@ -52,7 +52,7 @@ def column(out, name="loss") -> torch.Tensor:
 def weights(out) -> dict[str, torch.Tensor]:
     path = checkpoint.steps(Path(out) / "checkpoints")[-1]
     checkpoint.verify(path)
-    return checkpoint.load(path)["model"]
+    return checkpoint.read(path)["model"]
 
 
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -73,7 +73,7 @@ class Rows:
             tokens            [CLS]   a  b  c  [SEP] [CLS] d  e  [SEP] [PAD]
             positions           0     1  2  3  4     0     1  2  3     0
             counts            [2]            lengths           [5, 4]     with [CLS] and [SEP]
-            padding           [1]            ends              [2]        a padding document goes in behind piece 1
+            padding           [1]            ends              [2]        a padding document goes in behind chunk 1
             document_lengths  [5, 4, 1]      bounds            [0, 5, 9, 10]
             starts            [0, 5]         stops             [5, 9]     of the real documents alone
             places            [1, 2, 3, 6, 7]                             where ids go
@@ -81,13 +81,13 @@ class Rows:
         """
         width = self.packing.row_tokens
         epochs, row_in_epoch = np.divmod(np.arange(first_row, first_row + rows), len(self))
-        parts = [self.packing.pieces(self._epoch(e), row_in_epoch[epochs == e]) for e in np.unique(epochs).tolist()]
-        pieces, counts = (np.concatenate(part) for part in zip(*parts))
+        parts = [self.packing.chunks(self._epoch(e), row_in_epoch[epochs == e]) for e in np.unique(epochs).tolist()]
+        chunks, counts = (np.concatenate(part) for part in zip(*parts))
 
-        # The documents: pieces with their specials, and behind the last piece of a row the padding that it needs
-        row_of_piece = np.repeat(np.arange(rows), counts)
-        lengths = self.packing.piece_length[pieces].astype(np.int64) + SPECIALS
-        padding = width - np.bincount(row_of_piece, lengths, minlength=rows).astype(np.int64)
+        # The documents: chunks with their specials, and behind the last chunk of a row the padding that it needs
+        row_of_chunk = np.repeat(np.arange(rows), counts)
+        lengths = self.packing.chunk_length[chunks].astype(np.int64) + SPECIALS
+        padding = width - np.bincount(row_of_chunk, lengths, minlength=rows).astype(np.int64)
         ends = np.cumsum(counts)[padding > 0]
         document_lengths = np.insert(lengths, ends, padding[padding > 0])
         bounds = np.concatenate([[0], np.cumsum(document_lengths)])
@@ -98,9 +98,9 @@ class Rows:
         tokens = np.full(rows * width, PAD, dtype=np.int32)
         # All ids are gathered at once; a loop over documents in Python would cost more than everything else here
         inner = lengths - SPECIALS
-        nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # of an id, in its piece
+        nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # of an id, in its chunk
         places = np.repeat(starts + 1, inner) + nth
-        source = np.repeat(self.packing.piece_start[pieces], inner) + nth
+        source = np.repeat(self.packing.chunk_start[chunks], inner) + nth
         tokens[places] = self.shards.tokens[source]
         tokens[starts], tokens[stops - 1] = CLS, SEP
 

@@ -1,6 +1,6 @@
 """Documents into rows of `row_tokens` tokens, by the histogram of their lengths.
 
-A document longer than a row is cut into pieces; a piece of n tokens takes n + 2 places, for its [CLS] and [SEP]. Which
+A document longer than a row is cut into chunks; a chunk of n tokens takes n + 2 places, for its [CLS] and [SEP]. Which
 lengths share a row is decided once, on the histogram, by best fit from the longest down ("shortest-pack-first" of Krell
 et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027): 15 million documents have at
 most 2,046 lengths, so this takes as long as for 15 thousand. An epoch only chooses anew which document of its length
@@ -16,28 +16,28 @@ import numpy as np
 
 from minisobert import hashing
 
-SPECIALS = 2  # [CLS] before and [SEP] after each piece
+SPECIALS = 2  # [CLS] before and [SEP] after each chunk
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Which pieces stand in each row of one epoch: of row r, order[slots[starts[i]:starts[i + 1]]] with i = rows[r]."""
+    """Which chunks stand in each row of one epoch: of row r, order[slots[starts[i]:starts[i + 1]]] with i = rows[r]."""
 
     rows: np.ndarray  # (R,) the packed row behind row r of the epoch
-    order: np.ndarray  # (P,) the pieces by length, shuffled within each length
+    order: np.ndarray  # (P,) the chunks by length, shuffled within each length
 
 
 class Packing:
-    """P pieces of documents packed into R rows.
+    """P chunks of documents packed into R rows.
 
-    piece_start (P,) int64, piece_length (P,) int32: where each piece lies in tokens.bin, specials not counted.
+    chunk_start (P,) int64, chunk_length (P,) int32: where each chunk lies in tokens.bin, specials not counted.
     """
 
     def __init__(self, offsets: np.ndarray, documents: range, seed: int, row_tokens: int):
         """offsets: (D+1,) token offsets of all documents; documents: those to pack. Empty documents are left out."""
         self.row_tokens, self.seed = row_tokens, seed
-        self.piece_start, self.piece_length = _pieces(offsets[documents.start : documents.stop + 1], row_tokens)
-        histogram = np.bincount(self.piece_length, minlength=1)
+        self.chunk_start, self.chunk_length = _chunks(offsets[documents.start : documents.stop + 1], row_tokens)
+        histogram = np.bincount(self.chunk_length, minlength=1)
         self._starts, self._slots = _rows(pack_histogram(histogram, row_tokens), histogram)
 
     def __len__(self) -> int:
@@ -47,26 +47,26 @@ class Packing:
     @property
     def tokens(self) -> int:
         """Real tokens of an epoch: all but padding, [CLS] and [SEP] included."""
-        return int(self.piece_length.sum(dtype=np.int64)) + SPECIALS * len(self.piece_length)
+        return int(self.chunk_length.sum(dtype=np.int64)) + SPECIALS * len(self.chunk_length)
 
     def epoch(self, epoch: int) -> Epoch:
         """Both shuffles of one epoch: pure functions of (seed, epoch)."""
         # Sorted by length, then by hash; all keys differ, so the order is the same on every machine.
-        keys = hashing.permutation_keys(len(self.piece_length), hashing.key(self.seed, "documents", epoch))
-        order = np.argsort(self.piece_length.astype(np.uint64) << np.uint64(32) | keys)
+        keys = hashing.permutation_keys(len(self.chunk_length), hashing.key(self.seed, "documents", epoch))
+        order = np.argsort(self.chunk_length.astype(np.uint64) << np.uint64(32) | keys)
         rows = np.argsort(hashing.permutation_keys(len(self), hashing.key(self.seed, "rows", epoch)))
         return Epoch(rows, order)
 
-    def pieces(self, epoch: Epoch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces of some rows of an epoch, one row after another, (N,), and each row's number of them, (rows,)."""
+    def chunks(self, epoch: Epoch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of some rows of an epoch, one row after another, (N,), and each row's number of them, (rows,)."""
         packed = epoch.rows[rows]
         first, counts = self._starts[packed], self._starts[packed + 1] - self._starts[packed]
         slots = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         return epoch.order[self._slots[slots]], counts
 
 
-def _pieces(offsets: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) start and length of each piece: whole documents, or full pieces of a longer one and what is left of it."""
+def _chunks(offsets: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) start and length of each chunk: whole documents, or full chunks of a longer one and what is left of it."""
     longest = row_tokens - SPECIALS
     lengths = np.diff(offsets)
     counts = -(-lengths // longest)  # 0 for an empty document
@@ -78,29 +78,29 @@ def _pieces(offsets: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarra
 
 
 def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int, list[int]]]:
-    """histogram[n]: how many pieces of n tokens there are. Returns (number of rows, lengths in each of them) pairs.
+    """histogram[n]: how many chunks of n tokens there are. Returns (number of rows, lengths in each of them) pairs.
 
-    Best fit, longest first: a length goes to the fullest open rows that it still fits. All pieces of one length and all
+    Best fit, longest first: a length goes to the fullest open rows that it still fits. All chunks of one length and all
     rows with the same content are handled at once, as numbers. So the work grows with the number of lengths (2,046 in a
-    row of 2,048), not with the number of pieces (15 million).
+    row of 2,048), not with the number of chunks (15 million).
 
-    For example, in rows of 10 places, 3 pieces of 5 tokens (7 places each) and 4 of 1 token (3 places each) become
+    For example, in rows of 10 places, 3 chunks of 5 tokens (7 places each) and 4 of 1 token (3 places each) become
     [(3, [5, 1]), (1, [1])]: three rows of one 5 and one 1, and one row for the 1 that is left.
     """
     histogram = np.asarray(histogram)
     # open_rows[space]: stacks of alike rows with `space` places left, as [number of rows, lengths in each]
     open_rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(row_tokens + 1)]
     for length in range(len(histogram) - 1, 0, -1):
-        left, size = int(histogram[length]), length + SPECIALS  # pieces without a row, places that each takes
+        left, size = int(histogram[length]), length + SPECIALS  # chunks without a row, places that each takes
         if left and size > row_tokens:
-            raise ValueError(f"a piece of {length:,} tokens does not fit a row of {row_tokens:,}")
-        space = size  # longer pieces came before, so rows with less space can never be used again
+            raise ValueError(f"a chunk of {length:,} tokens does not fit a row of {row_tokens:,}")
+        space = size  # longer chunks came before, so rows with less space can never be used again
         while left:
             while space < row_tokens and not open_rows[space]:
                 space += 1
-            # space == row_tokens means new rows: never more than needed, and each takes as many pieces as fit
+            # space == row_tokens means new rows: never more than needed, and each takes as many chunks as fit
             rows, inside = open_rows[space].pop() if space < row_tokens else (max(left // (row_tokens // size), 1), [])
-            # All rows of a stack take the same number of pieces, so that it stays one stack. What is left over goes
+            # All rows of a stack take the same number of chunks, so that it stays one stack. What is left over goes
             # around the loop again
             each = min(space // size, max(left // rows, 1))
             filled = min(rows, left // each)
@@ -114,7 +114,7 @@ def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int,
 
 
 def _rows(packed: list[tuple[int, list[int]]], histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as slots: (R+1,) where each row's slots begin, and (P,) for each slot a rank among the pieces by length."""
+    """Rows as slots: (R+1,) where each row's slots begin, and (P,) for each slot a rank among the chunks by length."""
     sizes = np.repeat([len(lengths) for _, lengths in packed], [rows for rows, _ in packed]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     slots = np.empty(starts[-1], dtype=np.uint32)

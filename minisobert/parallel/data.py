@@ -121,11 +121,11 @@ class Gradients:
 
     def __init__(self, flat: FlatParameters, mesh: Mesh, sharded: bool = False):
         self.flat, self.mesh, self.sharded = flat, mesh, sharded
-        self.own_norms: dict[str, Tensor] = {}  # of this rank's own gradients, to find out who made a NaN
+        self.rank_norms: dict[str, Tensor] = {}  # of this rank's own gradients, to find out who made a NaN
 
     def before_last_backward(self) -> None:
         """To be called before the backward pass after which the gradients are complete."""
-        self.own_norms = {}
+        self.rank_norms = {}
 
     def sum(self) -> None:
         """Sums all buckets. With a sharded optimizer this rank's shares alone hold the sum then."""
@@ -136,7 +136,7 @@ class Gradients:
 
     def _start(self, bucket: Bucket) -> dist.Work | None:
         norms = torch._foreach_norm([self.flat.gradients[self.flat.places[name]] for name in bucket.names])
-        self.own_norms |= zip(bucket.names, norms)
+        self.rank_norms |= zip(bucket.names, norms)
         gradients = self.flat.gradients[bucket.start : bucket.stop]
         if bucket.by_tokens:
             self.mesh.sum_over_slices(gradients)

@@ -244,5 +244,5 @@ def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
 
 
 def flops_per_token(model: ModelConfig, attended: float) -> float:
-    """Of training. attended: how many tokens a token attends to, Σ n² / Σ n over documents of n; at most a row."""
+    """Of training. attended: tokens that a token attends to, Σ n² / Σ n over documents of n tokens; at most a row."""
     return training_flops(model, 1, attended, RATE)

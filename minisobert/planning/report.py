@@ -49,7 +49,7 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
 
     Raises ValueError where nothing fits.
     """
-    batch = math.gcd(*(size for _, size in config.batches))
+    batch = math.gcd(*(size for _, size in config.batch_ramp))
     rows, rest = divmod(batch, config.row_tokens)
     found, totals = [], []
     for tensor_parallel in tensor_parallel_sizes(model, gpus, config.row_tokens):
@@ -97,7 +97,7 @@ def report(config: TrainConfig) -> str:
     )  # fmt: skip
     if gpu not in CHIPS:
         raise ValueError(f"--gpu is {gpu}; choose {words(CHIPS)}")
-    chip, price, sizes = CHIPS[gpu], config.price_per_gpu_hour, [f"{size:,}" for _, size in config.batches]
+    chip, price, sizes = CHIPS[gpu], config.price_per_gpu_hour, [f"{size:,}" for _, size in config.batch_ramp]
     fitting = layouts(model, config, config.gpus, chip.memory)
     gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
     lines = [
@@ -126,7 +126,7 @@ def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu
     """Of the table. Raises ValueError where model or batch cannot be split so."""
     check_layout(model, config.gpus, layout.tensor_parallel, config.row_tokens)
     chip = CHIPS[gpu]
-    for _, size in config.batches:  # the last is the longest step
+    for _, size in config.batch_ramp:  # the last is the longest step
         given = replace(config, micro_batch_rows=layout.micro_batch_rows)
         passes = given.accumulation(size, layout.data_parallel)
     kinds = memory(model, layout, config.dropout > 0)

@@ -212,6 +212,6 @@ def verify(path: Path) -> None:
             )
 
 
-def load(path: Path) -> dict[str, dict[str, Tensor]]:
+def read(path: Path) -> dict[str, dict[str, Tensor]]:
     """The whole tensors of a checkpoint, by file and name. Nothing is read before somebody looks at it."""
     return {file: read_safetensors(path / f"{file}.safetensors") for file in FILES}

@@ -69,7 +69,7 @@ def train_step(
     for i, batch in enumerate(batches, 1):
         # dropout masks are hashes of a token's place in the global batch, so that the layout cannot change them
         offset = (batch.first_row - step.first_row) * config.row_tokens
-        here = dropout and place(dropout, offset, len(batch.tokens), model.config, config, mesh)
+        here = dropout and own_dropout(dropout, offset, len(batch.tokens), model.config, config, mesh)
         # one expression: a name for the logits, the largest tensor of all, would keep them through the backward pass
         loss = cross_entropy(
             model(batch.tokens, batch.positions, batch.documents, batch.masked, here), batch.targets, mesh
@@ -122,7 +122,7 @@ def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
     )
 
 
-def place(dropout: Dropout, offset: int, tokens: int, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Dropout:
+def own_dropout(dropout: Dropout, offset: int, tokens: int, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Dropout:
     """dropout for what this rank has of a micro-batch whose first token has the index `offset` in the global batch."""
     return dataclasses.replace(
         dropout,

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from minisobert.parallel import splits
 from minisobert.parallel.data import FlatParameters, Gradients, OverlappedGradients
 from minisobert.parallel.mesh import Mesh
+from minisobert.training.checkpoint import FILES, Slice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Part:
     """Elements [first, first + len(master)) of a parameter of this rank, flattened, which this rank steps."""
 
     name: str
@@ -56,24 +57,24 @@ class Optimizer:
         ]
         flat.adopt()
         masters = masters or [flat.weights[place] for _, _, place in owned]
-        self.pieces = [Piece(*where, master) for where, master in zip(owned, masters)]
+        self.parts = [Part(*where, master) for where, master in zip(owned, masters)]
         kind = OverlappedGradients if self.mesh.world > 1 else Gradients
         self.gradients = kind(flat, self.mesh, sharded)
 
-        decays = [flat.parameters[piece.name].dim() > 1 for piece in self.pieces]
+        decays = [flat.parameters[part.name].dim() > 1 for part in self.parts]
         groups = [
-            {"params": [p.master for p, d in zip(self.pieces, decays) if d == wanted], "weight_decay": decay}
+            {"params": [p.master for p, d in zip(self.parts, decays) if d == wanted], "weight_decay": decay}
             for wanted, decay in ((True, weight_decay), (False, 0.0))
         ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-        for piece in self.pieces:
-            piece.master.grad = flat.gradients[piece.place]
-            moments = {name: torch.zeros_like(piece.master) for name in MOMENTS}
-            self.adam.state[piece.master] = {"step": torch.zeros((), device=piece.master.device), **moments}
+        for part in self.parts:
+            part.master.grad = flat.gradients[part.place]
+            moments = {name: torch.zeros_like(part.master) for name in MOMENTS}
+            self.adam.state[part.master] = {"step": torch.zeros((), device=part.master.device), **moments}
         # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so
         # that the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel
         # where the optimizer is not sharded
-        split = [splits.split_dimension(piece.name) is not None for piece in self.pieces]
+        split = [splits.split_dimension(part.name) is not None for part in self.parts]
         copies = [1 if each else self.mesh.tensor_parallel for each in split]
         self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
         if not sharded:
@@ -81,7 +82,7 @@ class Optimizer:
 
     def norm(self) -> float:
         """Of the summed gradient of the whole model, the same on all ranks."""
-        gradients = [piece.master.grad for piece in self.pieces]
+        gradients = [part.master.grad for part in self.parts]
         # in fp64: torch's fp32 norm of ten million elements is off by 4e-4 on a CPU
         norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
         return self.mesh.sum_over_all((norms.square() * self._weights).sum()).sqrt().item()
@@ -108,7 +109,7 @@ class Optimizer:
     def not_finite(self) -> list[str | None]:
         """After a step that was not applied: of each rank the first of its own gradients that is not finite."""
         names = list(self.flat.places)  # the order in which they were made
-        norms = self.gradients.own_norms
+        norms = self.gradients.rank_norms
         bad = [i for i, name in enumerate(names) if not norms[name].isfinite()]
         first = [0] * self.mesh.world
         first[self.mesh.rank] = bad[0] + 1 if bad else 0
@@ -116,8 +117,8 @@ class Optimizer:
 
     def _round_masters(self) -> None:
         if self.flat.weights.dtype != torch.float32:
-            for piece in self.pieces:
-                self.flat.weights[piece.place].copy_(piece.master)
+            for part in self.parts:
+                self.flat.weights[part.place].copy_(part.master)
         self.gradients.gather_parameters()
 
     @staticmethod
@@ -125,17 +126,38 @@ class Optimizer:
         """(file of a checkpoint, name in it) of a parameter's master and its two moments."""
         return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in MOMENTS)]
 
-    def tensors(self, piece: Piece) -> list[Tensor]:
-        """The same of a piece: three tensors, (n,) each."""
-        return [piece.master, *(self.adam.state[piece.master][moment] for moment in MOMENTS)]
+    def tensors(self, part: Part) -> list[Tensor]:
+        """The same of a part: three tensors, (n,) each."""
+        return [part.master, *(self.adam.state[part.master][moment] for moment in MOMENTS)]
+
+    def whole_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shape of each unsharded tensor of a checkpoint, by file and name."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {file: {} for file in FILES}
+        for name, parameter in self.flat.parameters.items():
+            whole = splits.whole_shape(name, tuple(parameter.shape), self.mesh.tensor_parallel)
+            for file, tensor in self.checkpoint_names(name):
+                shapes[file][tensor] = whole
+        return shapes
+
+    def slices(self) -> list[Slice]:
+        """What this rank writes of a checkpoint: of what several ranks hold alike, the first of them writes it."""
+        mesh, slices = self.mesh, []
+        for part in self.parts:
+            one_of_a_kind = self.sharded or mesh.data_rank == 0
+            if one_of_a_kind and (splits.split_dimension(part.name) is not None or mesh.tensor_rank == 0):
+                shape, elements = tuple(self.flat.parameters[part.name].shape), (part.first, len(part.master))
+                runs = [*splits.contiguous_runs(part.name, shape, *elements, mesh.tensor_rank, mesh.tensor_parallel)]
+                for (file, name), tensor in zip(self.checkpoint_names(part.name), self.tensors(part)):
+                    slices.append(Slice(file, name, tensor, runs))
+        return slices
 
     @torch.no_grad()
-    def load(self, files: dict[str, dict[str, Tensor]], steps: int) -> None:
+    def restore(self, files: dict[str, dict[str, Tensor]], steps: int) -> None:
         """files: whole, unsharded tensors by file and name. steps: how many were applied."""
         mesh = self.mesh
-        for piece in self.pieces:
-            for (file, name), tensor in zip(self.checkpoint_names(piece.name), self.tensors(piece)):
-                mine = splits.slice_of(piece.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
-                tensor.copy_(mine.flatten()[piece.first : piece.first + len(tensor)])
-            self.adam.state[piece.master]["step"].fill_(steps)
+        for part in self.parts:
+            for (file, name), tensor in zip(self.checkpoint_names(part.name), self.tensors(part)):
+                mine = splits.slice_of(part.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
+                tensor.copy_(mine.flatten()[part.first : part.first + len(tensor)])
+            self.adam.state[part.master]["step"].fill_(steps)
         self._round_masters()

@@ -15,10 +15,9 @@ from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer
 from minisobert.files import sha256, write_json
 from minisobert.model import MaskedLM
-from minisobert.parallel import splits
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
-from minisobert.training.optimizer import Optimizer, Piece
+from minisobert.training.optimizer import Optimizer
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Run:
         if before != self.identity:
             raise ValueError(f"{here} by another version of minisobert; {otherwise}")
 
-    def load(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
+    def restore(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
         """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
 
         The first process decides which it is: others may see a folder on a network later than it.
@@ -94,7 +93,7 @@ class Run:
             return Progress()
         path = checkpoint.path_of(self.folder / "checkpoints", step)
         progress = Progress(**checkpoint.read_state(path)["progress"])
-        optimizer.load(checkpoint.load(path), progress.step - progress.skipped)
+        optimizer.restore(checkpoint.read(path), progress.step - progress.skipped)
         return progress
 
     def begin(self, step: int) -> None:
@@ -121,34 +120,10 @@ class Run:
         self, saver: checkpoint.Saver, optimizer: Optimizer, progress: Progress, validation_loss: float | None
     ) -> None:
         """Begins to write a checkpoint. Called by all ranks."""
-        mesh, pieces = optimizer.mesh, optimizer.pieces
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {file: {} for file in checkpoint.FILES}
-        for name, parameter in optimizer.flat.parameters.items():
-            whole = splits.whole_shape(name, tuple(parameter.shape), mesh.tensor_parallel)
-            for file, tensor in optimizer.checkpoint_names(name):
-                shapes[file][tensor] = whole
-        slices = [s for piece in pieces if _writes(piece, optimizer) for s in _slices(piece, optimizer)]
         state = {
             "progress": dataclasses.asdict(progress), "run": self.identity, "validation_loss": validation_loss
         }  # fmt: skip
-        saver.start(progress.step, shapes, slices, state)
-
-
-def _writes(piece: Piece, optimizer: Optimizer) -> bool:
-    """Whether it is for this rank to write the piece, of which others may have the same."""
-    mesh = optimizer.mesh
-    one_of_a_kind = optimizer.sharded or mesh.data_rank == 0
-    return one_of_a_kind and (splits.split_dimension(piece.name) is not None or mesh.tensor_rank == 0)
-
-
-def _slices(piece: Piece, optimizer: Optimizer) -> list[checkpoint.Slice]:
-    mesh, shape = optimizer.mesh, tuple(optimizer.flat.parameters[piece.name].shape)
-    elements = piece.first, len(piece.master)
-    runs = list(splits.contiguous_runs(piece.name, shape, *elements, mesh.tensor_rank, mesh.tensor_parallel))
-    return [
-        checkpoint.Slice(file, name, tensor, runs)
-        for (file, name), tensor in zip(optimizer.checkpoint_names(piece.name), optimizer.tensors(piece))
-    ]
+        saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state)
 
 
 @dataclass(frozen=True)
@@ -165,10 +140,10 @@ def open_run(run: str | Path) -> Trained:
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
     described = json.loads((run / "config.json").read_text())
-    pieces = run / "tokenizer.model"
-    if sha256(pieces) != described["tokenizer"]:
-        raise ValueError(f"{pieces} is another model's; put the one of the run's --data there")
+    tokenizer = run / "tokenizer.model"
+    if sha256(tokenizer) != described["tokenizer"]:
+        raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(ModelConfig(**described["model"]))
     checkpoint.verify(saved[-1])
-    model.load_state_dict(checkpoint.load(saved[-1])["model"])
-    return Trained(model.eval(), Tokenizer(pieces))
+    model.load_state_dict(checkpoint.read(saved[-1])["model"])
+    return Trained(model.eval(), Tokenizer(tokenizer))

@@ -44,7 +44,7 @@ def test_an_epoch_holds_each_training_document_once(corpus, rows):
     expected = [
         corpus.tokens[start : min(start + 2_046, corpus.offsets[i + 1])].astype(np.int32).tobytes()
         for i in corpus.training_documents
-        for start in range(corpus.offsets[i], corpus.offsets[i + 1], 2_046)  # pieces of a document that is longer
+        for start in range(corpus.offsets[i], corpus.offsets[i + 1], 2_046)  # chunks of a document that is longer
     ]
     assert len(expected) > len(corpus.training_documents)
     assert sorted(seen) == sorted(expected)
@@ -125,8 +125,8 @@ def test_the_example_of_micro_batch_is_what_it_makes(monkeypatch):
     tokens[[70, 71, 72, 20, 21]] = ids
     shards = SimpleNamespace(offsets=np.array([20, 22, 70, 73]), tokens=tokens, vocab_size=50)
     rows = Rows(shards, range(3), 1, 10)
-    two = rows.packing.piece_start != 22  # the two documents of the example, without what lies between them
-    rows.packing.piece_start, rows.packing.piece_length = rows.packing.piece_start[two], rows.packing.piece_length[two]
+    two = rows.packing.chunk_start != 22  # the two documents of the example, without what lies between them
+    rows.packing.chunk_start, rows.packing.chunk_length = rows.packing.chunk_start[two], rows.packing.chunk_length[two]
     rows.packing._starts, rows.packing._slots = np.array([0, 2]), np.array([1, 0])  # the longer one first
     batch = rows.micro_batch(0, 1)
     assert batch.tokens.tolist() == [CLS, a, b, c, SEP, CLS, d, e, SEP, PAD]

@@ -25,10 +25,10 @@ def pack(lengths, seed=1, row_tokens=ROW) -> Packing:
 
 
 def rows_of(packing: Packing, epoch: int) -> list[list[int]]:
-    """The pieces of every row, by the public way to ask for them."""
+    """The chunks of every row, by the public way to ask for them."""
     view = packing.epoch(epoch)
-    pieces, counts = packing.pieces(view, np.arange(len(packing)))
-    return [row.tolist() for row in np.split(pieces, np.cumsum(counts)[:-1])]
+    chunks, counts = packing.chunks(view, np.arange(len(packing)))
+    return [row.tolist() for row in np.split(chunks, np.cumsum(counts)[:-1])]
 
 
 @settings(deadline=None)
@@ -37,11 +37,11 @@ def test_every_token_is_in_exactly_one_place_of_every_epoch(lengths, epoch, row_
     packing = pack(lengths, row_tokens=row_tokens)
     rows = rows_of(packing, epoch) if len(packing) else []
     for row in rows:
-        assert sum(packing.piece_length[row] + SPECIALS) <= row_tokens and row
+        assert sum(packing.chunk_length[row] + SPECIALS) <= row_tokens and row
     covered = [
         token
-        for piece in chain(*rows)
-        for token in range(packing.piece_start[piece], packing.piece_start[piece] + packing.piece_length[piece])
+        for chunk in chain(*rows)
+        for token in range(packing.chunk_start[chunk], packing.chunk_start[chunk] + packing.chunk_length[chunk])
     ]
     assert sorted(covered) == list(range(sum(lengths)))
 
@@ -49,8 +49,8 @@ def test_every_token_is_in_exactly_one_place_of_every_epoch(lengths, epoch, row_
 def test_a_piece_never_spans_two_documents_and_is_whole_where_the_document_fits():
     lengths = [5, 2_046, 2_047, 9_000, 1]
     packing, offsets = pack(lengths), offsets_of(lengths)
-    pieces = list(zip(packing.piece_start.tolist(), packing.piece_length.tolist()))
-    assert pieces == [
+    chunks = list(zip(packing.chunk_start.tolist(), packing.chunk_length.tolist()))
+    assert chunks == [
         (0, 5), (5, 2_046), (2_051, 2_046), (4_097, 1), *((4_098 + i * 2_046, 2_046) for i in range(4)),
         (4_098 + 4 * 2_046, 9_000 - 4 * 2_046), (offsets[4], 1),
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_best_fit_on_the_histogram_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).lognormal(5.3, 1, 20_000).astype(int) + 1
     packing = pack(lengths)
     at_least = -(-packing.tokens // ROW)
-    assert packing.tokens == sum(lengths) + SPECIALS * len(packing.piece_length)
+    assert packing.tokens == sum(lengths) + SPECIALS * len(packing.chunk_length)
     assert len(packing) <= 1.001 * at_least
 
 
@@ -93,7 +93,7 @@ def test_a_histogram_is_packed_by_multiplicity():
     histogram[[8, 18, 28]] = [1_000_000, 500_000, 1_000_000]  # 10, 20 and 30 places in rows of 40
     packed = pack_histogram(histogram, row_tokens=40)
     assert {(rows, tuple(sorted(row))) for rows, row in packed} == {(1_000_000, (8, 28)), (250_000, (18, 18))}
-    with pytest.raises(ValueError, match="a piece of 59 tokens does not fit a row of 40"):
+    with pytest.raises(ValueError, match="a chunk of 59 tokens does not fit a row of 40"):
         pack_histogram(np.ones(60, dtype=int), row_tokens=40)
 
 

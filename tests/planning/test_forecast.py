@@ -123,7 +123,7 @@ def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precisio
     """SMALL's sizes and their shares come out even: no padding. A sharded optimizer where there are several ranks."""
     dtype, mesh = torch.bfloat16 if precision == "bf16" else torch.float32, Mesh(data_parallel=ranks)
     optimizer = Optimizer(MaskedLM(SMALL).initialise(0), dtype, (0.9, 0.999), 0.01, mesh, sharded=ranks > 1)
-    state = [x for piece in optimizer.pieces for x in optimizer.tensors(piece)]
+    state = [x for part in optimizer.parts for x in optimizer.tensors(part)]
     shared = optimizer.flat.weights.untyped_storage().data_ptr()
     account = forecast.memory(SMALL, Layout(ranks, shard_optimizer=ranks > 1, precision=precision))
     assert account.weights == optimizer.flat.weights.nbytes

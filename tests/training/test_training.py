@@ -94,7 +94,7 @@ def test_bf16_keeps_fp32_masters_so_that_small_steps_are_not_lost():
     model = Small()
     before = model.weight.detach().clone()
     optimizer = Optimizer(model, torch.bfloat16, (0.9, 0.999), weight_decay=0.0)
-    master = next(piece.master for piece in optimizer.pieces if piece.name == "weight").view(4, 3)
+    master = next(part.master for part in optimizer.parts if part.name == "weight").view(4, 3)
     assert torch.equal(master, before)  # not their rounding
     for _ in range(40):
         optimizer.flat.gradients.fill_(1.0)
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     _, applied = optimizer.step(0.1, count=1, clip=1.0)
     assert not applied and (optimizer.flat.gradients == 0).all() and optimizer.not_finite() == ["weight"]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all((moment == 0).all() for piece in optimizer.pieces for moment in optimizer.tensors(piece)[1:])
+    assert all((moment == 0).all() for part in optimizer.parts for moment in optimizer.tensors(part)[1:])
 
 
 TENSORS = {
@@ -176,7 +176,7 @@ def test_the_last_checkpoints_are_kept_and_read_back(tmp_path):
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
     checkpoint.verify(tmp_path / "step-00000010")
-    read = checkpoint.load(tmp_path / "step-00000010")
+    read = checkpoint.read(tmp_path / "step-00000010")
     assert read["model"]["w"].tolist() == [10, 10, 10] and read["optimizer"]["m"].tolist() == [1, 1]
     assert checkpoint.read_state(tmp_path / "step-00000010")["n"] == 10
 
@@ -200,7 +200,7 @@ def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path
     w += 1
     go_on.set()
     saver.wait()
-    assert checkpoint.load(saver.last)["model"]["w"].tolist() == [0, 0, 0]
+    assert checkpoint.read(saver.last)["model"]["w"].tolist() == [0, 0, 0]
 
 
 class Killed(BaseException):
@@ -238,7 +238,7 @@ def test_a_process_that_ends_between_any_two_file_operations_loses_no_checkpoint
     kept = checkpoint.steps(tmp_path)
     for path in kept:
         checkpoint.verify(path)
-    assert kept and all(checkpoint.load(path)["model"]["w"][0] == int(path.name[-1]) for path in kept)
+    assert kept and all(checkpoint.read(path)["model"]["w"][0] == int(path.name[-1]) for path in kept)
     assert kept[-1].name == "step-00000002" or not finished
     save(tmp_path, 3, keep=1)  # and the next one clears what was left over
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
