@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minisobert.config import ModelConfig, Step, TrainConfig
+from minisobert.config import Step, TrainConfig
 from minisobert.corpus.loader import MicroBatch, Rows, prefetch, spans
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout
@@ -69,7 +69,7 @@ def train_step(
     for i, batch in enumerate(batches, 1):
         # dropout masks are hashes of a token's place in the global batch, so that the layout cannot change them
         offset = (batch.first_row - step.first_row) * config.row_tokens
-        here = dropout and own_dropout(dropout, offset, len(batch.tokens), model.config, config, mesh)
+        here = dropout and own_dropout(dropout, offset, len(batch.tokens), model.config.heads, config, mesh)
         # one expression: a name for the logits, the largest tensor of all, would keep them through the backward pass
         loss = cross_entropy(
             model(batch.tokens, batch.positions, batch.documents, batch.masked, here), batch.targets, mesh
@@ -122,12 +122,15 @@ def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
     )
 
 
-def own_dropout(dropout: Dropout, offset: int, tokens: int, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Dropout:
-    """dropout for what this rank has of a micro-batch whose first token has the index `offset` in the global batch."""
+def own_dropout(dropout: Dropout, offset: int, tokens: int, heads: int, config: TrainConfig, mesh: Mesh) -> Dropout:
+    """dropout for what this rank has of a micro-batch whose first token has the index `offset` in the global batch.
+
+    tokens: of the micro-batch; heads: of the model.
+    """
     return dataclasses.replace(
         dropout,
         token_offset=offset,
-        head_offset=mesh.tensor_rank * model.heads // mesh.tensor_parallel,
+        head_offset=mesh.tensor_rank * heads // mesh.tensor_parallel,
         row_offset=mesh.tensor_rank * tokens // mesh.tensor_parallel if config.sequence_parallel else 0,
     )
 
