@@ -30,6 +30,7 @@ from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
 PATIENCE = 30  # seconds
+KNOWN_TO_ALL = (ValueError, SaveFailed, TooManySkipped)  # raised by all ranks alike
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
@@ -51,8 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(config, model_config, shards)
 
         with meshes.start(config.tensor_parallel, config.timeout) as mesh:
-            return pretrain(run, training, validation, mesh)
-    except (ValueError, SaveFailed, TooManySkipped) as error:  # known to all ranks alike
+            try:
+                return pretrain(run, training, validation, mesh)
+            except KNOWN_TO_ALL as error:
+                failure = error  # all ranks leave the mesh together, as they do when they have finished
+        raise failure
+    except KNOWN_TO_ALL as error:
         mistake = isinstance(error, ValueError)
         if not (first if mistake else str(error)):
             time.sleep(PATIENCE)  # torchrun ends all when one ends: not before another has said why
