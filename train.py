@@ -22,10 +22,9 @@ from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
-from minisobert.parallel.mesh import Mesh
+from minisobert.parallel.mesh import KnownToAll, Mesh
 from minisobert.planning.report import report
-from minisobert.training.checkpoint import SaveFailed
-from minisobert.training.loop import TooManySkipped, train
+from minisobert.training.loop import train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
@@ -50,14 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
         with meshes.start(config.tensor_parallel, config.timeout) as mesh:
             return pretrain(run, training, validation, mesh)
-    except (ValueError, SaveFailed, TooManySkipped) as error:  # known to all ranks alike
-        mistake = isinstance(error, ValueError)
-        if mistake:
-            fail(f"train.py: {error}")
-        if not str(error):
-            time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
-        else:
+    except ValueError as error:
+        fail(f"train.py: {error}")
+    except KnownToAll as error:  # a save that failed, or gradients that are not finite; the first rank knows why
+        if str(error):
             print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        else:
+            time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
         return 1
 
 

@@ -26,6 +26,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # later, its default arguments would keep the default group for ever
 from torch import Tensor
 
 from minisobert.cli import nearest, words
@@ -33,6 +34,10 @@ from minisobert.config import ModelConfig
 
 CPU = torch.device("cpu")
 ROLL_CALL = 4.0  # seconds in which who is alive has to answer
+
+
+class KnownToAll(Exception):
+    """Raised by all ranks alike, which then leave the mesh together, as they do when a run has finished."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,9 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
 
     timeout: seconds that a process waits for another. When one has died or does not come, the others end, with a line
     that names it.
+
+    A block that ends without an exception leaves no thread behind. One that comes back into Python while the
+    interpreter is being taken down aborts the process (SIGABRT), and a run that has finished would seem to have failed.
     """
     rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
@@ -147,16 +155,27 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         # the device waits longer: the hosts, which can name who is missing, give up first
         timeout=timedelta(seconds=2 * timeout if cuda else timeout),
     )  # fmt: skip
-    watch = _Watch(store, rank)
+    watch, failure = _Watch(store, rank), None
     watch.start()
     try:
-        yield _with_groups(replace(mesh, watch=watch), timedelta(seconds=timeout))
+        mesh = _with_groups(replace(mesh, watch=watch), timedelta(seconds=timeout))
+        yield mesh
+    except (ValueError, KnownToAll) as error:
+        failure = error
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
         _give_up(error, store, mesh, watch)
-    watch.stop.set()
+    finally:
+        watch.stop.set()
+        watch.join(timeout)  # it may have asked the store, which answers late on a busy machine
+    # gloo's threads let go of their last tensors, for which they need Python, and end with the last reference to their
+    # group. Parameters' hooks keep the mesh for ever, so it lets go of them. Not after an exception: the threads wait
+    # for work that is under way, and thus for other ranks, which may never come
     dist.destroy_process_group()
+    vars(mesh).update(data_group=None, tensor_group=None, hosts=None)
+    if failure:
+        raise failure
 
 
 def _part_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
@@ -206,8 +225,8 @@ class _Watch(threading.Thread):
             while not self.stop.wait(0.5):
                 if self.store.check(["roll-call"]):
                     self.answer()
-                    time.sleep(ROLL_CALL + 1)
-                    os._exit(1)
+                    if not self.stop.wait(ROLL_CALL + 1):
+                        os._exit(1)
         except (RuntimeError, OSError):  # the store is gone, as at the end of every job
             return
 

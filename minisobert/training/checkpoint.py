@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minisobert.files import flush_folder, read_safetensors, safetensors_header, sha256, write_json
-from minisobert.parallel.mesh import Mesh
+from minisobert.parallel.mesh import KnownToAll, Mesh
 
 FILES = ("model", "optimizer")
 UNFINISHED = ".unfinished-"
@@ -40,7 +40,7 @@ class Slice:
     runs: list[tuple[int, int, int]]
 
 
-class SaveFailed(Exception):
+class SaveFailed(KnownToAll):
     """A checkpoint could not be written. The message is empty on ranks that have nothing to say about it."""
 
 

@@ -22,7 +22,7 @@ from minisobert.config import Step, TrainConfig
 from minisobert.corpus.loader import MicroBatch, Rows, prefetch, spans
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout
-from minisobert.parallel.mesh import Mesh
+from minisobert.parallel.mesh import KnownToAll, Mesh
 from minisobert.parallel.tensor import cross_entropy, guessed_right
 from minisobert.training import meter
 from minisobert.training.checkpoint import Saver
@@ -43,7 +43,7 @@ class Tally(NamedTuple):
     failed: int = 0  # 1 where it could not
 
 
-class TooManySkipped(Exception):
+class TooManySkipped(KnownToAll):
     """More than --max-skipped steps in a row had no finite gradient. On the first rank the message says whose."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -10,12 +11,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import BATCH, ROW, column, finish, metrics, start, weights, words
+import torch.distributed as dist
+from runs import BATCH, ROW, column, finish, launch, metrics, start, weights, words
 
+import train
 from minisobert.parallel.data import Gradients
 from minisobert.training import checkpoint, loop
 
@@ -242,3 +248,60 @@ def test_a_run_whose_batches_grow_takes_each_row_once_and_goes_on_where_it_was(c
     assert finish(start(argv, log, 2)) == [0, 0]
     assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in before]
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights(out).items())
+
+
+def a_store_that_takes_its_time() -> None:
+    """Whoever asks it something is still waiting for the answer when a short run has ended."""
+    check = dist.PrefixStore.check
+
+    def slowly(store, keys):
+        try:
+            store.wait(["what nobody ever sets"], timedelta(seconds=1))
+        except dist.DistStoreError:
+            return check(store, keys)
+
+    dist.PrefixStore.check = slowly
+
+
+def full_disk(rank: int) -> None:
+    def writing(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint._write = writing
+
+
+def nan_from_the_start(rank: int) -> None:
+    make_nan(range(100))(rank)
+
+
+class TakesLongToGo:
+    """As a module: they are taken down after the interpreter has stopped all threads but one."""
+
+    def __del__(self):
+        time.sleep(1.1)
+
+
+def train_and_leave(argv: list[str], prepare: Callable[[int], None] | None) -> None:
+    """Ends as a script does. The processes of multiprocessing end at once, without taking the interpreter down."""
+    a_store_that_takes_its_time()
+    if prepare:
+        prepare(int(os.environ["RANK"]))
+    status = train.main(argv)
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    print(f"{sum('gloo' in name for name in threads)} threads of gloo", flush=True)
+    sys.modules["takes_long_to_go"] = TakesLongToGo()
+    ctypes.pythonapi.Py_Exit(status)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted where Linux lists them")
+@pytest.mark.parametrize(
+    ("prepare", "before", "status"), [(None, 0, 0), (None, 1, 0), (nan_from_the_start, 0, 1), (full_disk, 0, 1)],
+    ids=["finished", "nothing left to train", "too many skipped", "disk full"],
+)  # fmt: skip
+def test_a_run_ends_with_its_own_status_however_long_the_interpreter_takes(corpus, tmp_path, prepare, before, status):
+    """A thread that comes back into an interpreter that is being taken down aborts the process."""
+    log = tmp_path / "log"
+    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, max_skipped=1)
+    processes = launch([partial(train.main, argv)] * before + [partial(train_and_leave, argv, prepare)], log, 2)
+    assert finish(processes, 60) == [status] * 2, log.read_text()
+    assert re.findall(r"(\d+) threads of gloo", log.read_text()) == ["0", "0"]
