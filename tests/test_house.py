@@ -1,4 +1,4 @@
-"""What a reader relies on: the README's paths exist and are complete, and imports point down."""
+"""What a reader relies on: links lead somewhere, the map is complete, and imports point down."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def links(page: Path) -> set[Path]:
     return {page.parent / link for link in found if not link.startswith("http")}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "data/README.md"], ids=str)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/README.md"], ids=str)
 def test_every_path_that_a_page_links_to_exists(page):
     assert {str(path) for path in links(page) if not path.exists()} == set()
 
 
-def test_the_reading_order_leaves_no_file_out():
-    listed = {path.resolve() for path in links(ROOT / "README.md")}
+def test_the_map_leaves_no_file_out():
+    listed = {path.resolve() for path in links(ROOT / "docs/map.md")}
     assert {str(path) for path in SOURCES if path.name != "__init__.py" and path not in listed} == set()
 
 

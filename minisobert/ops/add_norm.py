@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisobert.ops.dispatch import implementation
+from minisobert.ops import dispatch
 from minisobert.ops.dropout import Dropout, drop_reference
 
 
@@ -53,4 +53,7 @@ def add_norm(
     for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
         if vector.shape != branch.shape[1:]:
             raise ValueError(f"{name} is {tuple(vector.shape)}; it must be ({branch.shape[1]},), the width of branch")
-    return implementation(add_norm_reference, branch)(branch, bias, residual, weight, norm_bias, eps, dropout)
+    implementation = add_norm_reference
+    if dispatch.takes_kernel(branch):
+        from minisobert.ops.kernels.add_norm import add_norm as implementation
+    return implementation(branch, bias, residual, weight, norm_bias, eps, dropout)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisobert.ops.dispatch import implementation
+from minisobert.ops import dispatch
 from minisobert.ops.dropout import Dropout
 
 BLOCK = 1 << 20  # probabilities at a time, 4 MB in fp32
@@ -105,4 +105,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be of one floating dtype")
     if len(q) != documents.tokens:
         raise ValueError(f"q has {len(q):,} tokens, documents {documents.tokens:,}; they must be of the same tokens")
-    return implementation(attention_reference, q)(q, k, v, documents, dropout)
+    implementation = attention_reference
+    if dispatch.takes_kernel(q):
+        from minisobert.ops.kernels.attention import attention as implementation
+    return implementation(q, k, v, documents, dropout)

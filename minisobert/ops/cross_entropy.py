@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisobert.ops.dispatch import implementation
+from minisobert.ops import dispatch
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
@@ -53,7 +53,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(f"logits is {tuple(logits.shape)}, targets {tuple(targets.shape)}; (M, V) and (M,) are needed")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype}; it must be torch.int64")
-    return implementation(cross_entropy_reference, logits)(logits, targets)
+    implementation = cross_entropy_reference
+    if dispatch.takes_kernel(logits):
+        from minisobert.ops.kernels.cross_entropy import cross_entropy as implementation
+    return implementation(logits, targets)
 
 
 def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,9 +65,15 @@ def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tupl
     logits: (M, n), the columns [first, first + n) of the vocabulary; targets: (M,) int64. z_t is 0 where the target is
     not among the columns.
     """
-    return implementation(cross_entropy_parts_reference, logits)(logits, targets, first)
+    implementation = cross_entropy_parts_reference
+    if dispatch.takes_kernel(logits):
+        from minisobert.ops.kernels.cross_entropy import cross_entropy_parts as implementation
+    return implementation(logits, targets, first)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0) -> Tensor:
     """(softmax - onehot) d_loss, (M, n), on a GPU in the memory of logits. lse: (M,), log Σ exp(z) of whole rows."""
-    return implementation(cross_entropy_gradient_reference, logits)(logits, targets, lse, d_loss, first)
+    implementation = cross_entropy_gradient_reference
+    if dispatch.takes_kernel(logits):
+        from minisobert.ops.kernels.cross_entropy import cross_entropy_gradient as implementation
+    return implementation(logits, targets, lse, d_loss, first)

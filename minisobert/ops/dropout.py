@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minisobert import hashing
 from minisobert.config import MOST_TOKENS
-from minisobert.ops.dispatch import implementation
+from minisobert.ops import dispatch
 
 SITES = ("embedding", "attention", "attention_output", "ffn_output")
 
@@ -99,7 +99,10 @@ def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """Dropout by itself. x: (T, h), any floating dtype; None drops nothing. Raises ValueError on another shape."""
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}; it must be (tokens, hidden)")
-    return implementation(drop_reference, x)(x, dropout)
+    implementation = drop_reference
+    if dispatch.takes_kernel(x):
+        from minisobert.ops.kernels.dropout import drop as implementation
+    return implementation(x, dropout)
 
 
 def _int32(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +15,33 @@ from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, dispatch
 from minisobert.training.optimizer import Optimizer
 
-REFERENCES = [getattr(ops, name) for name in ops.__all__ if name.endswith("_reference")]
+X, VECTOR, PER_TOKEN, TARGETS = torch.zeros(3, 8), torch.zeros(8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+ARGUMENTS = {
+    "add_norm": (X, VECTOR, X, VECTOR, VECTOR, 1e-5),
+    "attention": (X[:, None], X[:, None], X[:, None], Documents.from_bounds([0, 3])),
+    "bias_gelu": (X, VECTOR),
+    "cross_entropy": (X, TARGETS),
+    "cross_entropy_parts": (X, TARGETS),
+    "cross_entropy_gradient": (X, TARGETS, PER_TOKEN, PER_TOKEN),
+    "drop": (X, None),
+}
 
 
-@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.__name__)
-def test_every_operation_has_a_kernel_that_cuda_tensors_take(reference, monkeypatch):
-    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
-    kernel = dispatch.implementation(reference, on_gpu)
-    assert kernel.__module__.startswith("minisobert.ops.kernels.")
-    assert kernel.__name__ + "_reference" == reference.__name__
-    assert dispatch.implementation(reference, on_cpu) is reference
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("name", [name.removesuffix("_reference") for name in ops.__all__ if "_reference" in name])
+def test_every_operation_has_a_kernel_that_cuda_tensors_take(name, monkeypatch):
+    operation, (on_cpu, *others) = getattr(ops, name), ARGUMENTS[name]
+    file = operation.__module__.split(".")[-1]
+    monkeypatch.setattr(f"minisobert.ops.kernels.{file}.{name}", lambda *_: "kernel")
+    monkeypatch.setattr(sys.modules[operation.__module__], f"{name}_reference", lambda *_: "reference")
+    on_gpu = on_cpu.as_subclass(OnGPU)
+    assert operation(on_gpu, *others) == "kernel"
+    assert operation(on_cpu, *others) == "reference"
     monkeypatch.setattr(dispatch, "HAVE_TRITON", False)  # as on Windows
-    assert dispatch.implementation(reference, on_gpu) is reference
+    assert operation(on_gpu, *others) == "reference"
 
 
 @interpreted

@@ -34,7 +34,24 @@ WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into regis
 RESIDENT_WARPS = 16
 
 
-# What changes from call to call is no property of the code: no new kernel for another value of it.
+# What the kernels take. T tokens, h hidden. Pointers are to contiguous tensors of one dtype unless fp32 is said; the
+# letters are those of the formulas in `ops/add_norm.py`, where the arguments of `add_norm` are described.
+#   branch, bias, residual    (T, h), (h,), (T, h): x, b, r
+#   weight, norm_bias         (h,): w, c
+#   new_residual, normal      (T, h): r', n; written by the forward
+#   mean, rstd                (T,) fp32: μ, 1/sqrt(σ² + ε) of each token; written by the forward
+#   d_new_residual, d_normal  (T, h): the gradients of r' and n; the first is None where nobody uses r'
+#   d_residual, d_branch      (T, h): the gradients of r and x; equal without dropout, and then one tensor
+#   partial                   (programs, 3, h) fp32: what each program adds up for w, c and b
+#   tokens, eps               T; ε
+#   key, offset, rescale      of the dropout mask, by `settings`: pointer to its key, index of the first token, 1/(1-p)
+#   THRESHOLD                 of the mask: p in 2**32ths; 0 compiles a kernel without dropout
+#   WIDTH, BLOCK              h, and the power of two that a row is padded to
+#   ROWS                      rows of a tile
+#
+# Do not specialise on values that change between calls: each new value would trigger a recompile.
+
+
 @triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key"])
 def _forward(
     branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps, key, offset, rescale,
@@ -69,7 +86,6 @@ def _backward(
     d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
     rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """partial: (programs, 3, h) fp32, sums for weight, norm_bias and bias. d_branch is written with dropout alone."""
     column = tl.arange(0, BLOCK)
     features = column < WIDTH
     # as wide as the tile, so that rows are added up across threads only once, at the end

@@ -11,7 +11,6 @@ Softmax is in base 2, since the chip has exp2 and not exp: with c = log2(e) / sq
 L = log2 Σ exp2(c q·k) is what the forward leaves for the backward. Statistics and sums are fp32.
 
 Every output element is written by one program, which adds in a fixed order: results repeat bit for bit.
-Dimensions: T tokens, H heads, d head width, (queries, keys) of a tile.
 """
 
 from __future__ import annotations
@@ -59,13 +58,27 @@ KEY_GRADIENT = {
     (4, 64): [(32, 16, 4, 1)] * 3,
     (4, 128): [(32, 16, 8, 2)] * 3,
 }
-DELTA = (2_048, 4)  # elements, warps
-HASHES = (1_024, 4)
+DELTA, HASHES = (2_048, 4), (1_024, 4)  # elements, warps
+
+# What the kernels take. T tokens, H heads, d head width; strides count elements. A tile is (queries, keys).
+#   q, k, v, out, do           (T, H, d): the inputs, the result and its gradient; of one dtype, the last stride is 1
+#   dq, dk, dv                 (T, H, d): the gradients of q, k and v, with the strides of out
+#   q_t, k_t, v_t, out_t       strides from one token to the next; out's are do's too
+#   q_h, k_h, v_h, out_h       strides from one head to the next
+#   lse, delta                 (H, T) fp32: log2 Σ exp2(scale q·k) and rowsum(dO ∘ O) (1-p) of each query
+#   start, stop                (T,) int32: the bounds of each token's document
+#   row_hashes, key_hashes     (T,) and (H, T) int32: of queries and of keys, for the mask; None without dropout
+#   tokens, scale              T; log2(e) / sqrt(d), by which a score becomes an exponent of 2
+#   rescale, factor            1/(1-p); 1/((1-p) sqrt(d))
+#   D, BLOCK_D, QUERIES, KEYS  d and the power of two that it is padded to; the rows of a tile of each side
+#   THRESHOLD, PRECISION       p in 2**32ths, 0 for a kernel without dropout; of products: "ieee" for fp32, or "tf32"
+#   begin, end, row, column    of each row that a loop holds: the bounds of its document; its hash
+#   key_hash, MASKED           key_hashes of one head; whether a row held may not see some token in [lo, hi)
 
 
 @triton.jit
 def _tile(x, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
-    """x[row : row + ROWS], (ROWS, BLOCK_D). CHECKED: rows from `stop` on are 0. Columns from D on always are."""
+    """x[row : row + ROWS], (ROWS, BLOCK_D); stride: of rows. Columns from D on are 0, and CHECKED rows from stop on."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     # 64 bits for where the tile begins: T * stride passes 2**31 at 0.9 million tokens of the base model's qkv
     at = x + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
@@ -80,6 +93,7 @@ def _tile(x, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def _store(x, value, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[row : row + ROWS] = value, (ROWS, BLOCK_D), less rows from stop on and columns from D on; stride: of rows."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     at = x + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     tl.store(at, value.to(x.dtype.element_ty), (rows[:, None] < stop - row) & (columns[None, :] < D))
@@ -87,7 +101,7 @@ def _store(x, value, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLO
 
 @triton.jit
 def _range(start, stop, first, tokens, HELD: tl.constexpr, VISITED: tl.constexpr):
-    """(lo, full, hi): what the tile from `first` on may see is [lo, hi), and in steps of VISITED from lo to full
+    """(lo, full, hi): what the HELD rows from `first` on may see is [lo, hi), and in steps of VISITED from lo to full
     everything in a step is seen by every row."""
     last = tl.minimum(first + HELD, tokens) - 1
     lo, hi = tl.load(start + first), tl.load(stop + last)
@@ -146,17 +160,15 @@ def _forward(
     lo, full, hi = _range(start, stop, first, tokens, QUERIES, KEYS)
     begin, end = _bounds(start, stop, queries, tokens)
     qm = _tile(q + head * q_h, first, tokens, q_t, QUERIES, D, BLOCK_D, True)
-    row = begin  # not used
-    if THRESHOLD:
-        row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0))
-        key_hashes += head * tokens
+    row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
+    key_hash = key_hashes + head * tokens if THRESHOLD else None
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     # below all scores, but finite: where a query sees nothing in the first tiles, -inf - -inf would be NaN
     peak = tl.full([QUERIES], -1e38, tl.float32)
     for masked in tl.static_range(2):
         acc, total, peak = _attend(
-            acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hashes,
+            acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
             full if masked else lo, hi if masked else full, k_t, v_t, scale,
             D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
         )  # fmt: skip
@@ -168,10 +180,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _delta(
-    out, grad, delta, tokens, out_t, out_h, keep_rate,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dO ∘ O) (1 - p). out and grad: one layout."""
+    out, grad, delta, tokens, out_t, out_h, keep_rate, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr
+):
+    """delta = rowsum(dO ∘ O) keep_rate, where keep_rate is 1-p. grad: dO, with the strides of out."""
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
     o = _tile(out + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True).to(tl.float32)
@@ -222,14 +233,12 @@ def _query_gradient(
     dom = _tile(do + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True)
     lse_m = tl.load(lse + head * tokens + queries, queries < tokens, 0.0)
     delta_m = tl.load(delta + head * tokens + queries, queries < tokens, 0.0)
-    row = begin  # not used
-    if THRESHOLD:
-        row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0))
-        key_hashes += head * tokens
+    row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
+    key_hash = key_hashes + head * tokens if THRESHOLD else None
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for masked in tl.static_range(2):
         acc = _visit_keys(
-            acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hashes,
+            acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
             full if masked else lo, hi if masked else full, k_t, v_t, scale,
             D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
         )  # fmt: skip
@@ -280,13 +289,9 @@ def _key_gradient(
     begin, end = _bounds(start, stop, keys, tokens)
     kn = _tile(k + head * k_h, first, tokens, k_t, KEYS, D, BLOCK_D, True)
     vn = _tile(v + head * v_h, first, tokens, v_t, KEYS, D, BLOCK_D, True)
-    q += head * q_h
-    do += head * out_h
-    lse += head * tokens
-    delta += head * tokens
-    column = begin  # not used
-    if THRESHOLD:
-        column = _uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0))
+    q, do = q + head * q_h, do + head * out_h
+    lse, delta = lse + head * tokens, delta + head * tokens
+    column = _uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0)) if THRESHOLD else None
     dk_n, dv_n = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
     for masked in tl.static_range(2):
         dk_n, dv_n = _visit_queries(
@@ -300,7 +305,9 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
 def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Made once per call: a visit that hashed its rows and columns itself would pay as much again as half of `keep`."""
+    """Writes row_hashes to rows and key_hashes to keys, once per call: a visit that hashed its rows and columns itself
+    would pay as much again as half of `keep`. key: pointer to the mask's. token_offset, head_offset: of the first token
+    and head in the global batch. PER_HEAD: numbers that a head takes. BLOCK: tokens of a program."""
     token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     column = column_hash((head + head_offset).to(tl.uint32) * PER_HEAD + (token + token_offset).to(tl.uint32))
     tl.store(keys + head * tokens + token, column.to(tl.int32, bitcast=True), token < tokens)
@@ -341,8 +348,7 @@ class _Attention(torch.autograd.Function):
         tokens, heads, d = q.shape
         do = do.contiguous()
         dq, dk, dv, delta = (torch.empty_like(x) for x in (out, out, out, lse))
-        scale = math.log2(math.e) / math.sqrt(d)
-        factor = ctx.rescale / math.sqrt(d)
+        scale, factor = math.log2(math.e) / math.sqrt(d), ctx.rescale / math.sqrt(d)
         strides = _strides(q, k, v, out)
         with on_device(q):
             elements, warps = DELTA

@@ -17,6 +17,16 @@ from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_
 TILE = 8, 512, 8  # rows, columns, warps: 16 elements a thread. Not tuned yet.
 PROGRAMS = 4  # of the backward, per multiprocessor
 
+# What the kernels take. T tokens, n columns. Pointers are to contiguous tensors of one dtype, but for `partial`.
+#   x, bias        (T, n), (n,)
+#   y              (T, n): GELU(x + bias); written by the forward
+#   dy, dx         (T, n): the gradients of y and x
+#   partial        (programs along the rows, n) fp32: what each program adds up for the gradient of bias
+#   tokens         T
+#   WIDTH          n
+#   ROWS, COLUMNS  rows and columns of a tile
+#   TANH           whether GELU is the tanh form; else it is the erf form
+
 
 @triton.jit
 def _gelu(z, TANH: tl.constexpr):
@@ -51,7 +61,6 @@ def _backward(
     dy, x, bias, dx, partial, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """partial: (programs along the rows, n) fp32, sums for bias."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b = tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
     db = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -20,10 +20,17 @@ from minisobert.ops.kernels import check, check_contiguous, check_device, on_dev
 
 TILE = 4_096, 8  # columns of a tile, warps: 16 elements a thread. Not tuned yet.
 
+# What the kernels take: one program per row. M rows, n columns of the vocabulary.
+#   logits                        (M, n), contiguous; `_gradient` writes their gradient over them
+#   targets                       (M,) int64: ids in the whole vocabulary
+#   maximum, target_logit, total  (M,) fp32: of each row max z, z_t (0 where t is in another slice) and Σ exp(z - max z)
+#   lse, d_loss                   (M,) fp32: log Σ exp(z) over all slices of a row; the gradient of its loss
+#   first                         id of the first column
+#   WIDTH, COLUMNS                n; columns of a tile
+
 
 @triton.jit(do_not_specialize=["first"])
 def _parts(logits, targets, maximum, target_logit, total, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program per row. first: id of the first column; a target outside the slice has the logit 0."""
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * WIDTH
     peak, running = -float("inf"), 0.0

@@ -73,7 +73,17 @@ def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int,
     return keys, dropout.token_offset, dropout.threshold << 16, dropout.scale
 
 
-# The offset of a micro-batch is no property of the code: no new kernel for another one.
+# What the kernel takes. T tokens, h features.
+#   x, out           (T, h) each, contiguous, of one dtype
+#   elements, width  T * h; h
+#   key, offset      by `settings`: pointer to the key of the mask, index of the first token in the global batch
+#   rescale          1/(1-p)
+#   THRESHOLD        p in 2**32ths
+#   BLOCK            elements of a tile
+#
+# Do not specialise on the offset of a micro-batch: each new value would trigger a recompile.
+
+
 @triton.jit(do_not_specialize=["offset"], do_not_specialize_on_alignment=["key"])
 def _drop(x, out, elements, width, key, offset, rescale, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
     # 64 bits: T * h passes 2**31 at 2.8 million tokens of 768
