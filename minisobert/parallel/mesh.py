@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,6 +35,7 @@ from minisobert.config import ModelConfig
 
 CPU = torch.device("cpu")
 ROLL_CALL = 4.0  # seconds in which who is alive has to answer
+TURN = 0.2  # seconds, well below any --timeout
 
 
 class KnownToAll(Exception):
@@ -96,8 +98,17 @@ class Mesh:
         dist.all_reduce(x, group=self.hosts)
         return x.tolist()
 
-    def wait_for_all(self) -> None:
-        self.sum_on_hosts([0])
+    def wait_for_all(self, work: Future | None = None) -> None:
+        """Until all processes are here and have done the work that each may have in a background thread.
+
+        A disk may take longer than --timeout. A process that waits for its own work comes to a meeting every TURN
+        seconds, so that others do not take it for one that is gone; one that is gone is still missed in time.
+        """
+        working = True
+        while working:
+            if work:
+                wait([work], TURN)
+            (working,) = self.sum_on_hosts([int(work is not None and not work.done())])
 
 
 def from_torchrun(name: str, otherwise: int) -> int:

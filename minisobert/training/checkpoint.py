@@ -109,7 +109,8 @@ class Saver:
             self._publishing = None
 
     def _agree(self, future: Future | None) -> None:
-        """Waits for it on this rank, and then for the other ranks to have done the same."""
+        """Waits for it on this rank, and for the other ranks to have done the same, however long somebody writes."""
+        self.mesh.wait_for_all(future)
         error = future.exception() if future else None
         if error and not isinstance(error, OSError):
             raise error

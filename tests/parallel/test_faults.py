@@ -221,6 +221,49 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(corpus,
     torch.testing.assert_close(column(out), column(whole), rtol=0, atol=1e-5)
 
 
+def slow_disk(rank: int) -> None:
+    """The first process needs longer than --timeout to begin and to end the last checkpoint, rank 1 to write it."""
+    calls = dict.fromkeys(("_create", "_write", "_publish"), 0)
+
+    def slowed(name: str, work: Callable, slow: int):
+        def working(*args):
+            calls[name] += 1
+            if rank == slow and calls[name] == 4:
+                time.sleep(4.5)
+            work(*args)
+
+        return working
+
+    for name, slow in zip(calls, (0, 1, 0)):
+        setattr(checkpoint, name, slowed(name, getattr(checkpoint, name), slow))
+
+
+@pytest.mark.slow
+def test_a_disk_slower_than_the_timeout_ends_nothing_while_somebody_writes(corpus, tmp_path, whole):
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert finish(start(words(corpus, out, steps=8, timeout=4, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
+    assert is_the_same_as(out, whole)
+
+
+def dies_while_it_writes(number: signal.Signals, rank: int) -> None:
+    def writing(*args):
+        os.kill(os.getpid(), number)
+
+    if rank == 1:
+        checkpoint._write = writing
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, tmp_path, number):
+    log = tmp_path / "log"
+    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=4)
+    first, second = start(argv, log, 2, partial(dies_while_it_writes, number))
+    first.join(30)
+    second.kill()
+    assert first.exitcode == 1, log.read_text()
+    assert "rank 1 does not answer; rank 0 on" in log.read_text()
+
+
 def test_micro_batch_means_are_megatrons_and_another_loss(corpus, tmp_path, whole):
     """With unequal numbers of masked tokens a mean of means is not the mean, unless a step is one micro-batch."""
     losses = {}
