@@ -7,18 +7,13 @@ tensor_parallel apart:
     data_parallel 2, tensor_parallel 4        tensor groups    0 1 2 3 | 4 5 6 7
                                               data groups      0 4 | 1 5 | 2 6 | 3 7
 
-What the hosts have to tell each other once a step (counts, signals) goes over gloo, on GPUs too. There it comes before
-the first wait for the device, so that a process that hangs is noticed by a host that can still say so.
+Once per step the processes exchange a few integers (counts, signals) over gloo, also when training on GPUs. This
+happens before the host first waits for its GPU, so that a hung process is noticed by hosts that can still report it.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -32,9 +27,9 @@ from torch import Tensor
 
 from minisobert.cli import nearest, words
 from minisobert.config import ModelConfig
+from minisobert.parallel.roll_call import RollCall, lost_contact, store_of_this_attempt
 
 CPU = torch.device("cpu")
-ROLL_CALL = 4.0  # seconds in which who is alive has to answer
 TURN = 0.2  # seconds, well below any --timeout
 
 
@@ -53,7 +48,7 @@ class Mesh:
     data_group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
     hosts: dist.ProcessGroup | None = None  # all processes, gloo
-    watch: _Watch | None = None
+    roll_call: RollCall | None = None
 
     @property
     def world(self) -> int:
@@ -93,7 +88,7 @@ class Mesh:
         """Each number summed over all processes."""
         if self.world == 1:
             return numbers
-        self.watch.meetings += 1
+        self.roll_call.meetings += 1
         x = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(x, group=self.hosts)
         return x.tolist()
@@ -160,26 +155,26 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         yield mesh
         return
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    store = _part_of_this_attempt(store, rank, world, timeout)
+    store = store_of_this_attempt(store, rank, world, timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
         # the device waits longer: the hosts, which can name who is missing, give up first
         timeout=timedelta(seconds=2 * timeout if cuda else timeout),
     )  # fmt: skip
-    watch, failure = _Watch(store, rank), None
-    watch.start()
+    roll_call, failure = RollCall(store, rank, world), None
+    roll_call.start()
     try:
-        mesh = _with_groups(replace(mesh, watch=watch), timedelta(seconds=timeout))
+        mesh = _with_groups(replace(mesh, roll_call=roll_call), timedelta(seconds=timeout))
         yield mesh
     except (ValueError, KnownToAll) as error:
         failure = error
     except RuntimeError as error:
-        if not _lost_contact(error):
+        if not lost_contact(error):
             raise
-        _give_up(error, store, mesh, watch)
+        roll_call.give_up(error)
     finally:
-        watch.stop.set()
-        watch.join(timeout)  # it may have asked the store, which answers late on a busy machine
+        roll_call.stop.set()
+        roll_call.join(timeout)  # it may have asked the store, which answers late on a busy machine
     # gloo's threads let go of their last tensors, for which they need Python, and end with the last reference to their
     # group. Parameters' hooks keep the mesh for ever, so it lets go of them. Not after an exception: the threads wait
     # for work that is under way, and thus for other ranks, which may never come
@@ -187,27 +182,6 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
     vars(mesh).update(data_group=None, tensor_group=None, hosts=None)
     if failure:
         raise failure
-
-
-def _part_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """torchrun's store may outlive a job that it starts again, with the old processes' addresses in it, and the agents
-    of several machines may count attempts differently. So the first rank makes up a name and hands it to who is here.
-    """
-    attempt = nonce = secrets.token_hex(8)
-    store.set(f"here/{rank}", nonce)
-    if rank:
-        attempt = store.get(f"attempt/{rank}/{nonce}").decode()  # waits
-        store.set(f"seen/{rank}/{attempt}", "")
-        return dist.PrefixStore(attempt, store)
-    until, missing = time.monotonic() + timeout, list(range(1, world))
-    while missing := [r for r in missing if not store.check([f"seen/{r}/{attempt}"])]:
-        if time.monotonic() > until:
-            raise RuntimeError(f"{_ranks(missing)} not come within --timeout {timeout:g} seconds")
-        for r in missing:
-            if store.check([f"here/{r}"]):  # or it was, in an earlier attempt, until the new one writes its own nonce
-                store.set(f"attempt/{r}/{store.get(f'here/{r}').decode()}", attempt)
-        time.sleep(0.02)
-    return dist.PrefixStore(attempt, store)
 
 
 def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
@@ -218,68 +192,3 @@ def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
     tensor = [dist.new_group(row, timeout=device_timeout) for row in ranks.tolist()]
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     return replace(mesh, data_group=data[mesh.tensor_rank], tensor_group=tensor[mesh.data_rank], hosts=hosts)
-
-
-class _Watch(threading.Thread):
-    """Answers a roll call for this process, whose main thread may be waiting for one that is gone, and then ends it.
-
-    The roll call is held in torchrun's store by the first process that gives up. An answer is the number of meetings of
-    the hosts that this process has come to: one that hangs, but lives, has come to fewer.
-    """
-
-    def __init__(self, store: dist.Store, rank: int):
-        super().__init__(daemon=True, name="roll-call")
-        self.store, self.rank, self.meetings, self.stop = store, rank, 0, threading.Event()
-
-    def run(self) -> None:
-        try:
-            while not self.stop.wait(0.5):
-                if self.store.check(["roll-call"]):
-                    self.answer()
-                    if not self.stop.wait(ROLL_CALL + 1):
-                        os._exit(1)
-        except (RuntimeError, OSError):  # the store is gone, as at the end of every job
-            return
-
-    def answer(self) -> None:
-        self.store.set(f"alive/{self.rank}", str(self.meetings))
-
-
-def _lost_contact(error: RuntimeError) -> bool:
-    """Whether the error is a collective's: gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
-
-
-def _give_up(error: RuntimeError, store: dist.Store, mesh: Mesh, watch: _Watch) -> None:
-    """Ends the job with a line that says who is to blame. The first process that gets here calls the roll."""
-    who, first = "torchrun's store does not answer", True
-    try:
-        first = store.add("roll-call", 1) == 1
-        watch.answer()
-        time.sleep(ROLL_CALL)
-        came = {r: int(store.get(f"alive/{r}")) for r in range(mesh.world) if store.check([f"alive/{r}"])}
-        missing = [rank for rank in range(mesh.world) if rank not in came]
-        late = [rank for rank, meetings in came.items() if meetings < max(came.values())]
-        who = (
-            f"{_ranks(missing)} not answer" if missing
-            else f"{_ranks(late)} answer, but did not come" if late
-            else "all processes answer, but lost each other"
-        )  # fmt: skip
-    except (RuntimeError, OSError):
-        pass
-    if first:
-        reason = " ".join(str(error).split())[:200]
-        print(
-            f"{who}; rank {mesh.rank} on {socket.gethostname()} waited in vain ({reason}). The same command goes on "
-            "from the last checkpoint",
-            file=sys.stderr,
-        )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if mesh.is_first:
-        time.sleep(2)  # it may keep the store, in which others still look
-    os._exit(1)  # threads and other processes that hang must not hold this one
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {words(ranks, 'and')} do"
