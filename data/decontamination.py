@@ -77,5 +77,5 @@ def read(named: Sequence[str]) -> Texts:
         if task not in TASKS or not path:
             raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
         paths.setdefault(task, []).append(Path(path))
-    data = {task: TASKS[task](files, SPLIT_SEED) for task, files in paths.items()}
+    data = {task: TASKS[task].read(files, SPLIT_SEED) for task, files in paths.items()}
     return Texts((task, e.text or " ".join(e.words)) for task, d in data.items() for e in (*d.dev, *d.test))

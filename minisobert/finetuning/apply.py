@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from minisobert.corpus.texts import texts
-from minisobert.finetuning import baselines, encoder, marking
+from minisobert.finetuning import encoder, huggingface, marking
 from minisobert.finetuning.loop import predict
-from minisobert.tasks import CLEANING
+from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Example
 
 SHOWN = 60  # characters of a post beside its class
@@ -27,9 +28,9 @@ def apply(model: str, source: str) -> None:
         raise ValueError(
             f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
         ) from None
-    posts = [CLEANING[task["cleaning"]](post) for post in read(source)]  # as the texts it was trained on
-    network = (baselines if task["format"] == "transformers" else encoder).load(folder, task)
-    spans = [marking.words(post) for post in posts]
+    posts = list(map(cleaning(task), read(source)))
+    network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
+    spans = [marking.word_spans(post) for post in posts]
     examples = [
         Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
         for i, (post, inside) in enumerate(zip(posts, spans))
@@ -44,6 +45,17 @@ def apply(model: str, source: str) -> None:
         else:
             shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
             print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
+
+
+def cleaning(task: dict) -> Callable[[str], str]:
+    """What the texts that a model was trained on went through. task: the content of its task.json."""
+    try:
+        return TASKS[task["task"]].cleaning[task["cleaning"]] if task["cleaning"] else str
+    except KeyError:
+        raise ValueError(
+            f"the model was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
+            "minisobert does not know; use the version that trained it"
+        ) from None
 
 
 def read(source: str) -> list[str]:

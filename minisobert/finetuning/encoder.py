@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from minisobert.cli import words
-from minisobert.config import PRESETS, FineTuneConfig, ModelConfig, padded_vocabulary
+from minisobert.config import PRESETS, ModelConfig, padded_vocabulary
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import Item, Outcome, fit
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
@@ -83,7 +84,7 @@ class Network:
         (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
 
 
-def load(folder: Path, task: dict) -> Network:
+def open_network(folder: Path, task: dict) -> Network:
     """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
     model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
@@ -96,7 +97,7 @@ class Start:
 
     def __init__(self, config: FineTuneConfig):
         """Raises ValueError where there is no such model, or its tokenizer is another's."""
-        self.how, self.encoder = config, None
+        self.config, self.encoder = config, None
         source, _, preset = config.model.partition(":")
         if source == "random":
             if preset not in PRESETS:
@@ -108,7 +109,8 @@ class Start:
                 )
             path = Path(config.tokenizer)
             self.tokenizer = _tokenizer(path / "tokenizer.model" if path.is_dir() else path)
-            self.config = dataclasses.replace(PRESETS[preset], vocabulary=padded_vocabulary(self.tokenizer.vocab_size))
+            vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
+            self.model_config = dataclasses.replace(PRESETS[preset], vocabulary=vocabulary)
         else:
             if not Path(config.model).is_dir():
                 raise ValueError(
@@ -118,13 +120,15 @@ class Start:
             if config.tokenizer:
                 raise ValueError("--tokenizer is for random:PRESET; a run has its own")
             trained = open_run(config.model)
-            self.encoder, self.tokenizer, self.config = trained.model.encoder, trained.tokenizer, trained.model.config
+            self.encoder, self.tokenizer = trained.model.encoder, trained.tokenizer
+            self.model_config = trained.model.config
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        model = Classifier(self.config, len(data.labels), data.kind == "sequence").initialise(seed)
+        model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
         if self.encoder is not None:
             model.encoder.load_state_dict(self.encoder.state_dict())
-        return fit(Network(model, self.tokenizer, data.kind, self.how.dropout, seed), data, self.how, seed, score)
+        network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)
+        return fit(network, data, self.config, seed, score)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

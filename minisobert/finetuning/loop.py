@@ -1,6 +1,6 @@
 """The loop of fine-tuning: batches of whole documents by tokens, early stopping on dev.
 
-A network (`encoder.Network`, `baselines.HuggingFaceNetwork`) makes an Item of each example and logits of a batch of
+A network (`encoder.Network`, `huggingface.Network`) makes an Item of each example and logits of a batch of
 items; everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch
 takes the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over
 all classified places of a batch, weighted by class if wanted.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisobert.config import FineTuneConfig
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
