@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from minisobert.corpus.texts import texts
@@ -28,7 +27,13 @@ def apply(model: str, source: str) -> None:
         raise ValueError(
             f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
         ) from None
-    posts = list(map(cleaning(task), read(source)))
+    known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
+    if task["cleaning"] not in known:
+        raise ValueError(
+            f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
+            "minisobert does not know; use the version that trained it"
+        )
+    posts = list(map(known[task["cleaning"]], read(source)))  # as the texts it was trained on
     network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
     spans = [marking.word_spans(post) for post in posts]
     examples = [
@@ -45,17 +50,6 @@ def apply(model: str, source: str) -> None:
         else:
             shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
             print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
-
-
-def cleaning(task: dict) -> Callable[[str], str]:
-    """What the texts that a model was trained on went through. task: the content of its task.json."""
-    try:
-        return TASKS[task["task"]].cleaning[task["cleaning"]] if task["cleaning"] else str
-    except KeyError:
-        raise ValueError(
-            f"the model was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
-            "minisobert does not know; use the version that trained it"
-        ) from None
 
 
 def read(source: str) -> list[str]:

@@ -177,7 +177,7 @@ def sample(data: Dataset, limit: int | None) -> Dataset:
     return dataclasses.replace(data, test=[data.test[i] for i in sorted(chosen)], notes=[*data.notes, note])
 
 
-def evaluate(data: Dataset, classes: list[list[int]]) -> Evaluation:
+def evaluate_answers(data: Dataset, classes: list[list[int]]) -> Evaluation:
     """As finetune.py does, without ROC. The unparsable are a column of the confusion of documents; of macro-F1 they are
     no class. data: with what `prompts.parse` made of test."""
     one_hot = [np.eye(len(data.labels) + 1)[each] for each in classes]
@@ -198,7 +198,7 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
     asked = data.test
     examples, classes = zip(*(prompts.parse(data, e, text) for e, text in zip(asked, texts)))
     data = dataclasses.replace(data, test=list(examples))
-    evaluated = evaluate(data, list(classes))
+    evaluated = evaluate_answers(data, list(classes))
     unparsable = [(e.id, text) for e, text, each in zip(asked, texts, classes) if len(data.labels) in each]
     account = {n: sum(entry[n] or 0 for entry in chat.used) for n in ("prompt_tokens", "completion_tokens")}
     account |= {"answers": len(texts), "asked_now": chat.asked}
@@ -206,14 +206,11 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
     if options.price_in is not None:
         millions = account["prompt_tokens"] / 1e6, account["completion_tokens"] / 1e6
         account["dollars"] = millions[0] * options.price_in + millions[1] * options.price_out
-    counts = {name: len(getattr(data, name)) for name in ("train", "dev", "test")}
     results = {
-        "task": config.task, "model": config.model, "counts": counts, "seeds": [{"seed": 1, **evaluated.figures}],
-        **evaluation.mean_and_deviation([evaluated.figures]), "unparsable": len(unparsable),
-        "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)), "account": account,
-        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
-        "classes": evaluated.classes, "confusion": evaluated.confusion.tolist(), "notes": data.notes,
-        "settings": vars(options),
+        "model": config.model, "seeds": [{"seed": 1, **evaluated.figures}], "unparsable": len(unparsable),
+        **evaluation.mean_and_deviation([evaluated.figures]), "account": account, "settings": vars(options),
+        "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)),
+        **report.summary(data, evaluated),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     shown = dataclasses.replace(data, labels=(*data.labels, UNPARSABLE))

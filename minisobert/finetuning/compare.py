@@ -18,7 +18,6 @@ from minisobert.finetuning.config import task_options
 from minisobert.tasks import TASKS
 
 NAME = "minisobert.finetuning.compare"
-SHOWN = {"macro_f1": "macro-F1", "f1": "F1"}  # figures that have another name in tables than in metrics.json
 MARK = "†"  # of a model whose figures were published elsewhere
 
 
@@ -120,7 +119,8 @@ def difference(one: Result, other: Result) -> list[str]:
 
 
 def shown(figure: str) -> str:
-    return SHOWN.get(figure, figure)
+    """The name in tables of one in metrics.json: macro-F1."""
+    return figure.replace("_", "-").replace("f1", "F1")
 
 
 if __name__ == "__main__":

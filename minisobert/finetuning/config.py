@@ -53,24 +53,19 @@ class FineTuneConfig:
                 advice = f"choose {words(choices)}" if choices else f"give the {f.metadata['help'].split(';')[0]}"
                 raise ValueError(f"{flag(f.name)} is missing; {advice}")
         check_options(self)
-        for name, (_, of) in task_options().items():
+        for name in task_options():
+            of = [task.name for task in TASKS.values() if name in task.options]
             if getattr(self, name, False) and self.task not in of:
                 raise ValueError(f"{flag(name)} is for --task {words(of)}, given is {self.task or 'none'}")
 
 
-def task_options() -> dict[str, tuple[str, list[str]]]:
-    """Each option that is for some tasks alone → (its line of --help, those tasks)."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for task in TASKS.values():
-        for name, help in task.options.items():
-            found.setdefault(name, (help, []))[1].append(task.name)
-    return found
+def task_options() -> dict[str, str]:
+    """Each option that is for some tasks alone → its line of --help."""
+    return {name: help for task in TASKS.values() for name, help in task.options.items()}
 
 
 def config_class() -> type[FineTuneConfig]:
     """FineTuneConfig, with a field for each of `task_options` as well."""
-    fields = [
-        (name, bool, option(False, f"for {words(of, 'and')}, {help}", group="options of single tasks"))
-        for name, (help, of) in task_options().items()
-    ]
+    group = "options of single tasks"
+    fields = [(name, bool, option(False, help, group=group)) for name, help in task_options().items()]
     return dataclasses.make_dataclass("FineTuneConfig", fields, bases=(FineTuneConfig,), frozen=True)

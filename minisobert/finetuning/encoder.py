@@ -24,7 +24,7 @@ from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.config import FineTuneConfig
-from minisobert.finetuning.loop import Item, Outcome, fit
+from minisobert.finetuning.loop import Encoded, Outcome, fit
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
@@ -42,29 +42,29 @@ class Network:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
 
-    def encode(self, examples: list[Example]) -> list[Item]:
+    def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
 
-    def _document(self, example: Example) -> Item:
-        return Item.document(example, self._whole(self.tokenizer.encode(example.text)))
+    def _document(self, example: Example) -> Encoded:
+        return Encoded.document(example, self._whole(self.tokenizer.encode(example.text)))
 
-    def _sentence(self, example: Example) -> Item:
+    def _sentence(self, example: Example) -> Encoded:
         """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
         pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
         lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # an empty one too
         ids = self._whole(np.concatenate([np.empty(0, np.int64), *pieces]))
         places = 1 + np.cumsum(lengths) - lengths
-        rows = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
-        return Item.sentence(example, ids, places[rows], rows)
+        kept = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
+        return Encoded.sentence(example, ids, places[kept], kept)
 
     def _whole(self, ids: np.ndarray) -> np.ndarray:
         longest = self.module.config.positions - SPECIALS
         return np.concatenate([[CLS], ids[:longest], [SEP]]).astype(np.int64)
 
-    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+    def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         return [items]  # nothing is padded
 
-    def logits(self, items: list[Item], step: int | None) -> Tensor:
+    def logits(self, items: list[Encoded], step: int | None) -> Tensor:
         lengths = [len(item.ids) for item in items]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         tokens = torch.from_numpy(np.concatenate([item.ids for item in items])).to(self.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minisobert.finetuning.config import FineTuneConfig
-from minisobert.finetuning.loop import Item, Outcome, fit
+from minisobert.finetuning.loop import Encoded, Outcome, fit
 from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Dataset, Example
 
@@ -66,7 +66,7 @@ class Network:
             positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
         self.longest = min(positions, tokenizer.model_max_length, LONGEST)
 
-    def encode(self, examples: list[Example]) -> list[Item]:
+    def encode(self, examples: list[Example]) -> list[Encoded]:
         if self.kind == "sequence":
             batch, words = [e.text for e in examples], False
         else:
@@ -74,24 +74,24 @@ class Network:
         found = self.tokenizer(batch, truncation=True, max_length=self.longest, is_split_into_words=words)
         ids = [np.array(each, dtype=np.int64) for each in found["input_ids"]]
         if not words:
-            return [Item.document(e, each) for e, each in zip(examples, ids)]
+            return [Encoded.document(e, each) for e, each in zip(examples, ids)]
         items = []
         for i, (e, each) in enumerate(zip(examples, ids)):
             word = np.array([-1 if w is None else w for w in found.word_ids(i)])
-            rows, places = np.unique(word, return_index=True)  # the first piece of each
-            items.append(Item.sentence(e, each, places[rows >= 0], rows[rows >= 0]))
+            kept, places = np.unique(word, return_index=True)  # the first piece of each
+            items.append(Encoded.sentence(e, each, places[kept >= 0], kept[kept >= 0]))
         return items
 
-    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+    def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         """Items of similar length, as many as have at most `tokens` places with their padding."""
-        parts: list[list[Item]] = []
+        parts: list[list[Encoded]] = []
         for item in sorted(items, key=lambda item: len(item.ids)):
             if not parts or (len(parts[-1]) + 1) * len(item.ids) > tokens:
                 parts.append([])
             parts[-1].append(item)
         return parts
 
-    def logits(self, items: list[Item], step: int | None) -> Tensor:
+    def logits(self, items: list[Encoded], step: int | None) -> Tensor:
         self.module.train(step is not None)
         lengths = torch.tensor([len(item.ids) for item in items])
         ids = torch.full((len(items), int(lengths.max())), self.tokenizer.pad_token_id)

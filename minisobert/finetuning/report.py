@@ -31,22 +31,14 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     evaluations = [evaluation.evaluate(data, data.test, outcome.test) for outcome in outcomes]
     best = evaluation.best(outcomes)
     evaluated = evaluations[outcomes.index(best)]
+    seeds = [
+        {"seed": o.seed, **e.figures, f"dev_{evaluation.main_figure(data)}": o.score, "best_epoch": o.best_epoch,
+         "epochs": o.epochs}
+        for o, e in zip(outcomes, evaluations)
+    ]  # fmt: skip
     results = {
-        "task": config.task,
-        "model": config.model,
-        "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
-        "seeds": [
-            {"seed": o.seed, **e.figures, f"dev_{evaluation.main_figure(data)}": o.score, "best_epoch": o.best_epoch,
-             "epochs": o.epochs}
-            for o, e in zip(outcomes, evaluations)
-        ],
-        **evaluation.mean_and_deviation([e.figures for e in evaluations]),
-        "best_seed": best.seed,
-        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
-        "classes": evaluated.classes,
-        "confusion": evaluated.confusion.tolist(),
-        "notes": data.notes,
-        "settings": dataclasses.asdict(config),
+        "model": config.model, "seeds": seeds, **evaluation.mean_and_deviation([e.figures for e in evaluations]),
+        "best_seed": best.seed, "settings": dataclasses.asdict(config), **summary(data, evaluated),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
@@ -60,6 +52,18 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
         write_json(folder / "model/task.json", {**task, "format": best.network.format})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
+
+
+def summary(data: Dataset, evaluated: Evaluation) -> dict:
+    """What metrics.json says of any model."""
+    return {
+        "task": data.task.name,
+        "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
+        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
+        "classes": evaluated.classes,
+        "confusion": evaluated.confusion.tolist(),
+        "notes": data.notes,
+    }
 
 
 def headline(data: Dataset, outcomes: list[Outcome]) -> str:

@@ -38,10 +38,17 @@ def derive(dump: Path, seed: int, notes: list[str]) -> list[dict[str, str]]:
 
 
 SHOUTING = Task(
-    "shouting", read, "Tell whether a post shouts.", figures=("macro_f1", "accuracy"),
-    options={"whole": "keep the whole post"}, cleaning={"lower": str.lower}, derive=derive, columns=COLUMNS,
-    classes=CLASSES, published=(("the neighbours", "Nobody 1999", "12.3 / 45.6"),),
-)  # fmt: skip
+    "shouting",
+    read,
+    "Tell whether a post shouts.",
+    figures=("macro_f1", "accuracy"),
+    options={"whole": "for shouting, keep the whole post"},
+    cleaning={"lower": str.lower},
+    derive=derive,
+    columns=COLUMNS,
+    classes=CLASSES,
+    published=(("the neighbours", "Nobody 1999", "12.3 / 45.6"),),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -236,10 +236,10 @@ def test_dropout_depends_on_the_step_alone(pieces):
 def test_words_past_the_last_position_have_no_entity(pieces):
     ours = network(pieces, "token", positions=6)
     (item,) = ours.encode([Example("", words=("please",) * 20, tags=(1,) * 20)])
-    assert len(item.ids) == 6 and len(item.rows) <= 4
+    assert len(item.ids) == 6 and len(item.word_indices) <= 4
     (p,) = loop.predict(ours, [item])
     assert p.shape == (20, 3)
-    assert (p[len(item.rows) :] == [1, 0, 0]).all()
+    assert (p[len(item.word_indices) :] == [1, 0, 0]).all()
 
 
 def test_a_prediction_does_not_depend_on_its_batch(pieces):
@@ -255,7 +255,7 @@ def test_batches_hold_whole_documents_up_to_their_tokens():
 
 
 def test_class_weights_make_classes_count_alike():
-    item = [loop.Item(np.zeros(1), np.zeros(1), np.zeros(1), np.array([label]), 1) for label in (0, 0, 0, 2)]
+    item = [loop.Encoded(np.zeros(1), np.zeros(1), np.zeros(1), np.array([label]), 1) for label in (0, 0, 0, 2)]
     weights = loop.class_weights(item, 3)
     assert weights[0] * 3 == pytest.approx(weights[2]) and weights[1] == 0
 
