@@ -207,10 +207,10 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
         millions = account["prompt_tokens"] / 1e6, account["completion_tokens"] / 1e6
         account["dollars"] = millions[0] * options.price_in + millions[1] * options.price_out
     results = {
-        "model": config.model, "seeds": [{"seed": 1, **evaluated.figures}], "unparsable": len(unparsable),
-        **evaluation.mean_and_deviation([evaluated.figures]), "account": account, "settings": vars(options),
+        **report.summary(data, config.model, evaluated), "seeds": [{"seed": 1, **evaluated.figures}],
+        **evaluation.mean_and_deviation([evaluated.figures]), "unparsable": len(unparsable), "account": account,
         "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)),
-        **report.summary(data, evaluated),
+        "settings": vars(options),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     shown = dataclasses.replace(data, labels=(*data.labels, UNPARSABLE))

@@ -37,8 +37,8 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         for o, e in zip(outcomes, evaluations)
     ]  # fmt: skip
     results = {
-        "model": config.model, "seeds": seeds, **evaluation.mean_and_deviation([e.figures for e in evaluations]),
-        "best_seed": best.seed, "settings": dataclasses.asdict(config), **summary(data, evaluated),
+        **summary(data, config.model, evaluated), "seeds": seeds, "best_seed": best.seed,
+        **evaluation.mean_and_deviation([e.figures for e in evaluations]), "settings": dataclasses.asdict(config),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
@@ -54,10 +54,11 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 
-def summary(data: Dataset, evaluated: Evaluation) -> dict:
+def summary(data: Dataset, model: str, evaluated: Evaluation) -> dict:
     """What metrics.json says of any model."""
     return {
         "task": data.task.name,
+        "model": model,
         "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
         "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
         "classes": evaluated.classes,
