@@ -15,21 +15,20 @@ import os
 import signal
 import sys
 from functools import partial
-from pathlib import Path
 
-from minisobert import tasks
 from minisobert.cli import fail, parse
-from minisobert.config import TASK_OPTIONS, FineTuneConfig
 from minisobert.files import new_folder
-from minisobert.finetuning import apply, baselines, encoder, evaluation, report
+from minisobert.finetuning import apply, evaluation, report
+from minisobert.finetuning.config import FineTuneConfig, config_class
 from minisobert.finetuning.loop import Outcome
+from minisobert.finetuning.start import read_data, starting_point
 from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake ends in one line on standard error and exit status 2."""
-    config = parse(FineTuneConfig, argv, prog="finetune.py", description=__doc__.splitlines()[0])
+    config = parse(config_class(), argv, prog="finetune.py", description=__doc__.splitlines()[0])
     try:
         if config.predict:
             apply.apply(config.model, config.predict)
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         with new_folder(config.out) as folder:
             pyplot()  # is there, or training would be in vain
             start = starting_point(config)
-            data = load(config)
+            data = read_data(config)
             outcomes = train(start, data, config)
             report.write(folder, config, data, outcomes)
     except BrokenPipeError:  # who reads the predictions has seen enough
@@ -51,19 +50,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
     return 0
-
-
-def starting_point(config: FineTuneConfig):
-    """What training begins from: something with train(data, seed, score)."""
-    if config.model == "tfidf":
-        return baselines.TfIdf(config)
-    return baselines.HuggingFace(config) if config.model.startswith("hf:") else encoder.Start(config)
-
-
-def load(config: FineTuneConfig) -> Dataset:
-    option = TASK_OPTIONS.get(config.task)
-    options = {option: getattr(config, option)} if option else {}
-    return tasks.TASKS[config.task]([Path(path) for path in config.data], tasks.SPLIT_SEED, **options)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:

@@ -1,15 +1,33 @@
-"""Side-by-side measurements, one command each: `python -m benchmarks.NAME`. What they printed is under results/."""
+"""Side-by-side measurements: `python -m benchmarks.NAME` prints a result, and keeps it under results/ with --write."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from minisobert.cli import Parser
+from minisobert.corpus.shards import Shards, open_shards
+
 RESULTS = Path(__file__).parent / "results"
-JAVA_DUMP = Path(__file__).parents[1] / "../shared/data/dumps/java-questions-2025.stackoverflow.com.7z"
+
+
+def parser(name: str, doc: str, writes: str = "") -> Parser:
+    """The command line of a benchmark. doc: its docstring. writes: the file that --write is for, if no result."""
+    made = Parser(prog=f"benchmarks.{name}", description=doc.split("\n")[0], allow_abbrev=False)
+    writes = writes or f"benchmarks/results/{name}.md"
+    made.add_argument("--write", action="store_true", help=f"replace {writes} by what is measured here")
+    return made
+
+
+def shards(folder: str) -> Shards:
+    """What an option names, as argparse takes it."""
+    try:
+        return open_shards(folder)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
 
 
 def machine(*libraries: str) -> str:
@@ -22,15 +40,9 @@ def machine(*libraries: str) -> str:
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
-def write_result(lines: list[str], name: str) -> None:
-    """Prints a Markdown result and keeps it as results/NAME.md."""
+def show(lines: list[str], name: str, write: bool) -> None:
+    """Prints a Markdown result. write: keep it as results/NAME.md too."""
     text = "\n".join(lines)
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text + "\n")
-
-
-def table(columns: list[str], rows: Iterable[list]) -> list[str]:
-    """The lines of a Markdown table."""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+    if write:
+        (RESULTS / f"{name}.md").write_text(text + "\n")

@@ -1,5 +1,6 @@
-"""Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled` (two cores:
-five minutes). Registers, spills and shared memory of each go to docs/kernels.md.
+"""Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled`.
+
+Five minutes on two cores. The result has registers, spills and shared memory of each.
 
 The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
 told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
@@ -11,18 +12,18 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from minisobert.cli import Parser
+from benchmarks import parser, show
+from minisobert.cli import table
 
-DOCS = Path(__file__).parents[1] / "docs/kernels.md"
 CHIPS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have (CUDA C++ guide, table 26)
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -179,31 +180,32 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
     )  # fmt: skip
 
 
-def table(compiled: list[Compiled]) -> list[str]:
+def result(compiled: list[Compiled]) -> list[str]:
     """Markdown: a line per kernel, a column per chip."""
     lines: dict[tuple, dict[int, Compiled]] = {}
     for c in compiled:
         lines.setdefault((c.kernel, c.width, c.dtype, c.dropout), {})[c.chip] = c
-    cells = "warps, stages · registers · spilled · shared KiB"
-    result = ["| kernel | width | dtype | dropout | " + " | ".join(f"sm_{chip}" for chip in CHIPS) + " |",
-              "|---|---|---|---|" + "---|" * len(CHIPS),
-              "| | | | |" + f" {cells} |" * len(CHIPS)]  # fmt: skip
+    rows = [["", "", "", "", *["warps, stages · registers · spilled · shared KiB"] * len(CHIPS)]]
     for (kernel, width, dtype, dropout), by_chip in sorted(lines.items()):
-        row = [kernel, f"{width:,}", dtype, f"{dropout:g}"]
-        for c in (by_chip[chip] for chip in CHIPS):
-            row.append(f"{c.warps}, {c.stages} · {c.registers} · {c.spilled} · {c.shared / 1024:.0f}")
-        result.append("| " + " | ".join(row) + " |")
-    return result
+        cells = [
+            f"{c.warps}, {c.stages} · {c.registers} · {c.spilled} · {c.shared / 1024:.0f}"
+            for c in (by_chip[chip] for chip in CHIPS)
+        ]
+        rows.append([kernel, f"{width:,}", dtype, f"{dropout:g}", *cells])
+    return [
+        "# Every configuration of every kernel, compiled",
+        "",
+        f"`python -m benchmarks.compiled`, Triton {version('triton')}: {len(compiled):,} kernels, "
+        f"{sum(c.spilled > 0 for c in compiled):,} of which spill.",
+        "For each chip warps, stages · registers per thread · bytes spilled per thread · KiB of shared memory.",
+        "",
+        *table(["kernel", "width", "dtype", "dropout", *(f"sm_{chip}" for chip in CHIPS)], rows),
+    ]
 
 
 def main() -> None:
-    Parser(prog="benchmarks.compiled", description=__doc__.split("\n")[0]).parse_args()
-    compiled = compile_all()
-    lines = table(compiled)
-    print("\n".join(lines))
-    before = DOCS.read_text().split("<!-- benchmarks.compiled -->")[0]
-    DOCS.write_text(before + "<!-- benchmarks.compiled -->\n\n" + "\n".join(lines) + "\n")
-    print(f"{len(compiled)} kernels, {sum(c.spilled > 0 for c in compiled)} of them spill", file=sys.stderr)
+    options = parser("compiled", __doc__).parse_args()
+    show(result(compile_all()), "compiled", options.write)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training on a CPU, here and in transformers: `python -m benchmarks.cpu` (extra [hf]).
+"""Training on a CPU, here and in transformers: `python -m benchmarks.cpu --data SHARDS` (extra [hf]).
 
 The same model (4 layers, 256 wide, 4 heads, 8,000 pieces) on the same real posts in batches of 8, masked alike: here
 packed, there padded to the longest of the batch. Whole steps: forward, backward, AdamW. The three take turns batch by
@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import JAVA_DUMP, machine, megatron_bert, write_result
-from minisobert.cli import Parser, fail
+from benchmarks import machine, megatron_bert, parser, shards, show
+from minisobert.cli import table
 from minisobert.config import ModelConfig
 from minisobert.corpus.masking import mask_rows
-from minisobert.corpus.shards import Shards, open_shards
+from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import CLS, SEP
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
@@ -112,26 +110,17 @@ def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.d
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.cpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="shards with 8,000 pieces (default: made from the java dump)")
-    parser.add_argument("--batches", type=int, default=3, metavar="N", help="timed batches (default 3)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.data is None:
-            if not JAVA_DUMP.exists():
-                fail(f"benchmarks.cpu: {JAVA_DUMP} is not there; give --data, shards of data.prepare --vocab-size 8000")
-            from data.prepare import prepare
-
-            prepare([JAVA_DUMP], Path(folder) / "shards", vocab_size=8_000)
-        shards = open_shards(options.data or Path(folder) / "shards")
-        if shards.vocab_size != MODEL.vocabulary:
-            fail(f"benchmarks.cpu: {options.data} has {shards.vocab_size:,} pieces; 8,000 are needed")
-        data = batches(shards, options.batches + 1)
-
+    command = parser("cpu", __doc__)
+    command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="corpus of 8,000 pieces")
+    command.add_argument("--batches", type=int, default=3, metavar="N", help="timed batches (default 3)")
+    options = command.parse_args()
+    if (pieces := options.data.vocab_size) != MODEL.vocabulary:
+        command.error(f"{options.data.folder} has {pieces:,} pieces; make it with data.prepare --vocab-size 8000")
+    data = batches(options.data, options.batches + 1)
     lengths = [[len(document) for document in documents] for documents, _ in data[1:]]
     padded = sum(BATCH * max(row) for row in lengths)
-    rows = ["| precision | dropout | implementation | real tokens/s | minisobert is faster by | first loss |",
-            "|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ["precision", "dropout", "implementation", "real tokens/s", "minisobert is faster by", "first loss"]
+    rows = []
     precisions = [torch.float32] + [torch.bfloat16] * torch.cpu._is_avx512_bf16_supported()
     for dtype in precisions:
         for dropout in (0.0, 0.1):
@@ -140,9 +129,9 @@ def main() -> None:
             ours = result["minisobert"][0]
             for name, (speed, first) in result.items():
                 ratio = "" if name == "minisobert" else f"{ours / speed:.1f} ×"
-                rows.append(f"| {str(dtype)[6:]} | {dropout} | {name} | {speed:,.0f} | {ratio} | {first:.4f} |")
-                print(rows[-1], file=sys.stderr)
-    write_result(
+                rows.append([str(dtype)[6:], dropout, name, f"{speed:,.0f}", ratio, f"{first:.4f}"])
+                print(*rows[-1], file=sys.stderr)
+    show(
         [
             "# Training on a CPU, beside transformers",
             "",
@@ -150,9 +139,10 @@ def main() -> None:
             f"tokens, {padded:,} when padded; 4 layers, 256 wide, 4 heads, 8,000 pieces; forward, backward, AdamW.",
             f"{machine('torch', 'transformers')}; {torch.get_num_threads()} threads.",
             "",
-            *rows,
+            *table(columns, rows),
         ],
         "cpu",
+        options.write,
     )
 
 

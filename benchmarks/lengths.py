@@ -1,7 +1,7 @@
-"""How long posts are: `python -m benchmarks.lengths --data SHARDS` makes post_lengths.json, which benchmarks draw from.
+"""How long posts are: `python -m benchmarks.lengths --data SHARDS`; with --write, for post_lengths.json.
 
-Counted are the chunks that packing makes: [CLS] and [SEP] included, a post longer than a row cut into rows. Lengths up
-to 64 are counted one by one, longer ones in buckets that are 3 % wide.
+The other benchmarks draw from that file. Counted are the pieces that packing makes: [CLS] and [SEP] included, a post
+longer than a row cut into rows. Lengths up to 64 are counted one by one, longer ones in buckets that are 3 % wide.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.cli import Parser, fail
+from benchmarks import parser, shards
 from minisobert.config import TrainConfig
 from minisobert.corpus.packing import SPECIALS, Packing
-from minisobert.corpus.shards import open_shards
 
 ROW_TOKENS = TrainConfig.row_tokens
 
@@ -62,23 +61,20 @@ def packed_rows(rows: int, row_tokens: int, seed: int) -> tuple[np.ndarray, np.n
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.lengths", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="shards of data.prepare")
-    options = parser.parse_args()
-    try:
-        shards = open_shards(options.data)
-    except ValueError as error:
-        fail(f"{parser.prog}: {error}")
-    packing = Packing(shards.offsets, range(shards.meta["documents"]), 0, ROW_TOKENS)
+    command = parser("lengths", __doc__, writes="benchmarks/post_lengths.json")
+    command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")
+    options = command.parse_args()
+    corpus = options.data
+    packing = Packing(corpus.offsets, range(corpus.meta["documents"]), 0, ROW_TOKENS)
     lengths = packing.chunk_length + SPECIALS
     p50, p95 = np.percentile(lengths, (50, 95), method="lower").tolist()
     about = {
-        "about": "lengths in tokens of posts as packing cuts them, [CLS] and [SEP] included: [first, last, chunks]",
+        "about": "lengths in tokens of posts as packing cuts them, [CLS] and [SEP] included: [first, last, pieces]",
         "made_by": "python -m benchmarks.lengths",
-        "sources": shards.meta["sources"],
-        "vocabulary": shards.vocab_size,
-        "documents": shards.meta["documents"],
-        "chunks": len(lengths),
+        "sources": corpus.meta["sources"],
+        "vocabulary": corpus.vocab_size,
+        "documents": corpus.meta["documents"],
+        "pieces": len(lengths),
         "mean": round(float(lengths.mean()), 1),
         "p50": p50,
         "p95": p95,
@@ -86,8 +82,9 @@ def main() -> None:
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in about.items()]
     buckets = ",\n    ".join(json.dumps(bucket) for bucket in histogram(lengths))
-    HISTOGRAM.write_text("\n".join(["{", *lines, '  "buckets": [', f"    {buckets}", "  ]", "}"]) + "\n")
     print("\n".join(lines))
+    if options.write:
+        HISTOGRAM.write_text("\n".join(["{", *lines, '  "buckets": [', f"    {buckets}", "  ]", "}"]) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,22 @@ from __future__ import annotations
 import os
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine, write_result
-from minisobert.cli import Parser
+from benchmarks import machine, parser, shards, show
+from minisobert.cli import table
 from minisobert.config import TrainConfig
 from minisobert.corpus.packing import SPECIALS, Packing
-from minisobert.corpus.shards import open_shards
+from minisobert.corpus.shards import Shards
 
 ROW_TOKENS = TrainConfig.row_tokens
 
 
-def lengths_like_posts(count: int, data: Path | None) -> np.ndarray:
+def lengths_like_posts(count: int, data: Shards | None) -> np.ndarray:
     draw = np.random.default_rng(0)
     if data is not None:
-        return draw.choice(np.diff(open_shards(data).offsets), count)
+        return draw.choice(np.diff(data.offsets), count)
     return np.clip(draw.lognormal(5.8, 1.0, count), 1, 30_000).astype(np.int64)
 
 
@@ -39,10 +38,10 @@ def rows_in_order(lengths: np.ndarray) -> int:
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.packing", description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=15_000_000, metavar="N")
-    parser.add_argument("--data", type=Path, help="shards to draw the lengths from")
-    options = parser.parse_args()
+    command = parser("packing", __doc__)
+    command.add_argument("--documents", type=int, default=15_000_000, metavar="N", help="to pack (default 15,000,000)")
+    command.add_argument("--data", type=shards, metavar="SHARDS", help="corpus to draw the lengths from")
+    options = command.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     offsets = np.concatenate([[0], np.cumsum(lengths_like_posts(options.documents, options.data))])
 
@@ -61,24 +60,28 @@ def main() -> None:
         raise SystemExit("benchmarks.packing: a row is too full")
     full = packing.tokens / (len(packing) * ROW_TOKENS)
     in_order = rows_in_order(np.random.default_rng(1).permutation(packing.chunk_length))
-    write_result(
+    show(
         [
             "# Packing on one core",
             "",
             f"`python -m benchmarks.packing`: {options.documents:,} documents, {packing.tokens:,} tokens, lengths "
-            + (f"drawn from {options.data.name}." if options.data else "log-normal."),
+            + (f"drawn from {options.data.folder.name}." if options.data else "log-normal."),
             machine("numpy") + ".",
             "",
-            "| | |",
-            "|---|---|",
-            f"| histogram packing | {packed - began:.1f} s |",
-            f"| the shuffles of an epoch | {drawn - packed:.1f} s |",
-            f"| peak memory of the process | {peak:.2f} GB |",
-            f"| rows | {len(packing):,} |",
-            f"| real tokens in them | {full:.3%} |",
-            f"| the same documents in a random order, next fit | {packing.tokens / in_order / ROW_TOKENS:.3%} |",
+            *table(
+                ["", ""],
+                [
+                    ["histogram packing", f"{packed - began:.1f} s"],
+                    ["the shuffles of an epoch", f"{drawn - packed:.1f} s"],
+                    ["peak memory of the process", f"{peak:.2f} GB"],
+                    ["rows", f"{len(packing):,}"],
+                    ["real tokens in them", f"{full:.3%}"],
+                    ["the same documents in a random order, next fit", f"{packing.tokens / in_order / ROW_TOKENS:.3%}"],
+                ],
+            ),
         ],
         "packing",
+        options.write,
     )
 
 

@@ -13,6 +13,7 @@ First the two ways must have the same gradients to the last bit, and what was ca
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -31,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import machine, write_result
-from minisobert.cli import Parser
+from benchmarks import machine, parser, show
+from minisobert.cli import table
 from minisobert.config import ModelConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
@@ -211,12 +212,12 @@ def _work(rank: int, world: int, ports: list[str], turns: int, out: Path) -> Non
     results = []
     for layout, os.environ["MASTER_PORT"] in zip(layouts(world), ports, strict=True):
         with meshes.start(layout.tensor_parallel) as mesh:
-            results.append(_line(layout, measure(layout, mesh, turns)))
+            results.append(_row(layout, measure(layout, mesh, turns)))
     if rank == 0:
-        out.write_text("\n".join(results))
+        out.write_text(json.dumps(results))
 
 
-def _line(layout: Layout, m: Measured) -> str:
+def _row(layout: Layout, m: Measured) -> list:
     options = [name for name in ("shard_optimizer", "sequence_parallel") if getattr(layout, name)]
     name = " ".join([f"{layout.data_parallel} × {layout.tensor_parallel}", *options]).replace("_", "-")
     tokens = layout.data_parallel * ROW
@@ -228,15 +229,16 @@ def _line(layout: Layout, m: Measured) -> str:
         low, hidden, high = quantiles([(w - s) / alone for w, s in zip(m.waiting, m.steps)], method="inclusive")
         cells += [f"{tokens / median(m.waiting):,.0f}", f"{m.sent / 1e6:.1f}", f"{1e3 * alone:.0f}"]
         cells += [f"{hidden:.0%} ({low:.0%} to {high:.0%})"]
-    return f"| {' | '.join(map(str, cells))} |"
+    return cells
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.parallel", description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=6, metavar="N", help="timed steps of each kind (default 6)")
-    turns, lines = parser.parse_args().turns, []
+    command = parser("parallel", __doc__)
+    command.add_argument("--turns", type=int, default=6, metavar="N", help="timed steps of each kind (default 6)")
+    options = command.parse_args()
+    turns, rows = options.turns, []
     if turns < 2:
-        parser.error(f"--turns is {turns}; it must be at least 2")
+        command.error(f"--turns is {turns}; it must be at least 2")
     for world in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "lines"
@@ -244,9 +246,11 @@ def main() -> None:
             stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in layouts(world)]
             ports = [str(store.port) for store in stores]
             torch.multiprocessing.spawn(_work, (world, ports, turns, out), nprocs=world)
-            lines.append(out.read_text())
-            print(lines[-1], file=sys.stderr)
-    write_result(
+            rows += json.loads(out.read_text())
+            print(f"{world} of 4 processes measured", file=sys.stderr)
+    columns = ["processes", "data × tensor parallel", "tokens/s", "tokens/s, waiting", "MB a rank sends a step"]
+    columns += ["communication alone, ms", "of it hides (quartiles)"]
+    show(
         [
             "# One step on several processes",
             "",
@@ -256,10 +260,7 @@ def main() -> None:
             f"of {turns} steps.",
             f"{machine('torch')}." + " Four processes share the cores." * ((os.cpu_count() or 1) < 4),
             "",
-            "| processes | data × tensor parallel | tokens/s | tokens/s, waiting | MB a rank sends a step | "
-            "communication alone, ms | of it hides (quartiles) |",
-            "|---|---|---|---|---|---|---|",
-            *lines,
+            *table(columns, rows),
             "",
             "- Waiting: each collective is waited for where it could start. Gradients are the same to the last bit.",
             "- Hides: (step that waits - step) / communication alone, in each turn. It may be more than all of it: a "
@@ -269,6 +270,7 @@ def main() -> None:
             "reduce-scatter sends twice that, as much as an all-reduce.",
         ],
         "parallel",
+        options.write,
     )
 
 

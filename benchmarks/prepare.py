@@ -1,4 +1,4 @@
-"""Preparing a dump, beside a plain pipeline: `python -m benchmarks.prepare [--dump folder or .7z]`.
+"""Preparing a dump, beside a plain pipeline: `python -m benchmarks.prepare --dump site.7z`.
 
 The plain one is what one would write first: ElementTree reads both files into memory, a dictionary joins the comments,
 html.parser takes the tags away, SentencePiece encodes every document. Both sides read the same unpacked XML, use the
@@ -8,7 +8,6 @@ the one least disturbed. One worker, and the plain pipeline, are held on one cor
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -21,8 +20,9 @@ from xml.etree import ElementTree
 import numpy as np
 import sentencepiece
 
-from benchmarks import JAVA_DUMP, machine, write_result
+from benchmarks import machine, parser, show
 from data.prepare import prepare
+from minisobert.cli import table
 from minisobert.corpus.dump import members, open_member
 from minisobert.corpus.posts import posts
 from minisobert.corpus.tokenizer import train
@@ -83,13 +83,13 @@ def _timed(function) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dump", type=Path, default=JAVA_DUMP)
-    parser.add_argument("--vocab-size", type=int, default=30_000)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    command = parser("prepare", __doc__)
+    command.add_argument("--dump", type=Path, required=True, help=".7z of a site, or a folder with Posts.xml")
+    command.add_argument("--vocab-size", type=int, default=30_000, metavar="N", help="pieces (default 30,000)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="of each side (default 5)")
+    options = command.parse_args()
     if not options.dump.exists():
-        sys.exit(f"benchmarks.prepare: {options.dump} does not exist; give a dump with --dump")
+        command.error(f"{options.dump} does not exist")
     cores = sorted(os.sched_getaffinity(0))
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the bars of a dozen runs
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,7 +117,7 @@ def main() -> None:
                 best[name] = min(best[name], seconds)
         os.sched_setaffinity(0, cores)
     if len(set(documents.values())) != 1:
-        sys.exit(f"benchmarks.prepare: the two sides found different numbers of documents: {documents}")
+        raise SystemExit(f"benchmarks.prepare: the two sides found different numbers of documents: {documents}")
     base = best["plain, 1 core"]
     lines = [
         "# Preparing a dump: read, join, HTML to text, encode, write",
@@ -126,11 +126,12 @@ def main() -> None:
         f"documents, the same {options.vocab_size:,} pieces on both sides; best of {options.repeats} alternating runs.",
         machine("sentencepiece", "numpy") + ".",
         "",
-        "| | seconds | MB of XML/s | ratio |",
-        "|---|---|---|---|",
-        *(f"| {name} | {s:.2f} | {size / s:.1f} | {base / s:.2f} |" for name, s in best.items()),
+        *table(
+            ["", "seconds", "MB of XML/s", "ratio"],
+            [[name, f"{s:.2f}", f"{size / s:.1f}", f"{base / s:.2f}"] for name, s in best.items()],
+        ),
     ]
-    write_result(lines, "prepare")
+    show(lines, "prepare", options.write)
 
 
 if __name__ == "__main__":

@@ -45,20 +45,20 @@ class Texts:
         self.runs: dict[str, str] = {}  # RUN words in a row, or all words of a shorter text → task
         for task, text in texts:
             self.counts[task] += 1
-            for run in _runs(words(text)):
+            for run in _runs(content_words(text)):
                 self.runs.setdefault(run, task)
 
     def task_of(self, document: str) -> str | None:
         """The task of a text that the document holds."""
         if not self.runs:
             return None
-        found = [words(line) for line in document.split("\n")]
+        found = [content_words(line) for line in document.split("\n")]
         whole = [word for line in found for word in line]
         lines = (" ".join(line) for line in found if LINE <= len(line) < RUN)
         return next((self.runs[run] for run in (*_runs(whole), *lines) if run in self.runs), None)
 
 
-def words(text: str) -> list[str]:
+def content_words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text.casefold()) if word not in _FUNCTION_WORDS]
 
 
@@ -77,5 +77,5 @@ def read(named: Sequence[str]) -> Texts:
         if task not in TASKS or not path:
             raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
         paths.setdefault(task, []).append(Path(path))
-    data = {task: TASKS[task](files, SPLIT_SEED) for task, files in paths.items()}
+    data = {task: TASKS[task].read(files, SPLIT_SEED) for task, files in paths.items()}
     return Texts((task, e.text or " ".join(e.words)) for task, d in data.items() for e in (*d.dev, *d.test))

@@ -1,7 +1,7 @@
 """Sets of labelled examples from your own dump: `python -m data.tasks --input site.7z --out data/tasks-of-site`.
 
-Writes quality.csv, closed.csv and obsoletion.csv by the rules at the head of `minisobert/tasks/NAME.py`; the folder is
-what `finetune.py --data` takes. A set that would lack a class is not written, and the table says so.
+Writes TASK.csv for each task that can be derived from a dump, by the rules at the head of `minisobert/tasks/TASK.py`;
+the folder is what `finetune.py --data` takes. A set that would lack a class is not written, and the table says so.
 """
 
 from __future__ import annotations
@@ -13,15 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 from data.inputs import check
-from minisobert.cli import Parser, fail
+from minisobert.cli import Parser, fail, words
 from minisobert.files import new_folder
-from minisobert.tasks import closed, obsoletion, quality
-
-SETS = {  # task → its module and its classes; the last column of a row is its class
-    "quality": (quality, quality.LABELS),
-    "closed": (closed, closed.CLASSES["bodies"]),
-    "obsoletion": (obsoletion, obsoletion.LABELS),
-}
+from minisobert.tasks import TASKS
+from minisobert.tasks.dumps import NothingToDerive
 
 
 def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
@@ -36,21 +31,23 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     check([dump])
     report, written = [], 0
     with new_folder(out) as work:
-        for task, (module, classes) in SETS.items():
+        for task in TASKS.values():
+            if task.derive is None:
+                continue
             notes: list[str] = []
             try:
-                rows = module.derive(dump, seed, notes)
-            except obsoletion.NothingToDerive as error:
-                report.append(f"{task}: not written: {error}")
+                rows = task.derive(dump, seed, notes)
+            except NothingToDerive as error:
+                report.append(f"{task.name}: not written: {error}")
                 continue
-            count = Counter(row[module.COLUMNS[-1]] for row in rows)
-            counts = ", ".join(f"{count[name]:,} {name}" for name in classes)
-            if all(count[name] for name in classes):
-                _write(work / f"{task}.csv", module.COLUMNS, rows)
-                report.append(f"{task}: {counts}")
+            count = Counter(row[task.columns[-1]] for row in rows)
+            counts = ", ".join(f"{count[name]:,} {name}" for name in task.classes)
+            if all(count[name] for name in task.classes):
+                _write(work / f"{task.name}.csv", task.columns, rows)
+                report.append(f"{task.name}: {counts}")
                 written += 1
             else:
-                report.append(f"{task}: not written: a class has no example ({counts})")
+                report.append(f"{task.name}: not written: a class has no example ({counts})")
             report += [f"  {note}" for note in notes]
         if not written:
             raise ValueError(f"nothing can be derived from {dump}: " + "; ".join(x for x in report if x[0] != " "))
@@ -65,7 +62,8 @@ def _write(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="data.tasks", description="Derive the quality, closed and obsoletion sets from a dump.")
+    sets = words((task.name for task in TASKS.values() if task.derive), "and")
+    parser = Parser(prog="data.tasks", description=f"Derive the sets of {sets} from a dump.")
     parser.add_argument("--input", required=True, metavar="DUMP", help=".7z of a site, or a folder with Posts.xml")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses what is drawn by chance")

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NoReturn
 
 PATIENCE = 30  # seconds
@@ -19,7 +19,7 @@ PATIENCE = 30  # seconds
 def option(
     default,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     *,
     group: str = "",
     least: float | None = None,
@@ -68,6 +68,12 @@ def words(values: Iterable, joint: str = "or") -> str:
     """`1, 2 or 4`."""
     values = [str(value) for value in values]
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} {joint} {values[-1]}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """The lines of a Markdown table."""
+    cells = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def flag(name: str) -> str:

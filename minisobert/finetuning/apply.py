@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 from minisobert.corpus.texts import texts
-from minisobert.finetuning import baselines, encoder, marking
+from minisobert.finetuning import encoder, huggingface, marking
 from minisobert.finetuning.loop import predict
-from minisobert.tasks import CLEANING
+from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Example
 
 SHOWN = 60  # characters of a post beside its class
@@ -27,9 +27,15 @@ def apply(model: str, source: str) -> None:
         raise ValueError(
             f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
         ) from None
-    posts = [CLEANING[task["cleaning"]](post) for post in read(source)]  # as the texts it was trained on
-    network = (baselines if task["format"] == "transformers" else encoder).load(folder, task)
-    spans = [marking.words(post) for post in posts]
+    known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
+    if task["cleaning"] not in known:
+        raise ValueError(
+            f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
+            "minisobert does not know; use the version that trained it"
+        )
+    posts = list(map(known[task["cleaning"]], read(source)))  # as the texts it was trained on
+    network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
+    spans = [marking.word_spans(post) for post in posts]
     examples = [
         Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
         for i, (post, inside) in enumerate(zip(posts, spans))

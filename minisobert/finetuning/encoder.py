@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from minisobert.cli import words
-from minisobert.config import PRESETS, FineTuneConfig, ModelConfig, padded_vocabulary
+from minisobert.config import PRESETS, ModelConfig, padded_vocabulary
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
-from minisobert.finetuning.loop import Item, Outcome, fit
+from minisobert.finetuning.config import FineTuneConfig
+from minisobert.finetuning.loop import Encoded, Outcome, fit
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
@@ -41,29 +42,29 @@ class Network:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
 
-    def encode(self, examples: list[Example]) -> list[Item]:
+    def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
 
-    def _document(self, example: Example) -> Item:
-        return Item.document(example, self._whole(self.tokenizer.encode(example.text)))
+    def _document(self, example: Example) -> Encoded:
+        return Encoded.document(example, self._whole(self.tokenizer.encode(example.text)))
 
-    def _sentence(self, example: Example) -> Item:
+    def _sentence(self, example: Example) -> Encoded:
         """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
         pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
         lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # an empty one too
         ids = self._whole(np.concatenate([np.empty(0, np.int64), *pieces]))
         places = 1 + np.cumsum(lengths) - lengths
-        rows = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
-        return Item.sentence(example, ids, places[rows], rows)
+        kept = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
+        return Encoded.sentence(example, ids, places[kept], kept)
 
     def _whole(self, ids: np.ndarray) -> np.ndarray:
         longest = self.module.config.positions - SPECIALS
         return np.concatenate([[CLS], ids[:longest], [SEP]]).astype(np.int64)
 
-    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+    def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         return [items]  # nothing is padded
 
-    def logits(self, items: list[Item], step: int | None) -> Tensor:
+    def logits(self, items: list[Encoded], step: int | None) -> Tensor:
         lengths = [len(item.ids) for item in items]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         tokens = torch.from_numpy(np.concatenate([item.ids for item in items])).to(self.device)
@@ -83,7 +84,7 @@ class Network:
         (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
 
 
-def load(folder: Path, task: dict) -> Network:
+def open_network(folder: Path, task: dict) -> Network:
     """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
     model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
@@ -96,7 +97,7 @@ class Start:
 
     def __init__(self, config: FineTuneConfig):
         """Raises ValueError where there is no such model, or its tokenizer is another's."""
-        self.how, self.encoder = config, None
+        self.config, self.encoder = config, None
         source, _, preset = config.model.partition(":")
         if source == "random":
             if preset not in PRESETS:
@@ -108,7 +109,8 @@ class Start:
                 )
             path = Path(config.tokenizer)
             self.tokenizer = _tokenizer(path / "tokenizer.model" if path.is_dir() else path)
-            self.config = dataclasses.replace(PRESETS[preset], vocabulary=padded_vocabulary(self.tokenizer.vocab_size))
+            vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
+            self.model_config = dataclasses.replace(PRESETS[preset], vocabulary=vocabulary)
         else:
             if not Path(config.model).is_dir():
                 raise ValueError(
@@ -118,13 +120,15 @@ class Start:
             if config.tokenizer:
                 raise ValueError("--tokenizer is for random:PRESET; a run has its own")
             trained = open_run(config.model)
-            self.encoder, self.tokenizer, self.config = trained.model.encoder, trained.tokenizer, trained.model.config
+            self.encoder, self.tokenizer = trained.model.encoder, trained.tokenizer
+            self.model_config = trained.model.config
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        model = Classifier(self.config, len(data.labels), data.kind == "sequence").initialise(seed)
+        model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
         if self.encoder is not None:
             model.encoder.load_state_dict(self.encoder.state_dict())
-        return fit(Network(model, self.tokenizer, data.kind, self.how.dropout, seed), data, self.how, seed, score)
+        network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)
+        return fit(network, data, self.config, seed, score)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

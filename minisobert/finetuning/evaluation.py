@@ -62,7 +62,7 @@ def names(data: Dataset, tags: Sequence[int] | np.ndarray) -> list[str]:
 
 def main_figure(data: Dataset) -> str:
     """By which epochs and seeds are compared."""
-    return "macro_f1" if data.kind == "sequence" else "f1"
+    return data.task.figures[-1]
 
 
 def dev_score(data: Dataset, probabilities: list[np.ndarray]) -> float:

@@ -1,7 +1,7 @@
 """The loop of fine-tuning: batches of whole documents by tokens, early stopping on dev.
 
-A network (`encoder.Network`, `baselines.HuggingFaceNetwork`) makes an Item of each example and logits of a batch of
-items; everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch
+A network (`encoder.Network`, `huggingface.Network`) encodes each example and makes the logits of a batch of
+them; everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch
 takes the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over
 all classified places of a batch, weighted by class if wanted.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisobert.config import FineTuneConfig
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
@@ -29,34 +29,34 @@ from minisobert.training.optimizer import Optimizer
 from minisobert.training.schedule import learning_rate
 
 WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.999), 1.0
-PATIENCE = 3  # epochs in a row that are no better than the best, after which training ends
+WORSE_EPOCHS = 3  # in a row that are no better than the best, after which training ends
 EVAL_TOKENS = 16_384  # of a batch without gradients
 
 
 @dataclass(frozen=True)
-class Item:
+class Encoded:
     """What a network reads of one example.
 
     ids: (n,) with the tokenizer's special tokens, cut at the network's length. places: (r,) the tokens to classify:
-    the first of a document, or the first piece of each word that was not cut off. rows: (r,) which words these are.
-    targets: (r,) their classes. size: how many words the example has; 1 for a document.
+    the first of a document, or the first piece of each word that was not cut off. word_indices: (r,) which words these
+    are. targets: (r,) their classes. size: how many words the example has; 1 for a document.
     """
 
     ids: np.ndarray
     places: np.ndarray
-    rows: np.ndarray
+    word_indices: np.ndarray
     targets: np.ndarray
     size: int
 
     @staticmethod
-    def document(example: Example, ids: np.ndarray) -> Item:
-        return Item(ids, np.array([0]), np.array([0]), np.array([example.label]), 1)
+    def document(example: Example, ids: np.ndarray) -> Encoded:
+        return Encoded(ids, np.array([0]), np.array([0]), np.array([example.label]), 1)
 
     @staticmethod
-    def sentence(example: Example, ids: np.ndarray, places: np.ndarray, rows: np.ndarray) -> Item:
+    def sentence(example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray) -> Encoded:
         """An example without tags, whose classes nobody knows, has targets 0."""
         tags = np.array(example.tags or [0] * len(example.words), dtype=np.int64)
-        return Item(ids, places, rows, tags[rows], len(example.words))
+        return Encoded(ids, places, word_indices, tags[word_indices], len(example.words))
 
 
 class Network(Protocol):
@@ -64,12 +64,12 @@ class Network(Protocol):
     module: nn.Module  # in fp32, on its device
     dtype: torch.dtype  # that training is to keep its parameters in
 
-    def encode(self, examples: list[Example]) -> list[Item]: ...
+    def encode(self, examples: list[Example]) -> list[Encoded]: ...
 
-    def parts(self, items: list[Item], tokens: int) -> list[list[Item]]:
+    def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         """A batch in the parts that go through the network together."""
 
-    def logits(self, items: list[Item], step: int | None) -> Tensor:
+    def logits(self, items: list[Encoded], step: int | None) -> Tensor:
         """(Σ r, classes), in the order of the items. step: of training, with dropout; None: without."""
 
     def save(self, folder: Path) -> None:
@@ -135,7 +135,7 @@ def fit(
             if best is None or merit > best[0]:
                 state = {name: p.detach().clone() for name, p in network.module.named_parameters()}
                 best, best_epoch = (merit, state, probabilities), epoch
-            elif epoch - best_epoch >= PATIENCE:
+            elif epoch - best_epoch >= WORSE_EPOCHS:
                 break
     with torch.no_grad():
         for name, p in network.module.named_parameters():
@@ -144,7 +144,7 @@ def fit(
     return Outcome(seed, best[0][0], best[2], predict(network, test), history, best_epoch, network)
 
 
-def class_weights(items: list[Item], classes: int) -> np.ndarray:
+def class_weights(items: list[Encoded], classes: int) -> np.ndarray:
     """(classes,) N / (number of classes that occur × n of the class), so that all those weigh the same; 0 for the
     others, which no loss has."""
     counts = np.bincount(np.concatenate([item.targets for item in items]), minlength=classes)
@@ -165,7 +165,7 @@ def batches(lengths: np.ndarray, tokens: int, order: np.ndarray) -> Iterator[lis
         yield batch
 
 
-def _backward(network: Network, items: list[Item], tokens: int, step: int, weights: Tensor) -> tuple[float, float]:
+def _backward(network: Network, items: list[Encoded], tokens: int, step: int, weights: Tensor) -> tuple[float, float]:
     """Adds the gradient of the summed, weighted loss. Returns that loss and the sum of the weights."""
     sums = torch.zeros(2, dtype=torch.float64, device=weights.device)
     for part in network.parts(items, tokens):
@@ -180,7 +180,7 @@ def _backward(network: Network, items: list[Item], tokens: int, step: int, weigh
 
 
 @torch.no_grad()
-def predict(network: Network, items: list[Item]) -> list[np.ndarray]:
+def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
     """Of each item (size, classes) probabilities. A word that was cut off has class 0, no entity, for certain."""
     results: list[np.ndarray] = [np.zeros(0)] * len(items)
     order = np.argsort([len(item.ids) for item in items], kind="stable")
@@ -188,15 +188,15 @@ def predict(network: Network, items: list[Item]) -> list[np.ndarray]:
     for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
             found = network.logits(part, None).double().softmax(1).cpu().numpy()
-            for item, p in zip(part, np.split(found, np.cumsum([len(item.rows) for item in part])[:-1])):
+            for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
                 whole = np.zeros((item.size, found.shape[1]))
                 whole[:, 0] = 1
-                whole[item.rows] = p
+                whole[item.word_indices] = p
                 results[number[id(item)]] = whole
     return results
 
 
-def mean_loss(probabilities: list[np.ndarray], items: list[Item]) -> float:
+def mean_loss(probabilities: list[np.ndarray], items: list[Encoded]) -> float:
     """In nats, over all places that the network saw."""
-    of_targets = [p[item.rows, item.targets] for p, item in zip(probabilities, items)]
+    of_targets = [p[item.word_indices, item.targets] for p, item in zip(probabilities, items)]
     return float(-np.log(np.maximum(np.concatenate(of_targets), 1e-30)).mean())

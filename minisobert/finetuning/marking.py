@@ -13,7 +13,7 @@ WORD = re.compile(r"\w[^\s,;:!?()\"']*[\w+#]|\w|[^\w\s]")
 COLOURS = 31, 32, 33, 34, 35, 36
 
 
-def words(text: str) -> list[tuple[int, int]]:
+def word_spans(text: str) -> list[tuple[int, int]]:
     """From where to where in the text each word goes."""
     return [match.span() for match in WORD.finditer(text)]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.config import FineTuneConfig
+from minisobert.cli import table
 from minisobert.files import write_json
 from minisobert.finetuning import evaluation, figures, marking
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.evaluation import Evaluation
 from minisobert.finetuning.loop import Outcome
 from minisobert.tasks.dataset import Dataset
@@ -30,22 +31,14 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     evaluations = [evaluation.evaluate(data, data.test, outcome.test) for outcome in outcomes]
     best = evaluation.best(outcomes)
     evaluated = evaluations[outcomes.index(best)]
+    seeds = [
+        {"seed": o.seed, **e.figures, f"dev_{evaluation.main_figure(data)}": o.score, "best_epoch": o.best_epoch,
+         "epochs": o.epochs}
+        for o, e in zip(outcomes, evaluations)
+    ]  # fmt: skip
     results = {
-        "task": config.task,
-        "model": config.model,
-        "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
-        "seeds": [
-            {"seed": o.seed, **e.figures, f"dev_{evaluation.main_figure(data)}": o.score, "best_epoch": o.best_epoch,
-             "epochs": o.epochs}
-            for o, e in zip(outcomes, evaluations)
-        ],
-        **evaluation.mean_and_deviation([e.figures for e in evaluations]),
-        "best_seed": best.seed,
-        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
-        "classes": evaluated.classes,
-        "confusion": evaluated.confusion.tolist(),
-        "notes": data.notes,
-        "settings": dataclasses.asdict(config),
+        **summary(data, config.model, evaluated), "seeds": seeds, "best_seed": best.seed,
+        **evaluation.mean_and_deviation([e.figures for e in evaluations]), "settings": dataclasses.asdict(config),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
@@ -56,9 +49,22 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model")
-        task = {"task": data.task, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
+        task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
         write_json(folder / "model/task.json", {**task, "format": best.network.format})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
+
+
+def summary(data: Dataset, model: str, evaluated: Evaluation) -> dict:
+    """What metrics.json says of any model."""
+    return {
+        "task": data.task.name,
+        "model": model,
+        "counts": {name: len(getattr(data, name)) for name in ("train", "dev", "test")},
+        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
+        "classes": evaluated.classes,
+        "confusion": evaluated.confusion.tolist(),
+        "notes": data.notes,
+    }
 
 
 def headline(data: Dataset, outcomes: list[Outcome]) -> str:
@@ -87,9 +93,8 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     counts, seeds = results["counts"], results["seeds"]
     unit = "examples" if data.kind == "sequence" else "sentences"
     yield f"# {results['task']}: `{results['model']}`\n"
-    yield from _table(
-        ["figure, on test", _count(len(seeds), "seed")], [[n, _plus_minus(results, n)] for n in results["mean"]]
-    )
+    rows = [[name, _plus_minus(results, name)] for name in results["mean"]]
+    yield from (*table(["figure, on test", _count(len(seeds), "seed")], rows), "")
     if len(seeds) > 1:
         yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed},"
         yield "the best on dev.\n"
@@ -98,7 +103,7 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
         [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
         for seed in seeds
     ]
-    yield from _table(["seed", *results["mean"], on_dev, "best epoch"], rows)
+    yield from (*table(["seed", *results["mean"], on_dev, "best epoch"], rows), "")
 
     yield "## Data\n"
     yield f"{counts['train']:,} {unit} to train on, {counts['dev']:,} in dev, {counts['test']:,} in test.\n"
@@ -107,12 +112,13 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
 
     yield "## Classes\n"
     rows = [[n, *(f"{x:.4f}" for x in s[:3]), f"{s.support:,}"] for n, s in evaluated.per_class.items()]
-    yield from _table(["", "precision", "recall", "F1", "in test"], rows)
+    yield from (*table(["", "precision", "recall", "F1", "in test"], rows), "")
     yield "## What was taken for what\n"
     yield f"Of {'documents' if data.kind == 'sequence' else 'words'}. Rows are the truth, columns the prediction.\n"
     if len(evaluated.classes) <= WIDEST:
         matrix = zip(evaluated.classes, evaluated.confusion.tolist())
-        yield from _table(["", *evaluated.classes], [[f"**{n}**", *(f"{x:,}" for x in row)] for n, row in matrix])
+        rows = [[f"**{name}**", *(f"{x:,}" for x in row)] for name, row in matrix]
+        yield from (*table(["", *evaluated.classes], rows), "")
     yield "![confusion matrix](confusion.png)\n"
     if data.kind == "sequence":
         yield "## Thresholds\n\nEach class against the others; two classes: the second.\n"
@@ -125,7 +131,7 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield "## How it was made\n"
     unused = UNUSED.get(results["model"].partition(":")[0], ())
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
-    yield from _table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()])
+    yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
     if best.network:
         command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
         yield f"`{command}` applies the model to new posts.\n"
@@ -154,15 +160,6 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
 def _quoted(text: str) -> str:
     """As code in an item of a list, whatever marks it has."""
     return "".join(f"        {line}\n" for line in text.splitlines())
-
-
-def _table(columns: list[str], rows: Iterable[list]) -> Iterable[str]:
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-    for row in rows:
-        cells = [str(cell).replace("|", "\\|") for cell in row]
-        yield f"| {' | '.join(cells)} |"
-    yield ""
 
 
 def _plus_minus(results: dict, name: str) -> str:

@@ -1,8 +1,27 @@
-"""What every downstream task hands to training: labelled examples in three splits, and what was left out of them."""
+"""What is special about a downstream task, and what it hands to training: labelled examples in three splits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Task:
+    """The record at the end of `tasks/NAME.py`. Command lines, reports, `data.tasks`, chat models and the table of
+    results take from it what they need to know of a task."""
+
+    name: str
+    read: Callable[..., Dataset]  # of (paths, seed, **options); ValueError for whatever is wrong with the files
+    instruction: str  # what a chat model is told to do
+    kind: str = "sequence"  # a class for each text; or "token", a BIO tag for each word
+    figures: tuple[str, ...] = ("accuracy", "macro_f1")  # those of metrics.json that tables show, the main one last
+    options: Mapping[str, str] = field(default_factory=dict)  # flags that `read` takes → their lines of --help
+    cleaning: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # Dataset.cleaning → its function
+    derive: Callable[..., list[dict[str, str]]] | None = None  # rows of a set from (dump, seed, notes), if there can be
+    columns: tuple[str, ...] = ()  # of these rows; the last one is the class
+    classes: tuple[str, ...] = ()  # all of which such a set must hold
+    published: tuple[tuple[str, str, str], ...] = ()  # (model, source, figures in percent), docs/published-results.md
 
 
 @dataclass(frozen=True)
@@ -18,14 +37,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """kind: "sequence" (labels are classes) or "token" (labels are BIO tags, "O" first). cleaning: the key in
-    `tasks.CLEANING` of what the files' texts went through."""
+    """labels: classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of what the files' texts went
+    through, "" if nothing."""
 
-    task: str
-    kind: str
+    task: Task
     labels: tuple[str, ...]
     train: list[Example]
     dev: list[Example]
     test: list[Example]
     notes: list[str] = field(default_factory=list)  # what was normalised, removed or repaired, one line each
     cleaning: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.task.kind

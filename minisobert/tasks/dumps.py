@@ -22,6 +22,10 @@ _BODY_NOTICE = re.compile(  # in HTML and in Markdown
 )  # fmt: skip
 
 
+class NothingToDerive(ValueError):
+    """A dump that is sound, but holds nothing that the task is about."""
+
+
 def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     """The attributes of every question and answer that has an id and a body. notes: see `note`."""
     dropped: Counter = Counter()

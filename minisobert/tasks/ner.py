@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.files import File, find
-from minisobert.tasks.splits import Item, dataset
+from minisobert.tasks.splits import Labelled, dataset
 
 TYPES = (
     "Algorithm", "Application", "Class", "Code_Block", "Data_Structure", "Data_Type", "Device", "File_Name",
@@ -29,7 +29,7 @@ OUTSIDE = ("Value", "Error_Name", "Keyboard_IP", "Licence")
 _HEADER = re.compile(r"Question_(?:ID|URL) :(?: (\d+)$)?")
 
 
-def load(paths: list[Path], seed: int) -> Dataset:
+def read(paths: list[Path], seed: int) -> Dataset:
     """Sentences with a tag per word; the labels are "O", then B- and I- of each type that occurs.
 
     An I- that continues no entity of its type is read as seqeval reads it, as a B-, and counted in the notes. Without
@@ -48,10 +48,10 @@ def load(paths: list[Path], seed: int) -> Dataset:
     labels = ("O", *(f"{prefix}-{kind}" for kind in TYPES if kind in there for prefix in "BI"))
     index = {tag: i for i, tag in enumerate(labels)}
     items = [
-        Item(question, file.split, Example(name, words=words, tags=tuple(index[tag] for tag in tags)))
+        Labelled(question, file.split, Example(name, words=words, tags=tuple(index[tag] for tag in tags)))
         for file, question, name, words, tags in sentences
     ]
-    found = dataset("ner", labels, items, seed, notes, kind="token")
+    found = dataset(TASK, labels, items, seed, notes)
     known = {example.words for example in found.train}
     for split, part in (("dev", found.dev), ("test", found.test)):
         if repeated := sum(example.words in known for example in part):
@@ -111,3 +111,13 @@ def _repair(tags: list[str]) -> tuple[tuple[str, ...], int]:
     """(the tags with a B- where an entity begins, how many were changed)."""
     starts = [tag[0] == "I" and before[2:] != tag[2:] for before, tag in zip(["O", *tags], tags)]
     return tuple(f"B{tag[1:]}" if start else tag for start, tag in zip(starts, tags)), sum(starts)
+
+
+TASK = Task(
+    "ner",
+    read,
+    "You find named entities in sentences of Stack Overflow, which are given as words with a space between.",
+    kind="token",
+    figures=("f1",),
+    published=(("SoftNER", "Tabassum et al. 2020", "79.10"),),
+)

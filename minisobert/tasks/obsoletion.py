@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.html import html_to_text
 from minisobert.corpus.posts import rows as xml_rows
 from minisobert.hashing import key, mix
 from minisobert.tasks import dumps
-from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.files import DUMP, File, class_of, rows, select
-from minisobert.tasks.splits import Item, dataset
+from minisobert.tasks.splits import Labelled, dataset
 
 LABELS = ("current", "obsolete")
 COLUMNS = ("QuestionID", "AnswerID", "Title", "Body", "Label")
@@ -36,13 +37,9 @@ KEYWORDS = re.compile(r"\b(?:deprecated|outdated|obsolete|out of date)\b", re.I)
 _YEAR = re.compile("[0-9]{4}")
 
 
-class NothingToDerive(ValueError):
-    """A dump that is sound, but has no answers or no comments."""
-
-
-def load(paths: list[Path], seed: int) -> Dataset:
+def read(paths: list[Path], seed: int) -> Dataset:
     """See the head of this file. Raises ValueError for whatever is wrong with the files."""
-    files = select(paths, "obsoletion", LAYOUTS)
+    files = select(paths, TASK.name, LAYOUTS)
     comments = [file for file, layout in files if layout == "comments"]
     dumped = [file for file, layout in files if layout == DUMP]
     if comments and len(dumped) != 1:
@@ -63,8 +60,8 @@ def load(paths: list[Path], seed: int) -> Dataset:
             if not dumps.text("", row["Body"]):
                 raise ValueError(f"{where}: the text is empty; remove the row")
             example = Example(prefix + row["AnswerID"], dumps.text(row["Title"], row["Body"]), label)
-            items.append(Item(prefix + row["QuestionID"], file.split, example, group=label))
-    return dataset("obsoletion", LABELS, items, seed, notes, cleaning="html")
+            items.append(Labelled(prefix + row["QuestionID"], file.split, example, group=label))
+    return dataset(TASK, LABELS, items, seed, notes, cleaning="html")
 
 
 def _listed(files: list[File], notes: list[str]) -> np.ndarray:
@@ -100,7 +97,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
             questions.append(question)
             years.append(int(year[0]) if (year := _YEAR.match(row.get("CreationDate", ""))) else 0)
     if not answers:
-        raise NothingToDerive(f"{dump} holds no answers, which obsoletion is about")
+        raise dumps.NothingToDerive(f"{dump} holds no answers, which obsoletion is about")
     answer, question, year = (np.frombuffer(numbers, np.int64) for numbers in (answers, questions, years))
     sound = np.isin(answer, obsolete) | ~np.isin(answer, said)
     answer, question, year = answer[sound], question[sound], year[sound]
@@ -125,7 +122,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
 def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
     """The posts that a comment calls obsolete, sorted."""
     if "Comments.xml" not in members(dump):
-        raise NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
+        raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
     found, dropped = set(), Counter()
     with open_member(dump, "Comments.xml") as stream:
         for row in xml_rows(stream, f"{dump}: Comments.xml", "comments", dropped):
@@ -158,3 +155,15 @@ def _choose(answer: np.ndarray, question: np.ndarray, year: np.ndarray, obsolete
     for y, count in of_year.items():
         label[by_rank(~obsolete & (label < 0) & (year == y))[:count]] = 0
     return label
+
+
+TASK = Task(
+    "obsoletion",
+    read,
+    "You are shown the title of a question of Stack Overflow and an answer to it. Tell whether the answer is obsolete, "
+    "because it is deprecated, outdated or out of date, or still current.",
+    cleaning={"html": html_to_text},
+    derive=derive,
+    columns=COLUMNS,
+    classes=LABELS,
+)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minisobert.hashing import key
-from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.dataset import Dataset, Example, Task
 
 SHARE = 0.1  # of the questions, for each of dev and test where the files name none
 
 
-class Item(NamedTuple):
+class Labelled(NamedTuple):
     """An example before it is split. thread: what must not be in two splits, its question. group: its class in the
     files, from each of which dev and test are drawn alike."""
 
@@ -24,42 +24,41 @@ class Item(NamedTuple):
 
 
 def dataset(
-    task: str, labels: Sequence[str], items: list[Item], seed: int, notes: list[str], kind: str = "sequence",
-    cleaning: str = "",
-) -> Dataset:  # fmt: skip
+    task: Task, labels: Sequence[str], items: list[Labelled], seed: int, notes: list[str], cleaning: str = ""
+) -> Dataset:
     """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
     those with the smallest hashes of (seed, question).
 
-    Duplicates are removed, whatever their case and white space, but not of sentences that have a split: the published
-    ones repeat some. So are questions that are in two splits: test keeps its own before dev, dev before train. notes:
-    what was done is appended. cleaning: see Dataset. Raises ValueError for an empty split and for a class that train
-    does not hold.
+    Duplicates are removed, whatever their case and white space, but not among sentences whose files name a split, since
+    published ones repeat some. A question that is in two splits stays in test before dev, and in dev before train.
+    notes: what was done is appended. cleaning: see Dataset. Raises ValueError for an empty split and for a class that
+    train does not hold.
     """
     own = {item.split for item in items}
     if None in own and len(own) > 1:
         names = ", ".join(sorted(own - {None}))
         raise ValueError(
-            f"{task}: the names of some files tell a split ({names}), those of others don't; name all or none"
+            f"{task.name}: the names of some files tell a split ({names}), those of others don't; name all or none"
         )
     if own <= {"dev", "test"}:
-        raise ValueError(f"{task}: nothing to train on: {' and '.join(sorted(own)) or 'no example'} was given")
+        raise ValueError(f"{task.name}: nothing to train on: {' and '.join(sorted(own)) or 'no example'} was given")
     missing = [split for split in ("test", "dev") if split not in own]
     carved = _carve([item for item in items if item.split in (None, "train")], missing, seed)
-    parts: dict[str, list[Item]] = {"test": [], "dev": [], "train": []}
+    parts: dict[str, list[Labelled]] = {"test": [], "dev": [], "train": []}
     for item in items:
         parts[carved.get(item.thread, "train") if item.split in (None, "train") else item.split].append(item)
     if missing:
         notes.append(
             f"{' and '.join(missing)}: {SHARE:.0%} of the questions each, taken from train by question, seed {seed}"
         )
-    if kind == "sequence" or own == {None}:
+    if task.kind == "sequence" or own == {None}:
         parts = _unique(parts, notes)
     examples = {split: [item.example for item in part] for split, part in parts.items()}
-    _check(task, labels, examples)
-    return Dataset(task, kind, tuple(labels), examples["train"], examples["dev"], examples["test"], notes, cleaning)
+    _check(task.name, labels, examples)
+    return Dataset(task, tuple(labels), examples["train"], examples["dev"], examples["test"], notes, cleaning)
 
 
-def _carve(items: list[Item], missing: list[str], seed: int) -> dict[str, str]:
+def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, str]:
     """thread → split, of the threads that leave train."""
     threads: dict[str, int] = {}  # to the highest group that a thread holds
     for item in items:
@@ -76,11 +75,11 @@ def _carve(items: list[Item], missing: list[str], seed: int) -> dict[str, str]:
     return splits
 
 
-def _unique(parts: dict[str, list[Item]], notes: list[str]) -> dict[str, list[Item]]:
+def _unique(parts: dict[str, list[Labelled]], notes: list[str]) -> dict[str, list[Labelled]]:
     split_of: dict[str, str] = {}
     seen: dict[str, int | tuple[int, ...]] = {}  # text → class, or those of its words
     left_out: Counter = Counter()
-    kept: dict[str, list[Item]] = {}
+    kept: dict[str, list[Labelled]] = {}
     for split, part in parts.items():
         kept[split] = []
         for item in part:

@@ -48,14 +48,14 @@ results=()
 for model in tiny random tfidf; do for task in quality closed ner; do
     [ -d runs/results/$task-$model ] && results+=(runs/results/$task-$model)
 done; done
-$python -m benchmarks.tasks ${results[@]}
+$python -m minisobert.finetuning.compare ${results[@]}
 
 # 5. closed with fewer titles to train on, the same dev and test
 $python - ${files[closed]} <<'PYTHON'
 import csv, sys
 from pathlib import Path
 from minisobert.tasks import SPLIT_SEED, TASKS
-data = TASKS["closed"]([Path(sys.argv[1])], SPLIT_SEED)
+data = TASKS["closed"].read([Path(sys.argv[1])], SPLIT_SEED)
 for n in (3_000, 12_000):
     folder = Path(f"runs/fewer/{n}")
     folder.mkdir(parents=True)

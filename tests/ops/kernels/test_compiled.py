@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from benchmarks.compiled import CHIPS, JOBS, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compile_all, table
+from benchmarks.compiled import CHIPS, JOBS, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compile_all, result
 
 # Bytes. Tiles were chosen with Triton 3.9; before it, and setup.cfg allows 3.6, some kernels spill a few registers
 # (docs/kernels.md says which). That costs little time and changes no result.
@@ -16,7 +16,7 @@ SPILLED = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 
 @pytest.fixture(scope="module")
 def compiled() -> list[Compiled]:
     compiled = compile_all()
-    print("\n".join(table(compiled)))
+    print("\n".join(result(compiled)))
     return compiled
 
 

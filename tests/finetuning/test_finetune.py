@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 import finetune
 from benchmarks import megatron_bert
 from minisobert import tasks
-from minisobert.config import PRESETS, FineTuneConfig, ModelConfig
+from minisobert.config import PRESETS, ModelConfig
 from minisobert.corpus import tokenizer
 from minisobert.finetuning import encoder, loop, marking
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.encoder import Network
 from minisobert.model import Classifier, MaskedLM
 from minisobert.tasks import metrics
@@ -28,7 +30,7 @@ from minisobert.tasks.dataset import Dataset, Example
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128, positions=64)
 WORDS = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
 PYTHON = Path(sys.executable)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def sequence_task(paths, seed, **options) -> Dataset:
@@ -45,7 +47,7 @@ def sequence_task(paths, seed, **options) -> Dataset:
         return examples
 
     notes = [f"options: {options}"] if options else ["a toy"]
-    return Dataset("quality", "sequence", ("HQ", "LQ"), split("a", 200), split("b", 60), split("c", 60), notes)
+    return Dataset(tasks.TASKS["quality"], ("HQ", "LQ"), split("a", 200), split("b", 60), split("c", 60), notes)
 
 
 def token_task(paths, seed) -> Dataset:
@@ -64,7 +66,7 @@ def token_task(paths, seed) -> Dataset:
         return Example(name, words=tuple(words), tags=tuple(tags))
 
     splits = [[sentence(f"{name}-{i}") for i in range(n)] for name, n in (("a", 200), ("b", 60), ("c", 60))]
-    return Dataset("ner", "token", labels, *splits)
+    return Dataset(tasks.TASKS["ner"], labels, *splits)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,15 @@ def pieces(tmp_path_factory) -> Path:
     return path
 
 
+def read_toys(patch: pytest.MonkeyPatch) -> None:
+    """The toys in place of the tasks' files."""
+    for name, read in {"quality": sequence_task, "closed": sequence_task, "ner": token_task}.items():
+        patch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], read=read))
+
+
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", {"quality": sequence_task, "closed": sequence_task, "ner": token_task})
+    read_toys(monkeypatch)
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import alone
     torch.set_num_threads(1)
@@ -94,7 +102,7 @@ def run(task: str, out: Path, model: str = "random:tiny", **options) -> dict:
 def results(tmp_path_factory, pieces) -> dict[str, Path]:
     """One run of each task, with two seeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TASKS", {"quality": sequence_task, "ner": token_task})
+        read_toys(patch)
         patch.setitem(PRESETS, "tiny", SMALL)
         torch.set_num_threads(1)
         folder = tmp_path_factory.mktemp("results")
@@ -188,7 +196,7 @@ def test_entities_of_standard_input_are_marked(results):
 
 def test_colours_surround_an_entity_on_a_terminal_alone():
     text, tags = "use numpy, please", ["O", "B-Library", "O", "O"]
-    spans = marking.words(text)
+    spans = marking.word_spans(text)
     assert marking.mark(text, spans, tags, colour=False) == "use [numpy](Library), please"
     coloured = marking.mark(text, spans, tags, colour=True)
     assert coloured.startswith("use \x1b[1;3") and coloured.endswith("Library\x1b[0m, please")
@@ -199,7 +207,7 @@ def test_colours_surround_an_entity_on_a_terminal_alone():
     ("a  b\n", ["a", "b"]),
 ])  # fmt: skip
 def test_words_are_cut_as_in_the_corpus(text, words):
-    assert [text[a:b] for a, b in marking.words(text)] == words
+    assert [text[a:b] for a, b in marking.word_spans(text)] == words
 
 
 def network(pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0) -> Network:
@@ -228,10 +236,10 @@ def test_dropout_depends_on_the_step_alone(pieces):
 def test_words_past_the_last_position_have_no_entity(pieces):
     ours = network(pieces, "token", positions=6)
     (item,) = ours.encode([Example("", words=("please",) * 20, tags=(1,) * 20)])
-    assert len(item.ids) == 6 and len(item.rows) <= 4
+    assert len(item.ids) == 6 and len(item.word_indices) <= 4
     (p,) = loop.predict(ours, [item])
     assert p.shape == (20, 3)
-    assert (p[len(item.rows) :] == [1, 0, 0]).all()
+    assert (p[len(item.word_indices) :] == [1, 0, 0]).all()
 
 
 def test_a_prediction_does_not_depend_on_its_batch(pieces):
@@ -247,7 +255,7 @@ def test_batches_hold_whole_documents_up_to_their_tokens():
 
 
 def test_class_weights_make_classes_count_alike():
-    item = [loop.Item(np.zeros(1), np.zeros(1), np.zeros(1), np.array([label]), 1) for label in (0, 0, 0, 2)]
+    item = [loop.Encoded(np.zeros(1), np.zeros(1), np.zeros(1), np.array([label]), 1) for label in (0, 0, 0, 2)]
     weights = loop.class_weights(item, 3)
     assert weights[0] * 3 == pytest.approx(weights[2]) and weights[1] == 0
 
@@ -255,7 +263,7 @@ def test_class_weights_make_classes_count_alike():
 def test_class_weights_make_a_rare_class_likelier(pieces):
     data = sequence_task([], 0)
     rare = [e for i, e in enumerate(data.train) if e.label == 0 or i % 20 == 1]
-    data = Dataset("quality", "sequence", ("HQ", "LQ", "none"), rare, data.dev, data.test)
+    data = Dataset(tasks.TASKS["quality"], ("HQ", "LQ", "none"), rare, data.dev, data.test)
     share = {}
     for weigh in (False, True):
         config = FineTuneConfig(
@@ -294,7 +302,7 @@ def test_parameters_in_bf16_learn_and_are_saved_as_they_are(pieces, tmp_path):
     assert outcome.epochs[1]["loss"] < outcome.epochs[0]["loss"]
     assert ours.module.classifier.weight.dtype == torch.bfloat16
     ours.save(tmp_path)
-    again = encoder.load(tmp_path, {"kind": "sequence", "labels": ["a", "b", "c"]})
+    again = encoder.open_network(tmp_path, {"kind": "sequence", "labels": ["a", "b", "c"]})
     saved = dict(again.module.named_parameters())
     assert all(torch.equal(p.float().cpu(), saved[name].cpu()) for name, p in ours.module.named_parameters())
 
@@ -471,7 +479,7 @@ def test_an_encoder_of_hugging_face_is_trained_and_applied(kind, task, tmp_path,
     # the saved model finds in test what the trained one found
     with open(tmp_path / "out/predictions.csv", newline="") as file:
         predicted = [row["predicted"] for row in csv.DictReader(file)]
-    test = tasks.TASKS[task]([], tasks.SPLIT_SEED).test
+    test = tasks.TASKS[task].read([], tasks.SPLIT_SEED).test
     (tmp_path / "posts.txt").write_text("".join(f"{e.text or ' '.join(e.words)}\n" for e in test))
     capsys.readouterr()
     finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""A chat model on the tasks, without training: `python -m benchmarks.chat --task … --data … --model NAME --out DIR`.
+"""A chat model on the tasks, without training: `python -m minisobert.finetuning.chat --task … --model NAME …`.
 
 The splits and figures are those of finetune.py, and the folder --out holds metrics.json, predictions.csv and report.md
 in its format, with what the answers have cost. Extra [chat]; the key of the server is read from OPENAI_API_KEY.
@@ -25,17 +25,17 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-import finetune
-from benchmarks import prompts, table
-from minisobert.cli import Parser, fail
-from minisobert.config import FineTuneConfig
+from minisobert.cli import Parser, fail, flag, table
 from minisobert.files import new_folder, write_json
-from minisobert.finetuning import evaluation, report
+from minisobert.finetuning import evaluation, prompts, report
+from minisobert.finetuning.config import FineTuneConfig, config_class, task_options
 from minisobert.finetuning.evaluation import Evaluation
+from minisobert.finetuning.start import read_data
 from minisobert.hashing import key, permutation_keys
-from minisobert.tasks import metrics
+from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Dataset
 
+NAME = "minisobert.finetuning.chat"
 UNPARSABLE = "unparsable"  # a class of answers, after those of the task
 RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx
 
@@ -44,29 +44,29 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake, or the server's, ends in one line and exit status 2."""
     options = _options(argv)
     try:
-        config = FineTuneConfig(
+        config = config_class()(
             task=options.task, model=f"chat:{options.model}, {options.shots or 'zero'}-shot", data=tuple(options.data),
-            out=options.out, keep_leak=options.keep_leak, binary=options.binary,
+            out=options.out, **{name: getattr(options, name) for name in task_options()},
         )  # fmt: skip
         with new_folder(options.out) as folder:
-            data = sample(finetune.load(config), options.limit)
+            data = sample(read_data(config), options.limit)
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
                 texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
             headline = write(folder, options, config, data, texts, chat)
     except (ValueError, OSError) as error:
-        fail(f"benchmarks.chat: {error}")
+        fail(f"{NAME}: {error}")
     except KeyboardInterrupt:
-        print(f"\nbenchmarks.chat: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
+        print(f"\n{NAME}: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
         return 130
     print(f"{options.out}/report.md: {headline}")
     return 0
 
 
 def _options(argv: list[str] | None):
-    parser = Parser(prog="benchmarks.chat", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=tuple(prompts.INSTRUCTIONS))
+    parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="as for finetune.py")
     parser.add_argument("--model", required=True, metavar="NAME", help="as the server calls it")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results, a new one")
@@ -77,12 +77,12 @@ def _options(argv: list[str] | None):
     parser.add_argument("--price-out", type=float, metavar="X", help="dollars per million tokens of answers")
     parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help="of answers (default %(default)s)")
     parser.add_argument("--timeout", type=float, default=60, metavar="X", help="seconds for one answer (default 60)")
-    parser.add_argument("--keep-leak", action="store_true", help="as for finetune.py")
-    parser.add_argument("--binary", action="store_true", help="as for finetune.py")
+    for name in task_options():
+        parser.add_argument(flag(name), action="store_true", help="as for finetune.py")
     options = parser.parse_args(argv)
     for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
         if (value := getattr(options, name)) is not None and not least <= value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+            parser.error(f"{flag(name)} is {value}; it must be at least {least}")
     try:
         parts = urlsplit(options.base_url)
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -177,7 +177,7 @@ def sample(data: Dataset, limit: int | None) -> Dataset:
     return dataclasses.replace(data, test=[data.test[i] for i in sorted(chosen)], notes=[*data.notes, note])
 
 
-def evaluate(data: Dataset, classes: list[list[int]]) -> Evaluation:
+def evaluate_answers(data: Dataset, classes: list[list[int]]) -> Evaluation:
     """As finetune.py does, without ROC. The unparsable are a column of the confusion of documents; of macro-F1 they are
     no class. data: with what `prompts.parse` made of test."""
     one_hot = [np.eye(len(data.labels) + 1)[each] for each in classes]
@@ -198,7 +198,7 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
     asked = data.test
     examples, classes = zip(*(prompts.parse(data, e, text) for e, text in zip(asked, texts)))
     data = dataclasses.replace(data, test=list(examples))
-    evaluated = evaluate(data, list(classes))
+    evaluated = evaluate_answers(data, list(classes))
     unparsable = [(e.id, text) for e, text, each in zip(asked, texts, classes) if len(data.labels) in each]
     account = {n: sum(entry[n] or 0 for entry in chat.used) for n in ("prompt_tokens", "completion_tokens")}
     account |= {"answers": len(texts), "asked_now": chat.asked}
@@ -206,13 +206,10 @@ def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: l
     if options.price_in is not None:
         millions = account["prompt_tokens"] / 1e6, account["completion_tokens"] / 1e6
         account["dollars"] = millions[0] * options.price_in + millions[1] * options.price_out
-    counts = {name: len(getattr(data, name)) for name in ("train", "dev", "test")}
     results = {
-        "task": config.task, "model": config.model, "counts": counts, "seeds": [{"seed": 1, **evaluated.figures}],
-        **evaluation.mean_and_deviation([evaluated.figures]), "unparsable": len(unparsable),
-        "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)), "account": account,
-        "per_class": {name: scores._asdict() for name, scores in evaluated.per_class.items()},
-        "classes": evaluated.classes, "confusion": evaluated.confusion.tolist(), "notes": data.notes,
+        **report.summary(data, config.model, evaluated), "seeds": [{"seed": 1, **evaluated.figures}],
+        **evaluation.mean_and_deviation([evaluated.figures]), "unparsable": len(unparsable), "account": account,
+        "invented": sum(len(e.words) - len(before.words) for e, before in zip(examples, asked)),
         "settings": vars(options),
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
@@ -228,7 +225,7 @@ def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
     yield f"# {results['task']}: `{results['model']}`\n"
     yield from table(["figure, on test", ""], [[n, f"{x:.4f}"] for n, x in results["mean"].items()])
     yield f"\n{len(unparsable):,} of {results['counts']['test']:,} answers are unparsable and count as wrong."
-    if results["task"] == "ner":
+    if TASKS[results["task"]].kind == "token":
         yield f"{results['invented']:,} entities are not in their sentence and count as false positives."
     yield from ("", *(f"- {note}" for note in results["notes"]), "\n## Classes\n")
     rows = [[n, *(f"{s[x]:.4f}" for x in ("precision", "recall", "f1")), f"{s['support']:,}"]

@@ -1,4 +1,4 @@
-"""benchmarks.chat against a server on loopback that speaks the chat-completions protocol, and breaks it."""
+"""finetuning.chat against a server on loopback that speaks the chat-completions protocol, and breaks it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,9 +15,8 @@ import pytest
 
 pytest.importorskip("openai")
 
-from benchmarks import chat, prompts
 from minisobert import tasks
-from minisobert.finetuning import evaluation
+from minisobert.finetuning import chat, evaluation, prompts
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
 
@@ -28,7 +28,7 @@ def quality(paths, seed, **options) -> Dataset:
         texts = [f"{name} post {i} is {'good' if i % 3 else 'bad'}" for i in range(n)]
         return [Example(f"{name}-{i}", text, int("good" in text)) for i, text in enumerate(texts)]
 
-    return Dataset("quality", "sequence", ("LQ", "HQ"), split("a", 30), split("b", 6), split("c", 12), ["a toy"])
+    return Dataset(tasks.TASKS["quality"], ("LQ", "HQ"), split("a", 30), split("b", 6), split("c", 12), ["a toy"])
 
 
 def ner(paths, seed) -> Dataset:
@@ -37,7 +37,7 @@ def ner(paths, seed) -> Dataset:
         Example("1", words=("No", "idea"), tags=(0, 0)),
         Example("2", words=("numpy", "or", "Java"), tags=(1, 0, 3)),
     ]
-    return Dataset("ner", "token", LABELS, examples, examples, examples)
+    return Dataset(tasks.TASKS["ner"], LABELS, examples, examples, examples)
 
 
 class Server:
@@ -92,7 +92,8 @@ def late(handler: BaseHTTPRequestHandler) -> None:
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "TASKS", {"quality": quality, "ner": ner})
+    for name, read in {"quality": quality, "ner": ner}.items():
+        monkeypatch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], read=read))
     monkeypatch.setenv("OPENAI_API_KEY", "word")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
@@ -320,12 +321,13 @@ def test_entities_after_a_sentence_are_apart_from_it():
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(server, capsys, options, message):
     Path("notes.txt").write_text("milk\n")
-    assert refused(server, capsys, **options) == f"benchmarks.chat: {message}"
+    assert refused(server, capsys, **options) == f"minisobert.finetuning.chat: {message}"
     assert not server.requests and Path("notes.txt").read_text() == "milk\n"
 
 
 def test_nothing_is_written_where_the_data_cannot_be_read(server, capsys, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "quality", lambda *args, **options: Path("missing").read_text())
+    missing = replace(tasks.TASKS["quality"], read=lambda *args, **options: Path("missing").read_text())
+    monkeypatch.setitem(tasks.TASKS, "quality", missing)
     assert "missing" in refused(server, capsys, cache="new/answers.jsonl")
     assert not list(Path().iterdir())
 

@@ -1,4 +1,4 @@
-"""benchmarks.tasks: the table of results beside what was published."""
+"""finetuning.compare: the table of results beside what was published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tasks
+from minisobert.finetuning import compare
+from minisobert.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
 
 
 def folder(path: Path, task: str, model: str, mean: dict, std: dict | None = None, test: int = 1_200, **settings):
@@ -25,7 +28,7 @@ def test_results_stand_above_the_published_figures(tmp_path, capsys):
         folder(tmp_path / "b", "ner", "runs/base", {"f1": 0.6, "macro_f1": 0.5, "accuracy": 0.9}),
         folder(tmp_path / "c", "quality", "chat:gpt, 5-shot", {"accuracy": 0.4, "macro_f1": 0.3}),
     ]  # fmt: skip
-    assert tasks.main([str(path) for path in folders]) == 0
+    assert compare.main([str(path) for path in folders]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| model | quality: accuracy / macro-F1 | closed: ")
     assert lines[2] == "| runs/base | 87.6 ± 0.4 / 87.1 ± 0.5 (n 1,200, 3 seeds) |  | 60.0 (n 1,200) |  |"
@@ -40,7 +43,7 @@ def test_results_of_other_options_and_sizes_are_told_apart(tmp_path):
     figures = {"accuracy": 0.5, "macro_f1": 0.5}
     plain = folder(tmp_path / "a", "quality", "tfidf", figures, keep_leak=False)
     leak = folder(tmp_path / "b", "quality", "tfidf", figures, keep_leak=True, test=80)
-    lines = tasks.lines([plain, leak], tasks.PUBLISHED)
+    lines = compare.lines([plain, leak])
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| tfidf", "| tfidf --keep-leak"]
     assert lines[-1].startswith("quality: the results are of 80 and 1,200 test examples")
 
@@ -51,40 +54,39 @@ def test_the_difference_of_two_models_is_measured_in_its_standard_error(tmp_path
     other = folder(tmp_path / "b", "ner", "random:base", {"f1": 0.58}, {"f1": 0.013})
     stats = pytest.importorskip("scipy.stats")
     t, _ = stats.ttest_ind_from_stats(0.61, 0.007, 3, 0.58, 0.013, 3, equal_var=False)
-    last = tasks.lines([one, other], tasks.PUBLISHED)[-1]
+    last = compare.lines([one, other])[-1]
     assert last == f"| ner, F1 | runs/base | random:base | +3.00 ± {3 / t:.2f} | {t:.1f} standard errors |"
 
 
-def test_the_page_has_the_figures_of_the_issue():
-    rows = [(row["model"], row["task"], row["accuracy"], row["F1"]) for row in tasks.published(tasks.PUBLISHED)]
+def test_published_figures_are_those_of_their_task():
+    rows = [(model, task, cell) for task in TASKS.values() for model, _, cell in task.published]
+    assert all(len([float(x) for x in cell.split(" / ")]) == len(task.figures) for _, task, cell in rows)
     assert len(rows) == 11
-    assert ("ModernBERT-large", "closed", "71.3", "") in rows and ("SoftNER", "ner", "", "79.10") in rows
+    assert ("ModernBERT-large", TASKS["closed"], "71.3 / 58.2") in rows and ("SoftNER", TASKS["ner"], "79.10") in rows
+
+
+def test_the_page_of_published_figures_holds_those_of_the_records():
+    header, line, *rows = compare.lines([])[: 2 + 6]
+    page = (ROOT / "docs/published-results.md").read_text()
+    assert "\n".join([header, line, *(row.replace(f" {compare.MARK}", "") for row in rows)]) + "\n\n" in page
 
 
 def test_the_page_of_results_holds_what_its_folders_give():
-    page = tasks.PUBLISHED.parents[1] / "benchmarks/results/tasks.md"
-    names = [f"{task}-{model}" for model in ("tiny", "random", "tfidf") for task in tasks.FIGURES]
+    page = ROOT / "benchmarks/results/tasks.md"
+    names = [f"{task}-{model}" for model in ("tiny", "random", "tfidf") for task in TASKS]
     folders = [folder for name in names if (folder := page.with_suffix("") / name).exists()]
-    assert "\n".join(tasks.lines(folders, tasks.PUBLISHED)) in page.read_text()
+    assert "\n".join(compare.lines(folders)) in page.read_text()
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     def refused(*paths: Path) -> str:
         with pytest.raises(SystemExit) as exit:
-            tasks.main([str(path) for path in paths])
+            compare.main([str(path) for path in paths])
         assert exit.value.code == 2
         return capsys.readouterr().err
 
     one, two = (folder(tmp_path / n, "ner", "m", {"f1": 0.5}) for n in "ab")
-    assert refused(one, two) == f"benchmarks.tasks: {one} and {two} both hold m on ner; name one of them\n"
+    assert refused(one, two) == f"minisobert.finetuning.compare: {one} and {two} both hold m on ner; name one of them\n"
     (two / "metrics.json").write_text("[]")
-    assert "metrics.json is not what finetune.py or benchmarks.chat writes" in refused(two)
+    assert "metrics.json is not what finetune.py or finetuning.chat writes" in refused(two)
     assert "No such file or directory; give the --out of" in refused(tmp_path / "c")
-
-
-@pytest.mark.parametrize("row", ["| m | ner | 1 | 2 | | s |", "| m | fruit | 1 | 2 | | s |", "| m | ner | | | 3 |"])
-def test_a_row_of_the_page_that_fits_no_task_is_named(tmp_path, row):
-    page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n| {' | '.join(tasks.COLUMNS)} |\n|---|---|---|---|---|---|\n{row}\n")
-    with pytest.raises(ValueError, match="must have a task and the figures of it alone"):
-        tasks.published(page)

@@ -1,4 +1,4 @@
-"""What `benchmarks.chat` asks a model, and what its answers mean.
+"""What `finetuning.chat` asks a model, and what its answers mean.
 
 For a sequence task the answer has to be a label alone; for ner a list of {"text", "type"}, whose texts are found again
 in the sentence as runs of whole words, in order. Any other answer is unparsable. An entity that the sentence does not
@@ -19,15 +19,6 @@ from minisobert.hashing import key, permutation_keys
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
 
-INSTRUCTIONS = {
-    "quality": "You judge questions of Stack Overflow. HQ is a question of high quality, with a high score and never "
-    "edited. LQ_EDIT is one of low quality, with a negative score, that was edited and stayed open. LQ_CLOSE is one "
-    "of low quality that was closed without an edit.",
-    "closed": "You are shown a question of Stack Overflow. Tell whether the community has closed it, and why.",
-    "obsoletion": "You are shown the title of a question of Stack Overflow and an answer to it. Tell whether the "
-    "answer is obsolete, because it is deprecated, outdated or out of date, or still current.",
-    "ner": "You find named entities in sentences of Stack Overflow, which are given as words with a space between.",
-}
 LONGEST = 8_000  # characters of a post: about the 2,048 tokens that our encoders read
 _FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.S)
 
@@ -51,7 +42,7 @@ def introduction(data: Dataset, shots: int) -> list[dict]:
             'entity, in the order of the sentence, {"text": its words as they stand there, "type": its type}. Without '
             "entities answer []."
         )
-    messages = [{"role": "system", "content": f"{INSTRUCTIONS[data.task]} {how}"}]
+    messages = [{"role": "system", "content": f"{data.task.instruction} {how}"}]
     for _, e in sorted(zip(turns, order), key=lambda pair: pair[0])[:shots]:
         messages += [question(data, e), {"role": "assistant", "content": answer(data, e)}]
     return messages

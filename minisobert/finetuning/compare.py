@@ -1,0 +1,127 @@
+"""All models on all tasks: `python -m minisobert.finetuning.compare RESULT_FOLDER …`, from the folders' metrics.json.
+
+The folders are those of finetune.py and finetuning.chat. Figures are percentages of test: the mean ± the standard
+deviation over the seeds, with the number of test examples. Below them stand figures that were published elsewhere, and
+by how much the model that is named first on a task is better than the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from minisobert.cli import Parser, fail, flag, table, words
+from minisobert.finetuning.config import task_options
+from minisobert.tasks import TASKS
+
+NAME = "minisobert.finetuning.compare"
+MARK = "†"  # of a model whose figures were published elsewhere
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0. A user's mistake ends in one line and exit status 2."""
+    parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULT_FOLDER")
+    folders = parser.parse_args(argv).folders
+    try:
+        print("\n".join(lines(folders)))
+    except ValueError as error:
+        fail(f"{NAME}: {error}")
+    return 0
+
+
+def lines(folders: list[Path]) -> list[str]:
+    """The table in Markdown and what has to be said about it. Raises ValueError where a folder can't be read, and where
+    two folders hold results of the same model on the same task."""
+    of_task: dict[str, list[Result]] = defaultdict(list)
+    ours: dict[str, dict[str, str]] = defaultdict(dict)  # model → task → cell
+    for found in map(result, folders):
+        for other in of_task[found.task]:
+            if other.model == found.model:
+                raise ValueError(
+                    f"{other.folder} and {found.folder} both hold {found.model} on {found.task}; name one of them"
+                )
+        of_task[found.task].append(found)
+        ours[found.model][found.task] = found.cell
+    theirs: dict[str, dict[str, str]] = defaultdict(dict)
+    for task in TASKS.values():
+        for model, source, cell in task.published:
+            theirs[f"{model} {MARK} ({source})"][task.name] = cell
+    columns = [f"{task.name}: {' / '.join(map(shown, task.figures))}" for task in TASKS.values()]
+    rows = [[model, *(cells.get(task, "") for task in TASKS)] for model, cells in [*ours.items(), *theirs.items()]]
+    notes = [
+        f"{task}: the results are of {words([f'{n:,}' for n in sorted(sizes)], 'and')} test examples, not of the "
+        "same ones; compare them with care."
+        for task, results in of_task.items()
+        if len(sizes := {found.size for found in results}) > 1
+    ]
+    better = [
+        difference(first, other) for first, *others in of_task.values() for other in others if other.size == first.size
+    ]
+    if better:
+        notes += ["", *table(["task, figure", "model", "beside", "difference ± its standard error", ""], better)]
+    return [
+        *table(["model", *columns], rows),
+        "",
+        "Percentages of test, mean ± standard deviation over the seeds; n: test examples.",
+        f"{MARK} Published elsewhere, on other splits: docs/published-results.md.",
+        *notes,
+    ]
+
+
+class Result(NamedTuple):
+    folder: Path
+    task: str
+    model: str
+    size: int  # of test
+    seeds: int
+    mean: dict[str, float]
+    std: dict[str, float]  # over the seeds; empty for a single one
+
+    @property
+    def cell(self) -> str:
+        spread = {name: f" ± {100 * self.std[name]:.1f}" if self.std else "" for name in TASKS[self.task].figures}
+        figures = " / ".join(f"{100 * self.mean[name]:.1f}{spread[name]}" for name in spread)
+        return f"{figures} (n {self.size:,}{f', {self.seeds} seeds' if self.seeds > 1 else ''})"
+
+
+def result(folder: Path) -> Result:
+    """What a folder holds."""
+    path = folder / "metrics.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        task, seeds = found["task"], len(found["seeds"])
+        std = found["std"] if seeds > 1 else {}
+        options = [flag(name) for name in task_options() if found["settings"].get(name)]
+        model = " ".join([found["model"], *options])
+        mean, std = ({name: float(of[name]) for name in TASKS[task].figures if of} for of in (found["mean"], std))
+        return Result(folder, task, model, found["counts"]["test"], seeds, mean, std)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give the --out of finetune.py or finetuning.chat") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not what finetune.py or finetuning.chat writes; make the results again") from None
+
+
+def difference(one: Result, other: Result) -> list[str]:
+    """A row: the main figure of one less that of the other; the standard error of a difference of means is that of
+    independent samples, sqrt(s₁²/n₁ + s₂²/n₂), which needs several seeds of both."""
+    name = TASKS[one.task].figures[-1]
+    less = one.mean[name] - other.mean[name]
+    row = [f"{one.task}, {shown(name)}", one.model, other.model]
+    if not (one.std and other.std):
+        return [*row, f"{100 * less:+.2f}", ""]
+    error = (one.std[name] ** 2 / one.seeds + other.std[name] ** 2 / other.seeds) ** 0.5
+    times = f"{less / error:.1f} standard errors" if error else ""
+    return [*row, f"{100 * less:+.2f} ± {100 * error:.2f}", times]
+
+
+def shown(figure: str) -> str:
+    """The name in tables of one in metrics.json: macro-F1."""
+    return figure.replace("_", "-").replace("f1", "F1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

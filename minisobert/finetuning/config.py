@@ -1,0 +1,71 @@
+"""What can be chosen in fine-tuning: a frozen dataclass whose fields are the options of finetune.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from minisobert.cli import check_options, flag, option, words
+from minisobert.config import MOST_TOKENS
+from minisobert.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """A fine-tuning run, or with `predict` the use of what one has made."""
+
+    task: str = option("", "task to learn", choices=TASKS)
+    model: str = option(
+        "",
+        "model to start from: folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, the "
+        "--out of a fine-tuning",
+        metavar="MODEL",
+    )
+    data: tuple[str, ...] = option((), "files or folders of the task, as they are published")
+    out: str = option("", "folder of the results; a new one")
+    tokenizer: str = option("", "for --model random:PRESET, the run or tokenizer.model whose tokenizer to use")
+    seeds: int = option(1, "number of trainings, with the seeds 1 to N and always the same split", least=1)
+    epochs: int = option(
+        10, "epochs of one training, at most; it ends when dev gets no better, and the best epoch is kept", least=1
+    )
+    learning_rate: float = option(
+        5e-5, "peak learning rate, reached after a tenth of the steps; 5e-4 suits the preset tiny", above=0,
+        below=math.inf,
+    )  # fmt: skip
+    tokens_per_batch: int = option(
+        4_096, "tokens of a batch, at most; it holds whole documents, and a longer one is a batch by itself", least=1,
+        most=MOST_TOKENS,
+    )  # fmt: skip
+    dropout: float = option(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
+    class_weights: bool = option(False, "weight each class by the inverse of its frequency")
+    predict: str = option(
+        "", "classify the posts of a file (.jsonl, or one a line) or of - (standard input)", metavar="FILE"
+    )
+
+    def __post_init__(self):
+        needed = ("model",) if self.predict else ("task", "model", "data", "out")
+        if self.predict and (self.task or self.data or self.out):
+            raise ValueError("--predict applies what is trained; give it --model, and no --task, --data or --out")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if f.name in needed and not value:
+                advice = f"choose {words(choices)}" if choices else f"give the {f.metadata['help'].split(';')[0]}"
+                raise ValueError(f"{flag(f.name)} is missing; {advice}")
+        check_options(self)
+        for name in task_options():
+            of = [task.name for task in TASKS.values() if name in task.options]
+            if getattr(self, name, False) and self.task not in of:
+                raise ValueError(f"{flag(name)} is for --task {words(of)}, given is {self.task or 'none'}")
+
+
+def task_options() -> dict[str, str]:
+    """Each option that is for some tasks alone → its line of --help."""
+    return {name: help for task in TASKS.values() for name, help in task.options.items()}
+
+
+def config_class() -> type[FineTuneConfig]:
+    """FineTuneConfig, with a field for each of `task_options` as well."""
+    group = "options of single tasks"
+    fields = [(name, bool, option(False, help, group=group)) for name, help in task_options().items()]
+    return dataclasses.make_dataclass("FineTuneConfig", fields, bases=(FineTuneConfig,), frozen=True)

@@ -1,0 +1,162 @@
+"""Encoders of Hugging Face on a task: any that transformers can put a classifier on, with its tokenizer (extra [hf]).
+
+The loop and the batches are those of models of ours; the network takes a batch in padded parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisobert.finetuning.config import FineTuneConfig
+from minisobert.finetuning.loop import Encoded, Outcome, fit
+from minisobert.tasks import TASKS
+from minisobert.tasks.dataset import Dataset, Example
+
+LONGEST = 2_048  # tokens, of a model that states no length of its own
+
+
+class Start:
+    """Where training begins: `hf:NAME_OR_PATH`."""
+
+    def __init__(self, config: FineTuneConfig):
+        self.config, self.name = config, config.model.removeprefix("hf:")
+        if config.tokenizer:
+            raise ValueError(f"--tokenizer is for random:PRESET; {config.model} has its own")
+        with explained(self.name):
+            # a word of a sentence has a space before it; byte-level tokenizers must be told, others do not listen
+            words = {"add_prefix_space": True} if TASKS[config.task].kind == "token" else {}
+            self.tokenizer = _transformers().AutoTokenizer.from_pretrained(self.name, **words)
+        _check_tokenizer(self.name, self.tokenizer)
+
+    def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
+        torch.manual_seed(seed)  # of the classifier's weights, and of dropout in the loop
+        names = dict(enumerate(data.labels))
+        with explained(self.name):
+            module, found = _auto(data.kind).from_pretrained(
+                self.name, id2label=names, label2id={name: i for i, name in names.items()}, dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # a classifier of another task is replaced
+                output_loading_info=True,
+            )  # fmt: skip
+        _check_weights(self.name, module.base_model_prefix, found)
+        return fit(Network(module, self.tokenizer, data.kind), data, self.config, seed, score)
+
+
+class Network:
+    """A model of transformers with its tokenizer, as `loop.fit` takes it."""
+
+    format = "transformers"
+    dtype = torch.float32  # of the parameters; on a GPU autocast computes in bf16
+
+    def __init__(self, module, tokenizer, kind: str):
+        if len(tokenizer) > (rows := module.get_input_embeddings().weight.shape[0]):
+            raise ValueError(
+                f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, the model {rows:,} rows of "
+                "embeddings; the tokenizer is another model's"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.module, self.tokenizer, self.kind = module.to(self.device), tokenizer, kind
+        positions = getattr(module.config, "max_position_embeddings", None) or LONGEST
+        if any(family in module.config.model_type for family in ("roberta", "camembert", "longformer", "mpnet")):
+            positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
+        self.longest = min(positions, tokenizer.model_max_length, LONGEST)
+
+    def encode(self, examples: list[Example]) -> list[Encoded]:
+        if self.kind == "sequence":
+            batch, words = [e.text for e in examples], False
+        else:
+            batch, words = [list(e.words) for e in examples], True
+        found = self.tokenizer(batch, truncation=True, max_length=self.longest, is_split_into_words=words)
+        ids = [np.array(each, dtype=np.int64) for each in found["input_ids"]]
+        if not words:
+            return [Encoded.document(e, each) for e, each in zip(examples, ids)]
+        items = []
+        for i, (e, each) in enumerate(zip(examples, ids)):
+            word = np.array([-1 if w is None else w for w in found.word_ids(i)])
+            kept, places = np.unique(word, return_index=True)  # the first piece of each
+            items.append(Encoded.sentence(e, each, places[kept >= 0], kept[kept >= 0]))
+        return items
+
+    def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
+        """Items of similar length, as many as have at most `tokens` places with their padding."""
+        parts: list[list[Encoded]] = []
+        for item in sorted(items, key=lambda item: len(item.ids)):
+            if not parts or (len(parts[-1]) + 1) * len(item.ids) > tokens:
+                parts.append([])
+            parts[-1].append(item)
+        return parts
+
+    def logits(self, items: list[Encoded], step: int | None) -> Tensor:
+        self.module.train(step is not None)
+        lengths = torch.tensor([len(item.ids) for item in items])
+        ids = torch.full((len(items), int(lengths.max())), self.tokenizer.pad_token_id)
+        for row, item in zip(ids, items):
+            row[: len(item.ids)] = torch.from_numpy(item.ids)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
+        if self.kind == "token":
+            at = [i * ids.shape[1] + item.places for i, item in enumerate(items)]
+            logits = logits.flatten(0, 1).index_select(0, torch.from_numpy(np.concatenate(at)).to(self.device))
+        return logits.float()
+
+    def save(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def open_network(folder: Path, task: dict) -> Network:
+    """What `Network.save` wrote. task: the content of the task.json beside it."""
+    transformers = _transformers()
+    with explained(str(folder)):
+        module = _auto(task["kind"]).from_pretrained(folder)
+        return Network(module, transformers.AutoTokenizer.from_pretrained(folder), task["kind"])
+
+
+def _transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("models of Hugging Face need transformers: pip install 'minisobert[hf]'") from None
+    transformers.logging.set_verbosity_error()  # it warns of the new classifier, which is what is wanted
+    return transformers
+
+
+def _auto(kind: str):
+    transformers = _transformers()
+    sequence = kind == "sequence"
+    return transformers.AutoModelForSequenceClassification if sequence else transformers.AutoModelForTokenClassification
+
+
+@contextlib.contextmanager
+def explained(name: str):
+    """Errors of transformers, of many kinds and many lines, as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # safetensors has one that is nothing else
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is no model that transformers can load here: {reason[:300]}") from None
+
+
+def _check_tokenizer(name: str, tokenizer) -> None:
+    if tokenizer.pad_token_id is None or not tokenizer.is_fast:
+        lacks = "padding token" if tokenizer.pad_token_id is None else "fast form, which knows the pieces of a word"
+        raise ValueError(f"the tokenizer of {name} has no {lacks}; choose another model")
+
+
+def _check_weights(name: str, encoder: str, found: dict) -> None:
+    """Raises ValueError where the files lack weights of the encoder, which would be random: a head may be new.
+
+    encoder: the name of the encoder within the model. found: transformers' account of what it has loaded."""
+    keys = [key if isinstance(key, str) else key[0] for key in (*found["missing_keys"], *found["mismatched_keys"])]
+    lost = sorted(key for key in keys if key.startswith(f"{encoder}.") and ".pooler." not in key)
+    if lost:
+        raise ValueError(
+            f"{name} lacks {len(lost):,} weights of its encoder, or has them in another size ({lost[0]}, …); "
+            "its files don't belong together"
+        )

@@ -1,0 +1,24 @@
+"""What a fine-tuning begins with: the examples of its task, and the model that is to learn them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minisobert.finetuning import baselines, encoder, huggingface
+from minisobert.finetuning.config import FineTuneConfig
+from minisobert.tasks import SPLIT_SEED, TASKS
+from minisobert.tasks.dataset import Dataset
+
+
+def read_data(config: FineTuneConfig) -> Dataset:
+    """Raises ValueError for whatever is wrong with the files."""
+    task = TASKS[config.task]
+    options = {name: getattr(config, name) for name in task.options}
+    return task.read([Path(path) for path in config.data], SPLIT_SEED, **options)
+
+
+def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start:
+    """Something with train(data, seed, score). Raises ValueError where there is no such model."""
+    if config.model == "tfidf":
+        return baselines.TfIdf(config)
+    return (huggingface if config.model.startswith("hf:") else encoder).Start(config)
