@@ -58,7 +58,9 @@ def prepare(
     """
     inputs = [Path(path) for path in inputs]
     _check_settings(vocab_size, workers)
-    total_bytes = check(inputs)
+    sources, total_bytes, notes = check(inputs)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if tokenizer is not None:
         tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
     texts = decontamination.read(decontaminate)
@@ -66,7 +68,7 @@ def prepare(
         spool, model = work / "spool", work / "tokenizer.model"
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            found = documents(inputs, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
+            found = documents(sources, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
             index, counts = _write_spool(spool, _batches(found), dropped, pool)
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
@@ -103,6 +105,7 @@ def prepare(
             "min_score": min_score,
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
+            "notes": notes,
         }
         write_meta(work, **meta)
     return meta

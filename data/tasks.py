@@ -12,10 +12,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.inputs import check
 from minisobert.config import Parser, fail
 from minisobert.corpus.shards import new_folder
 from minisobert.tasks import closed, obsoletion, quality
+from minisobert.tasks.dumps import site_of
 
 SETS = {  # task → its module and its classes; the last column of a row is its class
     "quality": (quality, quality.LABELS),
@@ -33,7 +33,7 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     dump = Path(dump)
     if not (dump.is_dir() or dump.suffix == ".7z"):
         raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
-    check([dump])
+    site_of(dump)
     report, written = [], 0
     with new_folder(out) as work:
         for task, (module, classes) in SETS.items():
