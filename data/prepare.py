@@ -278,7 +278,7 @@ def table(meta: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
-    kinds = ".7z of a site, folder with Posts.xml (and Comments.xml), .jsonl, .txt (.gz, .xz)"
+    kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")

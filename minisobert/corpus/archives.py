@@ -34,7 +34,7 @@ def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
     for what may be part of a dump, and otherwise by who reads it.
     """
     sizes: dict[str, int] = {}
-    with _archive(path, inside) as (archive, _):
+    with _archive(path, inside, threading.Event()) as (archive, _):
         for item in archive.files:
             if item.is_directory:
                 continue
@@ -103,7 +103,7 @@ class _Stream(io.RawIOBase):
     def _decompress(self) -> None:
         put, end = self._put, _End()
         try:
-            with _archive(self.path, self.inside[:-1]) as (archive, py7zr):
+            with _archive(self.path, self.inside[:-1], self.stopped) as (archive, py7zr):
 
                 class Writer(py7zr.Py7zIO):
                     def write(self, data):
@@ -133,6 +133,17 @@ class _Stream(io.RawIOBase):
             put(end)
 
 
+class _File(io.FileIO):
+    """An archive on disk. A thread that nobody waits for any more ends here, however much it still has to pass over."""
+
+    stopped: threading.Event
+
+    def readinto(self, buffer) -> int | None:
+        if self.stopped.is_set():
+            raise _End
+        return super().readinto(buffer)
+
+
 class _Inner(io.RawIOBase):
     """An archive in an archive as the seekable file that py7zr asks for, without a copy of it on disk.
 
@@ -140,8 +151,8 @@ class _Inner(io.RawIOBase):
     the end of the file, and then the members from the front on: as the tail is kept, that makes two passes.
     """
 
-    def __init__(self, path: Path, inside: Sequence[str]):
-        self.path, self.inside = path, inside
+    def __init__(self, path: Path, inside: Sequence[str], stopped: threading.Event):
+        self.path, self.inside, self.stopped = path, inside, stopped
         self.size = contents(path, inside[:-1])[inside[-1]]
         self.position = 0
         self.stream: _Stream | None = None
@@ -183,24 +194,28 @@ class _Inner(io.RawIOBase):
             self.buffered = io.BufferedReader(self.stream, 1 << 20)
         while passed := self.buffered.read(min(position - self.reached, _TAIL)):
             self.reached += len(passed)
+            if self.stopped.is_set():
+                raise _End
         data = self.buffered.read(size)
         self.reached += len(data)
         return data
 
 
 @contextmanager
-def _archive(path: Path, inside: Sequence[str] = ()):
-    """(an open archive, the py7zr package). Whatever is wrong with it is an `Unreadable` that names it."""
+def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
+    """(an open archive, the py7zr package). Whatever is wrong with it is an `Unreadable` that names it. stopped: set
+    where nobody reads any more."""
     try:
         import py7zr
         from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
     except ImportError:
         raise ValueError(f"{path}: reading .7z archives needs py7zr: pip install minisobert[dump]") from None
     name = ": ".join([str(path), *inside])
-    # opened here and not by name: py7zr would start threads of its own
-    file = io.BufferedReader(_Inner(path, inside), 1 << 20) if inside else open(path, "rb")  # noqa: SIM115
+    raw = _Inner(path, inside, stopped) if inside else _File(path)
+    raw.stopped = stopped
     try:
-        with file, py7zr.SevenZipFile(file) as archive:
+        # given as a file and not by name: py7zr would start threads of its own
+        with io.BufferedReader(raw, 1 << 20) as file, py7zr.SevenZipFile(file) as archive:
             yield archive, py7zr
     except (_End, Unreadable):
         raise
@@ -215,9 +230,8 @@ def _archive(path: Path, inside: Sequence[str] = ()):
     except Exception as error:  # py7zr lets the errors of eight decompressors through
         if isinstance(error, OSError) and error.errno:
             raise  # of the disk, not of the archive
-        raise Unreadable(
-            f"{name} is truncated or no .7z archive ({type(error).__name__}: {_short(error)})"
-        ) from None
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise Unreadable(f"{name} is truncated or no .7z archive ({reason})") from None
 
 
 def unpacking(archive: Path) -> str:

@@ -7,6 +7,7 @@ written to disk, whatever its members are called, because the largest holds hund
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
     posts, a site that is there twice, and archives that cannot be read.
     """
     tables: dict[str, dict[str, Member]] = {}  # the key of a site → the name of a table → the table
+    names: dict[str, str] = {}  # the key of a site → its name
     source: dict[str, Path] = {}  # the key of a site → the path with its posts
     left_out: list[str] = []
     for path in paths:
@@ -85,7 +87,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
             if name not in (POSTS, COMMENTS):
                 others.append(member.name)
                 continue
-            empty, key = False, _key(member)
+            empty, (key, names[key]) = False, _key(member)
             if twin := tables.setdefault(key, {}).get(name):
                 same = f"{twin} and {member} are {name[:-4]} of the same site; give one of them"
                 raise ValueError(f"{member} is given twice" if member == twin else same)
@@ -102,7 +104,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
             raise ValueError(f"{members[COMMENTS]} has no posts to go with; {_partner(members[COMMENTS])} is missing")
         if not members[POSTS].size:
             raise ValueError(f"{source[key]} holds no Posts.xml, or an empty one")
-        found.append(Site(key.rpartition("/")[2], source[key], members[POSTS], members.get(COMMENTS)))
+        found.append(Site(names[key], source[key], members[POSTS], members.get(COMMENTS)))
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no Posts.xml, but {_some(left_out)}")
     for a, b in combinations(found, 2):
@@ -144,15 +146,23 @@ def _volume(path: Path) -> ValueError:
     return ValueError(f"{path} is a volume of a split archive; {unpacking(path.with_suffix('.001'))}")
 
 
-def _key(member: Member) -> str:
-    """The same for posts and comments that belong together: the name of their site, or a place that ends in a name."""
-    parts = [*member.path.resolve().parts, *(part for name in member.inside for part in PurePosixPath(name).parts)]
-    while len(parts) > 1:
-        parts.pop()  # first the file, then the folders and archives that hold it, as long as only a table names them
-        name = re.sub(r"\.7z$", "", parts[-1], flags=re.I)
-        if site := _TABLE_SUFFIX.sub("", name):
-            return site.lower() if site != name or _DOMAIN.search(site) else "/".join([*parts[:-1], site])
-    return "/"
+def _key(member: Member) -> tuple[str, str]:
+    """(key, name) of the site: the same key for posts and comments that belong together.
+
+    It is the path of the folders and archives that hold the file, without the names of tables, from the last one on
+    that names a site, or from the root where none does.
+    """
+    path = Path(os.path.abspath(member.path))  # links are not followed: their names are the ones that tell the site
+    parts, named = [], 0
+    for part in [*path.parts, *(part for name in member.inside for part in PurePosixPath(name).parts)][:-1]:
+        name = re.sub(r"\.7z$", "", part, flags=re.I)
+        site = _TABLE_SUFFIX.sub("", name)
+        if not site:
+            continue
+        if site != name or _DOMAIN.search(site):
+            named, site = len(parts), site.lower()
+        parts.append(site)
+    return "/".join(parts[named:]), "/".join(parts[named or -1 :])
 
 
 def _partner(comments: Member) -> str:

@@ -5,12 +5,14 @@ import random
 import re
 import struct
 import threading
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from minisobert.corpus import archives
 from minisobert.corpus.dump import sites
 from minisobert.corpus.posts import posts
 
@@ -26,13 +28,14 @@ def pack(path: Path, *members: tuple[str, bytes | Path], **options) -> Path:
     return path
 
 
-def tables(site: str, comments: bool = True) -> dict[str, bytes]:
-    """The files of a site whose two posts and whose comments bear its name. All sites have the same Ids."""
-    content = (HEAD + GOOD.format(1) + GOOD.format(2)).replace("<p>b", f"<p>{site}").replace("&gt;b", f"&gt;{site}")
-    found = {"Posts.xml": f"{content}</posts>".encode(), "Users.xml": b"<users>\n</users>"}
-    if comments:
-        found["Comments.xml"] = f'<comments>\n<row Id="1" PostId="2" Text="{site}" />\n</comments>'.encode()
-    return found
+def tables(site: str) -> dict[str, bytes]:
+    """The files of a site with two posts and a comment, which hold its name. All sites have the same Ids."""
+    content = (HEAD + GOOD.format(1) + GOOD.format(2)).replace("&gt;b", f"&gt;{site}")
+    return {
+        "Posts.xml": f"{content}</posts>".encode(),
+        "Users.xml": b"<users>\n</users>",
+        "Comments.xml": f'<comments>\n<row Id="1" PostId="2" Text="{site}" />\n</comments>'.encode(),
+    }
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -42,25 +45,30 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def archives(folder: Path, site: str, **options) -> list[Path]:
+def per_table(folder: Path, site: str, **options) -> list[Path]:
     """One archive for each table."""
     folder.mkdir(parents=True, exist_ok=True)
     return [pack(folder / f"{site}-{name[:-4]}.7z", (name, x), **options) for name, x in tables(site).items()]
 
 
 def one_per_table(tmp_path):
-    return archives(tmp_path, "a.com")
+    return per_table(tmp_path, "a.com")
 
 
 def a_folder_of_one_per_table(tmp_path):
-    archives(tmp_path / "so", "a.com")
+    per_table(tmp_path / "so", "a.com")
     return [tmp_path / "so"]
 
 
 def one_per_table_in_two_folders(tmp_path):
-    posts, users, comments = archives(tmp_path / "1", "so")
+    posts, users, comments = per_table(tmp_path / "1", "so")
     (tmp_path / "2").mkdir()
     return [comments.rename(tmp_path / "2" / comments.name), users, posts]
+
+
+def one_per_table_with_folders_in_it(tmp_path):
+    (tmp_path / "so").mkdir()
+    return [pack(tmp_path / f"so/so-{name[:-4]}.7z", (f"x/y/{name}", x)) for name, x in tables("so").items()]
 
 
 def posts_and_comments_without_a_name(tmp_path):
@@ -69,7 +77,7 @@ def posts_and_comments_without_a_name(tmp_path):
 
 
 def an_archive_of_archives(tmp_path):
-    return [pack(tmp_path / "so.7z", *((path.name, path) for path in archives(tmp_path / "in", "so")))]
+    return [pack(tmp_path / "so.7z", *((path.name, path) for path in per_table(tmp_path / "in", "so")))]
 
 
 def an_archive_of_archives_of_archives(tmp_path):
@@ -103,15 +111,23 @@ def a_folder_for_each_table(tmp_path):
     return [tmp_path / "so"]
 
 
+def links(tmp_path):
+    for number, path in enumerate(per_table(tmp_path / "store", "so")):
+        path.rename(tmp_path / f"store/{number}")
+        (tmp_path / path.name).symlink_to(tmp_path / f"store/{number}")
+    return sorted(tmp_path.glob("*.7z"))
+
+
 def files(tmp_path):
     folder = write(tmp_path / "a", tables("a.com"))
     return [folder / "Posts.xml", folder / "Comments.xml", folder / "Users.xml"]
 
 
 LAYOUTS = [
-    one_per_table, a_folder_of_one_per_table, one_per_table_in_two_folders, posts_and_comments_without_a_name,
-    an_archive_of_archives, an_archive_of_archives_of_archives, one_archive, one_archive_in_capitals,
-    one_archive_in_small_letters, a_folder, a_folder_in_small_letters, a_folder_for_each_table, files,
+    one_per_table, a_folder_of_one_per_table, one_per_table_in_two_folders, one_per_table_with_folders_in_it,
+    posts_and_comments_without_a_name, an_archive_of_archives, an_archive_of_archives_of_archives, one_archive,
+    one_archive_in_capitals, one_archive_in_small_letters, a_folder, a_folder_in_small_letters,
+    a_folder_for_each_table, links, files,
 ]  # fmt: skip
 
 
@@ -151,7 +167,18 @@ def a_folder_of_folders(tmp_path):
 
 
 def two_sites_with_an_archive_per_table(tmp_path):
-    return [path for site in "ab" for path in archives(tmp_path, site)]
+    return [path for site in "ab" for path in per_table(tmp_path, site)]
+
+
+def an_archive_of_archives_per_table_of_two_sites(tmp_path):
+    found = [path for site in "ab" for path in per_table(tmp_path / "in", f"{site}.com")]
+    return [pack(tmp_path / "all.net.7z", *((path.name, path) for path in found))]
+
+
+def two_archives_per_table_with_two_sites(tmp_path):
+    found = {site: tables(site) for site in "ab"}
+    names = ("Posts.xml", "Comments.xml")
+    return [pack(tmp_path / f"all-{name[:-4]}.7z", *((f"{x}/{name}", found[x][name]) for x in "ab")) for name in names]
 
 
 def two_sites_whose_folders_have_one_name(tmp_path):
@@ -162,14 +189,15 @@ def two_sites_whose_folders_have_one_name(tmp_path):
     "layout",
     [
         two_archives, a_folder_of_archives, an_archive_of_two_sites, a_folder_of_folders,
+        an_archive_of_archives_per_table_of_two_sites, two_archives_per_table_with_two_sites,
         two_sites_with_an_archive_per_table, two_sites_whose_folders_have_one_name,
     ],
     ids=lambda layout: layout.__name__,
 )  # fmt: skip
 def test_several_sites_are_kept_apart(tmp_path, layout):
     found, _ = sites(layout(tmp_path))
-    read = [[(post.body, post.comments) for post in posts(site, tmp_path, Counter())] for site in found]
-    assert read == [[(f"<p>{site}1</p>", []), (f"<p>{site}2</p>", [site])] for site in "ab"]
+    read = [[(post.body[3], [c[0] for c in post.comments]) for post in posts(x, tmp_path, Counter())] for x in found]
+    assert read == [[(site, []), (site, [site])] for site in "ab"]
 
 
 def test_a_dump_without_comments_is_read_and_says_so(tmp_path):
@@ -196,24 +224,25 @@ def test_all_that_is_left_out_is_named_in_one_line(tmp_path):
 
 
 REFUSED = [
-    (lambda d: archives(d, "so")[2:], "Comments.xml has no posts to go with; {d}/so-Posts.7z is missing"),
-    (lambda d: [*archives(d, "a")[:2], *archives(d, "b")[2:]], "no posts to go with; {d}/b-Posts.7z is missing"),
+    (lambda d: per_table(d, "so")[2:], "Comments.xml has no posts to go with; {d}/so-Posts.7z is missing"),
+    (lambda d: [*per_table(d, "a")[:2], *per_table(d, "b")[2:]], "no posts to go with; {d}/b-Posts.7z is missing"),
     (lambda d: [write(d, {"comments.xml": b"x"})], "comments.xml has no posts to go with; {d}/posts.xml is missing"),
     (lambda d: [pack(d / "a.7z", ("Comments.xml", b"x"))], "to go with; Posts.xml in {d}/a.7z is missing"),
-    (lambda d: archives(d, "so")[1:2], "so-Users.7z holds no Posts.xml, but so-Users.7z"),
-    (lambda d: [*archives(d, "a")[1:2], *archives(d, "b")[1:2]], "no Posts.xml, but a-Users.7z, b-Users.7z"),
+    (lambda d: per_table(d, "so")[1:2], "so-Users.7z holds no Posts.xml, but so-Users.7z"),
+    (lambda d: [*per_table(d, "a")[1:2], *per_table(d, "b")[1:2]], "no Posts.xml, but a-Users.7z, b-Users.7z"),
     (lambda d: [pack(d / "a.7z", ("a.csv", b"x"))], "a.7z holds no Posts.xml, but a.csv"),
     (lambda d: [*one_archive(d), pack(d / "b.7z", ("b.csv", b"x"))], "b.7z holds no Posts.xml, but b.csv"),
     (lambda d: [d], "{d} holds no Posts.xml"),
     (lambda d: [d / "none"], "none does not exist"),
     (lambda d: [write(d, {"Posts.xml": b""})], "holds no Posts.xml, or an empty one"),
+    (lambda d: [(d / "b").symlink_to(write(d / "a", tables("a"))) or d / "a", d / "b"], "are the same posts"),
     (lambda d: [*one_archive(d), d / "a.7z"], "a.7z: Posts.xml is given twice"),
     (lambda d: [write(d / "a", tables("a")), d], "a/Comments.xml is given twice"),
     (lambda d: [write(d, tables("a") | {"posts.xml": b"x"})], "{d}/Posts.xml and {d}/posts.xml are posts of the same"),
-    (lambda d: [write(d / "a.com", tables("a")), archives(d, "a.com")[0]], "are posts of the same site; give one"),
-    (lambda d: [archives(d / "1", "a")[0], archives(d / "2", "a")[0]], "are posts of the same site; give one of them"),
+    (lambda d: [write(d / "a.com", tables("a")), per_table(d, "a.com")[0]], "are posts of the same site; give one"),
+    (lambda d: [per_table(d / "1", "a")[0], per_table(d / "2", "a")[0]], "are posts of the same site; give one"),
     (lambda d: [write(d / n, tables("a")) for n in "12"], "{d}/1/Posts.xml and {d}/2/Posts.xml are the same posts"),
-    (lambda d: [archives(d, "a.com") and write(d, tables("a.com"))], "are the same posts; give one of them"),
+    (lambda d: [per_table(d, "a.com") and write(d, tables("a.com"))], "are the same posts; give one of them"),
     (lambda d: [pack(d / "a.7z", ("Posts.xml", b"x"), ("Posts.xml", b"y"))], "a.7z holds Posts.xml twice"),
 ]
 
@@ -320,6 +349,34 @@ def test_what_is_no_archive_is_one_short_line(tmp_path, content):
         sites([tmp_path / "a.7z"])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 200 + len(str(tmp_path))
+
+
+def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monkeypatch):
+    badges = random.Random(0).randbytes(3_000_000)  # they stand before the posts
+    (site,), _ = sites([pack(tmp_path / "a.7z", ("Badges.xml", badges), *tables("a").items(), filters=METHODS["Copy"])])
+    read, after = archives._File.readinto, []
+
+    def late(self, buffer):
+        while not self.stopped.is_set():
+            time.sleep(0.001)
+        after.append(read(self, buffer))
+        return after[-1]
+
+    monkeypatch.setattr(archives._File, "readinto", late)
+    with site.posts.open():
+        pass
+    assert after == []
+
+
+def test_nor_does_one_in_an_archive_in_an_archive(tmp_path):
+    inner = pack(tmp_path / "a.7z", ("Badges.xml", random.Random(0).randbytes(3_000_000)), filters=METHODS["Copy"])
+    outer = pack(tmp_path / "b.7z", ("a.7z", inner), filters=METHODS["Copy"])
+    stopped = threading.Event()
+    with archives._Inner(outer, ["a.7z"], stopped) as file:
+        file.seek(1_500_000)
+        stopped.set()
+        with pytest.raises(archives._End):
+            file.read(1)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
