@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from minisobert.config import Parser, fail
+from minisobert.corpus.dump import is_dump
 from minisobert.corpus.shards import new_folder
 from minisobert.tasks import closed, obsoletion, quality
 from minisobert.tasks.dumps import site_of
@@ -31,7 +32,7 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     only when it is complete.
     """
     dump = Path(dump)
-    if not (dump.is_dir() or dump.suffix == ".7z"):
+    if not is_dump(dump):
         raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
     site_of(dump)
     report, written = [], 0

@@ -87,7 +87,9 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
             if name not in (POSTS, COMMENTS):
                 others.append(member.name)
                 continue
-            empty, (key, names[key]) = False, _key(member)
+            empty = False
+            key, site = _key(member)
+            names[key] = site
             if twin := tables.setdefault(key, {}).get(name):
                 same = f"{twin} and {member} are {name[:-4]} of the same site; give one of them"
                 raise ValueError(f"{member} is given twice" if member == twin else same)

@@ -25,7 +25,7 @@ from minisobert.corpus.html import comment_to_text, html_to_text
 KINDS = {"all": ("1", "2"), "questions": ("1",), "answers": ("2",)}
 LONGEST_ROW = 1 << 26  # bytes; a post has at most 30,000 characters
 BLOCK = 1 << 16  # bytes that are parsed at a time; a few rows are parsed again where one of them is damaged
-FABRICATED = 1_000_000_000
+FABRICATED = 1_000_000_000  # the Ids of invented posts begin here; see `genuine`
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, section 2.2
 _REFERENCE = re.compile(r"&#(?:([xX])([0-9a-fA-F]+)|([0-9]+));")
 _ID = re.compile(rb"(?<![A-Za-z])Id\s*=\s*[\"']([0-9]{1,18})[\"']")
@@ -215,7 +215,7 @@ def rows(
 def _blocks(stream: BinaryIO) -> Iterator[bytes]:
     """The file in pieces that, but for the first, begin where a row begins."""
     block = b""
-    while more := stream.read(min(BLOCK, LONGEST_ROW)):
+    while more := stream.read(min(max(BLOCK, len(block)), LONGEST_ROW)):  # twice as much, where a row goes on for long
         block += more
         cut = block.rfind(b"<row")
         if cut < 1 and len(block) > LONGEST_ROW:
@@ -236,8 +236,10 @@ class _Parsed(NamedTuple):
 
 
 def _parse(piece: bytes, opening: bytes, root: str, name: str) -> _Parsed:
-    """opening: the root's own tag, for a piece from the middle of the file. Every piece has a parser of its own, so
-    that nothing damaged reaches beyond its piece."""
+    """opening: the tag of the root, for a piece from the middle of the file.
+
+    Every piece has a parser of its own, so that no damage reaches beyond it.
+    """
     found: list[dict[str, str]] = []
     opened: list[dict[str, str]] = []  # the attributes of the elements that are open
     started = ended = False
