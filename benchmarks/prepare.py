@@ -23,7 +23,7 @@ import sentencepiece
 from benchmarks import machine, parser, show
 from data.prepare import prepare
 from minisobert.cli import table
-from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.dump import sites
 from minisobert.corpus.posts import posts
 from minisobert.corpus.tokenizer import train
 
@@ -69,8 +69,9 @@ def plain(dump: Path, out: Path, model: Path) -> int:
 
 
 def _unpack(dump: Path, folder: Path) -> Path:
-    for name in members(dump):
-        with open_member(dump, name) as stream, open(folder / name, "wb") as file:
+    (site,), _ = sites([dump])
+    for file_of_dump in filter(None, (site.posts, site.comments)):
+        with file_of_dump.open() as stream, open(folder / file_of_dump.name, "wb") as file:
             while block := stream.read(1 << 20):
                 file.write(block)
     return folder
@@ -96,9 +97,10 @@ def main() -> None:
         temporary = Path(temporary)
         (temporary / "xml").mkdir()
         dump = _unpack(options.dump, temporary / "xml") if options.dump.is_file() else options.dump
-        size = sum(members(dump).values()) / 1e6
+        (site,), _ = sites([dump])
+        size = sum(table.size for table in (site.posts, site.comments) if table) / 1e6
         model = temporary / "tokenizer.model"
-        texts = (post.text() for post in posts(dump, temporary, Counter()))
+        texts = (post.text() for post in posts(site, temporary, Counter()))
         model.write_bytes(train(texts, options.vocab_size))
 
         def ours(workers: int, out: Path) -> int:

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from minisobert.corpus import dump
+from minisobert.corpus.dump import Site, is_dump, sites
 from minisobert.corpus.posts import Post, posts
 from minisobert.corpus.texts import format_of, texts
 
 
-def check(inputs: list[Path]) -> int | None:
-    """The bytes there are to read, unpacked; None where a text file is packed. Raises ValueError for a missing file,
-    an unknown kind, a damaged archive, or a dump without posts."""
-    sizes: list[int | None] = []
+def check(inputs: Sequence[Path]) -> tuple[list[Site | Path], int | None, list[str]]:
+    """(sources, bytes, notes): the sites and text files to read, in order; their bytes, unpacked, None where a text
+    file is packed; and lines on what is missing or not read.
+
+    Raises ValueError for a missing file, an unknown kind, an archive that cannot be read, comments without their posts,
+    an input without posts, and for what is there twice.
+    """
     for path in inputs:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        if _is_dump(path):
-            members = dump.members(path)
-            if not members.get("Posts.xml"):
-                raise ValueError(f"{path} holds no Posts.xml, or an empty one")
-            sizes.append(sum(members.values()))
-        elif format_of(path):
-            sizes.append(path.stat().st_size if format_of(path) == path.suffix else None)
+        if not (is_dump(path) or format_of(path)):
+            raise ValueError(
+                f"{path} is of no known kind: .7z, a folder with Posts.xml or .7z archives, .jsonl or .txt (.gz, .xz)"
+            )
+    dumps = [path for path in inputs if is_dump(path)]
+    found, notes = sites(dumps) if dumps else ([], [])
+    sources: list[Site | Path] = []
+    for path in inputs:
+        if is_dump(path):
+            sources += [site for site in found if site.source == path]
+        elif path.resolve() in {source.resolve() for source in sources if isinstance(source, Path)}:
+            raise ValueError(f"{path} is given twice")
         else:
-            raise ValueError(f"{path} is of no known kind: .7z, a folder with Posts.xml, .jsonl or .txt (.gz, .xz)")
-    return None if None in sizes else sum(sizes)
+            sources.append(path)
+    return sources, _size(sources), notes
+
+
+def _size(sources: list[Site | Path]) -> int | None:
+    size = 0
+    for source in sources:
+        if isinstance(source, Site):
+            size += source.posts.size + (source.comments.size if source.comments else 0)
+        elif format_of(source) == source.suffix:
+            size += source.stat().st_size
+        else:
+            return None
+    return size
 
 
 def documents(
-    inputs: list[Path],
+    sources: Sequence[Site | Path],
     work: Path,
     dropped: Counter,
     *,
@@ -39,18 +59,15 @@ def documents(
     min_score: int | None,
     progress: Callable[[int], object],
 ) -> Iterator[tuple[int, int, Post | str]]:
-    """(source, thread, document) of every document: an index into `inputs`; the id of a question, or a line's number.
+    """(source, thread, document) of every document: an index into `sources`, because two sites have the same ids; the
+    id of a question, or a line's number.
 
     work, dropped, kind, min_score, progress: see `posts`.
     """
-    for source, path in enumerate(inputs):
-        if _is_dump(path):
-            for post in posts(path, work, dropped, kind=kind, min_score=min_score, progress=progress):
-                yield source, post.thread, post
+    for number, source in enumerate(sources):
+        if isinstance(source, Site):
+            for post in posts(source, work, dropped, kind=kind, min_score=min_score, progress=progress):
+                yield number, post.thread, post
         else:
-            for number, text in texts(path, dropped, progress):
-                yield source, number, text
-
-
-def _is_dump(path: Path) -> bool:
-    return path.is_dir() or path.suffix == ".7z"
+            for line, text in texts(source, dropped, progress):
+                yield number, line, text

@@ -59,7 +59,9 @@ def prepare(
     """
     inputs = [Path(path) for path in inputs]
     _check_settings(vocab_size, workers)
-    total_bytes = check(inputs)
+    sources, total_bytes, notes = check(inputs)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if tokenizer is not None:
         tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
     texts = decontamination.read(decontaminate)
@@ -67,7 +69,7 @@ def prepare(
         spool, model = work / "spool", work / "tokenizer.model"
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            found = documents(inputs, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
+            found = documents(sources, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
             index, counts = _write_spool(spool, _batches(found), dropped, pool)
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
@@ -104,6 +106,7 @@ def prepare(
             "min_score": min_score,
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
+            "notes": notes,
         }
         write_meta(work, **meta)
     return meta
@@ -276,7 +279,7 @@ def table(meta: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
-    kinds = ".7z of a site, folder with Posts.xml (and Comments.xml), .jsonl, .txt (.gz, .xz)"
+    kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")

@@ -12,11 +12,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data.inputs import check
 from minisobert.cli import Parser, fail, words
+from minisobert.corpus.dump import is_dump
 from minisobert.files import new_folder
 from minisobert.tasks import TASKS
-from minisobert.tasks.dumps import NothingToDerive
+from minisobert.tasks.dumps import NothingToDerive, site_of
 
 
 def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
@@ -26,9 +26,9 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     only when it is complete.
     """
     dump = Path(dump)
-    if not (dump.is_dir() or dump.suffix == ".7z"):
+    if not is_dump(dump):
         raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
-    check([dump])
+    site_of(dump)
     report, written = [], 0
     with new_folder(out) as work:
         for task in TASKS.values():

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,9 +132,16 @@ def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
 
 def test_several_inputs_become_one_corpus(site, tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    meta = prepare([site, tmp_path / "a.txt", site], tmp_path / "out", vocab_size=400, workers=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/Posts.xml").write_text((site / "Posts.xml").read_text().replace("Do ", "Undo "))
+    inputs = [site, tmp_path / "a.txt", tmp_path / "other"]
+    meta = prepare(inputs, tmp_path / "out", vocab_size=400, workers=1)
     assert (meta["posts"], meta["documents"]) == (240, 242)
-    assert meta["sources"] == ["site", "a.txt", "site"]
+    assert meta["sources"] == ["site", "a.txt", "other"]
+    assert meta["notes"] == ["no Comments.xml for other: the posts come without comments"]
+    for twice in ([site, site], [*inputs, inputs[1]]):
+        with pytest.raises(ValueError, match="is given twice"):
+            prepare(twice, tmp_path / "twice")
 
 
 def test_a_given_tokenizer_is_used_as_it_is(site, tmp_path):
@@ -290,9 +298,83 @@ def test_a_real_dump_comes_back_exactly(tmp_path):
         pytest.skip("the real dumps are not beside this checkout (../shared/data)")
     pytest.importorskip("py7zr")
     rendered = []
-    for batch in module._batches(module.documents([path], tmp_path, module.Counter(), kind="all", min_score=None,
+    sources, _, _ = module.check([path])
+    for batch in module._batches(module.documents(sources, tmp_path, module.Counter(), kind="all", min_score=None,
                                                   progress=lambda size: None)):  # fmt: skip
         rendered += [post.text() for *_, post in batch]
     meta = prepare([path], tmp_path / "out", vocab_size=4_000, workers=2)
     assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is an image alone
     assert sorted(texts(tmp_path / "out")) == sorted(filter(None, rendered))
+
+
+def pack(path, *files, **options):
+    with pytest.importorskip("py7zr").SevenZipFile(path, "w", **options) as archive:
+        for file in files:
+            archive.write(file, file.name)
+    return path
+
+
+def test_one_archive_for_each_table_goes_in(site, tmp_path, capsys):
+    (site / "Users.xml").write_text("<users>\n</users>")
+    dump = [
+        pack(tmp_path / f"stackoverflow.com-{name}.7z", site / f"{name}.xml") for name in ("Posts", "Comments", "Users")
+    ]
+    status, output, errors = run("--input", *dump, "--out", tmp_path / "a", "--workers", 1, capsys=capsys)
+    assert status == 0
+    assert re.search(r"^comments +2$", output, re.M)
+    assert "note: left out, as neither posts nor comments: stackoverflow.com-Users.7z\n" in errors
+    status, output, errors = run("--input", dump[0], "--out", tmp_path / "b", "--workers", 1, capsys=capsys)
+    assert status == 0
+    assert re.search(r"^comments +0$", output, re.M)
+    assert "note: no Comments.xml for stackoverflow.com: the posts come without comments\n" in errors
+    prepare([site], tmp_path / "c", workers=1)
+    content = {name: (tmp_path / name / "tokens.bin").read_bytes() for name in "abc"}
+    assert content["a"] == content["c"] != content["b"]
+
+
+def test_threads_of_two_sites_are_not_one_thread(site, tmp_path):
+    content = (site / "Posts.xml").read_text()
+    for name in ("a", "b"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "Posts.xml").write_text(content.replace("How", f"{name}: how"))
+    meta = prepare([tmp_path / "both"], tmp_path / "out", vocab_size=400, workers=1)
+    assert meta["posts"] == 240
+    held_out = texts(tmp_path / "out")[-12:]  # of 6 of 120 threads
+    of_site = {name: set(re.findall(f"{name}: how to do ([0-9]+)", "\n".join(held_out))) for name in ("a", "b")}
+    assert sum(map(len, of_site.values())) == 6
+    assert of_site["a"] != of_site["b"]
+
+
+def test_what_is_taken_out_of_a_dump_is_in_the_table(site, tmp_path, capsys):
+    bad = (
+        '<row Id="7" PostTypeId="1" Body="a&#x0E;b\0" />\n<row Id="77" PostTypeId="1" Body="x />\n'
+        '<row Id="1000000001" PostTypeId="1" OwnerUserId="-1" Body="invented" />\n'
+    )
+    (site / "Posts.xml").write_text((site / "Posts.xml").read_text().replace("</posts>", f"{bad}</posts>"))
+    status, output, _ = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
+    assert status == 0
+    rows = dict(re.findall("^dropped: (.*?)  +([0-9]+)$", output, re.M))
+    assert rows == {
+        "empty": "1", "neither question nor answer": "1", "comments of dropped posts": "2", "malformed rows": "1",
+        "control characters left out": "2", "fabricated rows": "1",
+    }  # fmt: skip
+    assert "ab" in texts(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda site, d: pack(d / "so-Comments.7z", site / "Comments.xml"), "so-Posts.7z is missing"),
+        (lambda site, d: pack(d / "a.7z", site / "Posts.xml", password="secret"), "is encrypted; unpack it (7z x "),
+        (lambda site, d: (site / "Posts.xml").rename(d / "a.7z.001"), "a volume of a split archive; unpack it (7z x "),
+        (lambda site, d: d, "site/Posts.xml are the same posts; give one of them"),
+    ],
+)
+def test_a_dump_that_does_not_go_in_is_one_short_line(site, tmp_path, capsys, make, message):
+    pack(tmp_path / "a.com.7z", site / "Posts.xml")
+    status, output, errors = run("--input", make(site, tmp_path), "--out", tmp_path / "out", capsys=capsys)
+    assert (status, output) == (2, "")
+    (line,) = errors.splitlines()
+    assert message in line
+    assert len(line) < 200 + 3 * len(str(tmp_path))
+    assert not (tmp_path / "out").exists()

@@ -1,138 +1,188 @@
-"""The files of a Stack Exchange dump as streams: from a folder, or out of a .7z archive without unpacking it.
+"""Stack Exchange data dumps: which sites some paths hold, and their tables as streams of bytes.
 
-Nothing of an archive is written to disk, whatever its members are called: the largest has 100 GB of XML.
+A dump has been published as one archive per site, one archive per table (`stackoverflow.com-Posts.7z`), and one archive
+of such archives; people also unpack them into folders. All of these are read where they lie: nothing of an archive is
+written to disk, whatever its members are called, because the largest holds hundreds of GB of XML.
 """
 
 from __future__ import annotations
 
-import io
-import queue
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import BinaryIO
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from minisobert.corpus.archives import contents, open_member, unpacking
+
+POSTS, COMMENTS = "posts.xml", "comments.xml"  # in lower case: the dumps of 2009 to 2011 write them so
+_TABLES = "badges|comments|posthistory|postlinks|posts|tags|users|votes"
+_TABLE_FILE = re.compile(rf"({_TABLES})\.xml", re.I)
+_TABLE_SUFFIX = re.compile(rf"(^|-)({_TABLES})$", re.I)
+_OTHER_ARCHIVE = re.compile(rf"(.*-)?(?!posts|comments)({_TABLES})\.7z", re.I)
+_VOLUME = re.compile(r"(.*\.7z)\.\d{3,}", re.I)
+_DOMAIN = re.compile(r"\.(com|net)$", re.I)  # of every Stack Exchange site
 
 
-def contents(archive: Path) -> dict[str, int]:
-    """The size in bytes of each file of an archive, by its name without folders."""
-    with _archive(archive) as (opened, _):
-        return {Path(item.filename).name: item.uncompressed for item in opened.list() if not item.is_directory}
+class Member(NamedTuple):
+    """A file on disk (`inside` is empty), or in an archive on disk: all names of `inside` but the last are archives.
 
+    size: in bytes, unpacked.
+    """
 
-def members(dump: Path) -> dict[str, int]:
-    """The size in bytes of `Posts.xml` and `Comments.xml`, as far as a dump holds them."""
-    if Path(dump).is_dir():
-        sizes = {path.name: path.stat().st_size for path in Path(dump).iterdir() if path.is_file()}
-    else:
-        sizes = contents(dump)
-    return {name: sizes[name] for name in ("Posts.xml", "Comments.xml") if name in sizes}
+    path: Path
+    inside: tuple[str, ...] = ()
+    size: int = 0
 
+    def __str__(self) -> str:
+        return ": ".join([str(self.path), *self.inside])
 
-@contextmanager
-def open_member(dump: Path, name: str) -> Iterator[BinaryIO]:
-    """One file of a dump, as a stream of bytes. From an archive it is decompressed by a thread, a little ahead."""
-    if Path(dump).is_dir():
-        with open(Path(dump) / name, "rb") as stream:
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.inside[-1]).name if self.inside else self.path.name
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        with open_member(self.path, self.inside) if self.inside else open(self.path, "rb") as stream:
             yield stream
-        return
-    member = _Member(Path(dump), name)
-    try:
-        yield io.BufferedReader(member, 1 << 20)
-    finally:
-        member.stop()
 
 
-class _Member(io.RawIOBase):
-    """One member of an archive. What goes wrong in the thread is raised by the read that runs into it."""
+class Site(NamedTuple):
+    """The tables of one site. source: the path, of those that were given, with its posts."""
 
-    def __init__(self, dump: Path, name: str):
-        self.dump, self.member = dump, name
-        self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(1)  # py7zr makes blocks of up to 128 MB
-        self.block = memoryview(b"")  # what is left of the one being read
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._decompress, daemon=True)
-        self.thread.start()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self.block:
-            block = self.blocks.get()
-            if not isinstance(block, bytes):
-                self.blocks.put(block)  # the end, or the failure, is there for the next read too
-                if isinstance(block, _End):
-                    return 0
-                raise block
-            self.block = memoryview(block)
-        size = min(len(buffer), len(self.block))
-        buffer[:size] = self.block[:size]
-        self.block = self.block[size:]
-        return size
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.thread.join()
-
-    def _put(self, block: bytes | BaseException) -> None:
-        while not self.stopped.is_set():
-            try:
-                return self.blocks.put(block, timeout=0.1)
-            except queue.Full:
-                pass  # the reader is slower, or gone
-        raise _End
-
-    def _decompress(self) -> None:
-        put, end = self._put, _End()
-        try:
-            with _archive(self.dump) as (archive, py7zr):
-
-                class Writer(py7zr.Py7zIO):
-                    def write(self, data):
-                        put(bytes(data))
-                        return len(data)
-
-                    def read(self, size=None):
-                        return b""
-
-                    def seek(self, offset, whence=0):
-                        return 0
-
-                    def flush(self):
-                        pass
-
-                    def size(self):
-                        return 0
-
-                class Factory(py7zr.WriterFactory):
-                    def create(self, filename):
-                        return Writer()
-
-                path = next(item.filename for item in archive.list() if Path(item.filename).name == self.member)
-                archive.extract(targets=[path], factory=Factory())
-        except BaseException as error:
-            end = error
-        with suppress(_End):
-            put(end)
+    name: str
+    source: Path
+    posts: Member
+    comments: Member | None
 
 
-class _End(Exception):
-    """In the queue: the member was read to its end. In the thread: nobody reads any more."""
+def is_dump(path: Path) -> bool:
+    """Whether `sites` is to look into a path: a folder, a .7z or a volume of one, or the XML of a table."""
+    name = path.name.lower()
+    return path.is_dir() or name.endswith(".7z") or bool(_VOLUME.fullmatch(name) or _TABLE_FILE.fullmatch(name))
 
 
-@contextmanager
-def _archive(dump: Path):
-    """(an open archive, the py7zr package). Whatever goes wrong inside is a ValueError that names the archive."""
-    try:
-        import py7zr
-    except ImportError:
-        raise ValueError(f"{dump}: reading .7z archives needs py7zr: pip install minisobert[dump]") from None
-    try:
-        # opened here and not by name: py7zr would start threads of its own
-        with open(dump, "rb") as file, py7zr.SevenZipFile(file) as archive:
-            yield archive, py7zr
-    except (_End, FileNotFoundError, ValueError):
-        raise
-    except Exception as error:  # py7zr lets the errors of eight decompressors through
-        raise ValueError(f"{dump} is truncated or no .7z archive ({type(error).__name__}: {error})") from None
+def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
+    """The sites of some dumps, in the order of the paths, and notes: lines on what is missing or is not read.
+
+    Posts and comments belong together if they lie in one place, or if the name says the same site: that of a domain, or
+    what stands before `-Posts` and `-Comments`. Raises ValueError for a path without posts, comments without their
+    posts, a site that is there twice, and archives that cannot be read.
+    """
+    tables: dict[str, dict[str, Member]] = {}  # the key of a site → the name of a table → the table
+    names: dict[str, str] = {}  # the key of a site → its name
+    source: dict[str, Path] = {}  # the key of a site → the path with its posts
+    left_out: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if _VOLUME.fullmatch(path.name):
+            raise _volume(path)
+        others, empty = [], True
+        for member in _files(Member(path)):
+            name = member.name.lower()
+            if name not in (POSTS, COMMENTS):
+                others.append(member.name)
+                continue
+            empty = False
+            key, site = _key(member)
+            names[key] = site
+            if twin := tables.setdefault(key, {}).get(name):
+                same = f"{twin} and {member} are {name[:-4]} of the same site; give one of them"
+                raise ValueError(f"{member} is given twice" if member == twin else same)
+            tables[key][name] = member
+            if name == POSTS:
+                source[key] = path
+        known = others and all(_TABLE_FILE.fullmatch(name) or _OTHER_ARCHIVE.fullmatch(name) for name in others)
+        if empty and not (known and len(paths) > 1):
+            raise ValueError(f"{path} holds no Posts.xml" + (f", but {_some(others)}" if others else ""))
+        left_out += others
+    found = []
+    for key, members in tables.items():
+        if POSTS not in members:
+            raise ValueError(f"{members[COMMENTS]} has no posts to go with; {_partner(members[COMMENTS])} is missing")
+        if not members[POSTS].size:
+            raise ValueError(f"{source[key]} holds no Posts.xml, or an empty one")
+        found.append(Site(names[key], source[key], members[POSTS], members.get(COMMENTS)))
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no Posts.xml, but {_some(left_out)}")
+    for a, b in combinations(found, 2):
+        if a.posts.size == b.posts.size and _begins(a.posts) == _begins(b.posts):
+            raise ValueError(f"{a.posts} and {b.posts} are the same posts; give one of them")
+    found.sort(key=lambda site: list(paths).index(site.source))
+    notes = []
+    if alone := [site.name for site in found if not site.comments]:
+        notes.append(f"no Comments.xml for {_some(alone)}: the posts come without comments")
+    if left_out:
+        notes.append(f"left out, as neither posts nor comments: {_some(left_out)}")
+    return found, notes
+
+
+def _files(member: Member) -> Iterator[Member]:
+    """Every file of a folder with its folders and archives; an archive that by its name has another table is a file."""
+    path, inside = member.path, member.inside
+    if not inside and _VOLUME.fullmatch(path.name):
+        if not _joined(path).exists():
+            raise _volume(path)
+        yield member  # it is read where its volumes were joined
+    elif not inside and path.is_dir():
+        for child in sorted(path.iterdir()):
+            yield from _files(Member(child))
+    elif member.name.lower().endswith(".7z") and not _OTHER_ARCHIVE.fullmatch(member.name):
+        for name, size in contents(path, inside).items():
+            yield from _files(Member(path, (*inside, name), size))
+    else:
+        yield member if inside else member._replace(size=path.stat().st_size)
+
+
+def _joined(volume: Path) -> Path:
+    return volume.with_suffix("")
+
+
+def _volume(path: Path) -> ValueError:
+    if _joined(path).exists():
+        return ValueError(f"{path} is a volume of a split archive; give {_joined(path)}, which lies beside it")
+    return ValueError(f"{path} is a volume of a split archive; {unpacking(path.with_suffix('.001'))}")
+
+
+def _key(member: Member) -> tuple[str, str]:
+    """(key, name) of the site: the same key for posts and comments that belong together.
+
+    It is the path of the folders and archives that hold the file, without the names of tables, from the last one on
+    that names a site, or from the root where none does.
+    """
+    path = Path(os.path.abspath(member.path))  # links are not followed: their names are the ones that tell the site
+    parts, named = [], 0
+    for part in [*path.parts, *(part for name in member.inside for part in PurePosixPath(name).parts)][:-1]:
+        name = re.sub(r"\.7z$", "", part, flags=re.I)
+        site = _TABLE_SUFFIX.sub("", name)
+        if not site:
+            continue
+        if site != name or _DOMAIN.search(site):
+            named, site = len(parts), site.lower()
+        parts.append(site)
+    return "/".join(parts[named:]), "/".join(parts[named or -1 :])
+
+
+def _partner(comments: Member) -> str:
+    """What should hold the posts that go with these comments, as far as names tell."""
+    path, *archives = comments.path, *comments.inside[:-1]
+    names = [path.name, *archives]
+    renamed = [re.sub("comments", lambda m: "posts" if m[0][0] == "c" else "Posts", n, flags=re.I) for n in names]
+    where = ": ".join([str(path.with_name(renamed[0])), *renamed[1:]])
+    return where if renamed != names else f"Posts.xml in {where}"
+
+
+def _begins(member: Member) -> bytes:
+    with member.open() as stream:
+        return stream.read(1 << 16)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """A list for one line: each name once, with how often it is there, and how many more there are."""
+    counts = list(Counter(names).items())
+    shown = [f"{name} ({n:,} times)" if n > 1 else name for name, n in counts[:most]]
+    return ", ".join(shown) + (f" and {len(counts) - most:,} more" if len(counts) > most else "")

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from minisobert.corpus.dump import open_member
+from minisobert.corpus.dump import Site, sites
 from minisobert.corpus.html import html_to_text
-from minisobert.corpus.posts import rows
+from minisobert.corpus.posts import genuine, rows
 from minisobert.hashing import key
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles
@@ -26,11 +26,22 @@ class NothingToDerive(ValueError):
     """A dump that is sound, but holds nothing that the task is about."""
 
 
+def site_of(dump: Path) -> Site:
+    """The one site of a dump; an archive of posts brings the archive of comments that lies beside it."""
+    comments = dump.with_name(re.sub(r"posts(?=\.7z$)", "Comments", dump.name, flags=re.I))
+    found, _ = sites([dump, comments] if comments != dump and comments.exists() else [dump])
+    if len(found) > 1:
+        names = ", ".join(site.name for site in found)
+        raise ValueError(f"{dump} holds {len(found)} sites ({names}); give one of them")
+    return found[0]
+
+
 def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     """The attributes of every question and answer that has an id and a body. notes: see `note`."""
     dropped: Counter = Counter()
-    with open_member(dump, "Posts.xml") as stream:
-        for row in rows(stream, f"{dump}: Posts.xml", "posts", dropped):
+    table = site_of(dump).posts
+    with table.open() as stream:
+        for row in genuine(rows(stream, str(table), "posts", dropped), dropped):
             if row.get("PostTypeId") not in ("1", "2"):
                 continue
             if number(row, "Id") and row.get("Body", "").strip():

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisobert.corpus import dump
+from minisobert.corpus.archives import contents, open_member
+from minisobert.corpus.dump import POSTS
 from minisobert.files import COMPRESSED, open_binary
 
 DUMP = "dump"
@@ -34,7 +35,7 @@ class File:
 
     @property
     def stem(self) -> str:
-        return re.sub(r"(\.(csv|txt|7z|xz|gz))+$", "", self.member or self.path.name)
+        return re.sub(r"(\.(csv|txt|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
 
     @property
     def split(self) -> str | None:
@@ -48,7 +49,7 @@ class File:
     def text(self, newline: str) -> Iterator[io.TextIOBase]:
         """The decoded file. Whatever is wrong with it is a ValueError that names it."""
         if self.member:
-            opened = dump.open_member(self.path, self.member)
+            opened = open_member(self.path, [self.member])
         else:
             opened = open_binary(self.path)
         try:
@@ -69,7 +70,7 @@ def find(paths: Sequence[Path]) -> list[File]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        if path.is_dir() and not (path / "Posts.xml").exists():
+        if path.is_dir() and not any(p.name.lower() == POSTS for p in path.iterdir()):
             inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
             found += [file for p in inside for file in _expand(p, named=False)]
             continue
@@ -83,11 +84,11 @@ def find(paths: Sequence[Path]) -> list[File]:
 def _expand(path: Path, named: bool) -> list[File]:
     if path.is_dir():
         return [File(path, DUMP, named)]
-    if path.name == "Posts.xml":
+    if path.name.lower() == POSTS:
         return [File(path.parent, DUMP, named)]
     if path.suffix == ".7z":
-        members = dump.contents(path)
-        if "Posts.xml" in members:
+        members = contents(path)
+        if any(re.search(r"(^|/)posts\.xml$|\.7z$", member, re.I) for member in members):
             return [File(path, DUMP, named)]
         return [File(path, Path(m).suffix, named, m) for m in sorted(members) if Path(m).suffix in (".csv", ".txt")]
     kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix

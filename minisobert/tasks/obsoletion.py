@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.corpus.dump import members, open_member
 from minisobert.corpus.html import html_to_text
 from minisobert.corpus.posts import rows as xml_rows
 from minisobert.hashing import key, mix
@@ -86,7 +85,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
 
     Posts.xml is read twice, so that memory holds three numbers for each answer and the texts of those chosen.
     """
-    there = obsolete is None or "Comments.xml" in members(dump)
+    there = obsolete is None or dumps.site_of(dump).comments
     said = _said_obsolete(dump, notes) if there else np.empty(0, np.int64)
     obsolete = said if obsolete is None else obsolete
     answers, questions, years = array("q"), array("q"), array("q")
@@ -121,11 +120,12 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
 
 def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
     """The posts that a comment calls obsolete, sorted."""
-    if "Comments.xml" not in members(dump):
+    table = dumps.site_of(dump).comments
+    if not table:
         raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
     found, dropped = set(), Counter()
-    with open_member(dump, "Comments.xml") as stream:
-        for row in xml_rows(stream, f"{dump}: Comments.xml", "comments", dropped):
+    with table.open() as stream:
+        for row in xml_rows(stream, str(table), "comments", dropped):
             if KEYWORDS.search(row.get("Text", "")) and (post := dumps.number(row, "PostId")):
                 found.add(post)
     dumps.note(dump, dropped, notes)

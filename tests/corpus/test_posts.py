@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from minisobert.corpus.dump import members, open_member
+from minisobert.corpus.dump import sites
 from minisobert.corpus.posts import Post, posts, rows
 
 DUMPS = Path(__file__).resolve().parents[2] / "../shared/data/dumps"
@@ -28,7 +30,8 @@ def dump(folder: Path, content: str | bytes, comments: str | None = None) -> Pat
 
 def read(folder: Path, tmp_path: Path, **settings) -> tuple[list[Post], Counter]:
     dropped: Counter = Counter()
-    found = list(posts(folder, tmp_path, dropped, **settings))
+    (site,), _ = sites([folder])
+    found = list(posts(site, tmp_path, dropped, **settings))
     assert not (tmp_path / "comments.sqlite").exists()
     return found, +dropped
 
@@ -83,7 +86,7 @@ def test_posts_are_chosen_by_kind_and_score(tmp_path):
 
 
 BAD_ROWS = {
-    "a control character": '  <row Id="2" PostTypeId="1" Body="a&#x1F;b" />\n',
+    "a reference without an end": '  <row Id="2" PostTypeId="1" Body="a&#x1F b" />\n',
     "no id": '  <row PostTypeId="1" Body="a" />\n',
     "an id that is no number": '  <row Id="12x" PostTypeId="1" Body="a" />\n',
     "an id beyond 64 bits": '  <row Id="99999999999999999999" PostTypeId="1" Body="a" />\n',
@@ -93,7 +96,12 @@ BAD_ROWS = {
     "a quote never closed": '  <row Id="2" PostTypeId="1" Body="a />\n',
     "no end": '  <row Id="2" PostTypeId="1" Body="a"\n',
     "an unknown entity": '  <row Id="2" PostTypeId="1" Body="&nbsp;" />\n',
-    "two lines and an error": '  <row Id="2" PostTypeId="1"\n Body="&#0;" />\n',
+    "two lines and an error": '  <row Id="2" PostTypeId="1"\n Body="&nbsp;" />\n',
+    "no quote at the end, and no line end": '  <row Id="2" PostTypeId="1" Body="a',
+    "no beginning": 'ow Id="2" PostTypeId="1" Body="a" />\n',
+    "another name": '  <rov Id="2" PostTypeId="1" Body="a" />\n',
+    "no slash": '  <row Id="2" PostTypeId="1" Body="a" >\n',
+    "a comment that never ends": '  <!-- Id="2" PostTypeId="1" Body="a" />\n',
 }
 
 
@@ -106,22 +114,122 @@ def test_a_bad_row_is_counted_and_takes_no_other_with_it(tmp_path, row, times):
     assert dropped == {"malformed rows": times}
 
 
-def test_a_bad_first_or_last_row_is_survived(tmp_path):
-    bad = BAD_ROWS["a control character"]
-    found, dropped = read(dump(tmp_path / "d", bad + GOOD.format(1) + bad), tmp_path)
-    assert len(found) == 1
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_first_or_last_row_is_survived(tmp_path, row):
+    found, dropped = read(dump(tmp_path / "d", row + GOOD.format(1) + row), tmp_path)
+    assert [post.title for post in found] == ["t1"]
     assert dropped == {"malformed rows": 2}
 
 
-def test_bytes_that_are_no_utf8_cost_one_row(tmp_path):
-    content = (HEAD + GOOD.format(1) + GOOD.format(2)).encode().replace(b"b1", b"\xff") + b"</posts>"
+TOKENS = [b"<", b">", b'"', b"'", b"&", b"/>", b"\n", b"\0", b"\xff", b"<row ", b"</posts>", b"<!--", b"]]>", b"&#1;"]
+inserted = st.one_of(st.sampled_from(TOKENS), st.binary(max_size=3))
+edits = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from([0, 1, 2, 30]), inserted), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 5), edits, st.sampled_from([16, 300, 1 << 16]))
+def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
+    lines = [GOOD.format(n).encode() for n in range(6)]
+    whole = list(rows(io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>"), "Posts.xml", "posts", Counter()))
+    assert len(whole) == 6
+    for place, deleted, inserted in edits:
+        place %= len(lines[number]) + 1
+        lines[number] = lines[number][:place] + inserted + lines[number][place + deleted :]
+    stream = io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("minisobert.corpus.posts.BLOCK", block)
+        found = iter(list(rows(stream, "Posts.xml", "posts", Counter())))
+    assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in their order
+
+
+def test_a_file_that_is_cut_anywhere_is_refused():
+    content = (HEAD + "".join(map(GOOD.format, range(3))) + "</posts>").encode()
+    for size in range(len(content)):
+        with pytest.raises(ValueError, match=r"is (truncated|empty|no XML dump)"):
+            list(rows(io.BytesIO(content[:size]), "Posts.xml", "posts", Counter()))
+
+
+FORBIDDEN = [
+    "&#x0E;", "&#14;", "&#x1F;", "&#x1f;", "&#X1F;", "&#x0001F;", "&#0031;", "&#0;", "&#xFFFE;", "&#xffff;", "&#xD800;",
+    "&#57343;", "&#x110000;", "&#99999999999999999999;", "\x00", "\x08", "\x0e", "\x1f", "\ufffe", "\uffff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN, ids=ascii)
+def test_a_character_that_xml_forbids_costs_itself_alone(tmp_path, forbidden):
+    row = f'  <row Id="2" PostTypeId="1" Title="t2" Body="press {forbidden}⌘&#x2D;&#49;&#x1F600;&#xA;&amp;#x0E;" />\n'
+    comments = f'<row Id="1" PostId="2" Text="{forbidden}why?" />\n<row Id="2" PostId="1" Text="ok" />\n'
+    found, dropped = read(dump(tmp_path / "d", GOOD.format(1) + row + GOOD.format(3), comments), tmp_path)
+    assert [(post.title, post.comments) for post in found] == [("t1", ["ok"]), ("t2", ["why?"]), ("t3", [])]
+    assert found[1].body == "press ⌘-1😀\n&#x0E;"  # the last is HTML, which knows such references
+    assert dropped == {"control characters left out": 2}
+
+
+@pytest.mark.parametrize("code", [0x9, 0xD, 0x20, 0x7F, 0x85, 0xD7FF, 0xE000, 0xFFFD, 0x10FFFF])
+def test_a_character_that_xml_allows_is_kept(tmp_path, code):
+    for beside in ("", "&#x1F;"):  # also where the row is mended
+        row = f'<row Id="2" PostTypeId="1" Title="t" Body="a&#x{code:X};{beside}b" />\n'
+        (post,), _ = read(dump(tmp_path / "d", row), tmp_path)
+        assert post.body == f"a{chr(code)}b"
+
+
+def test_bytes_that_are_not_utf8_cost_themselves_alone(tmp_path):
+    content = (HEAD + GOOD.format(1) + GOOD.format(2)).encode().replace(b"b1", b"b\xff1\xed\xa0\x80") + b"</posts>"
     found, dropped = read(dump(tmp_path / "d", content), tmp_path)
-    assert [post.title for post in found] == ["t2"]
-    assert dropped == {"malformed rows": 1}
+    assert [post.body for post in found] == ["<p>b1</p>", "<p>b2</p>"]
+    assert dropped == {"bytes left out that are not UTF-8": 4}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_comments_of_a_row_that_cannot_be_read_are_not_without_their_post(tmp_path, row):
+    comments = "".join(f'<row Id="{n}" PostId="{post}" Text="c" />\n' for n, post in enumerate((1, 2, 2, 9)))
+    found, dropped = read(dump(tmp_path / "d", GOOD.format(1) + row + GOOD.format(3), comments), tmp_path)
+    assert [post.comments for post in found] == [["c"], []]
+    expected = {"malformed rows": 1, "comments of dropped posts": 2, "comments without their post": 1}
+    if ' Id="2"' not in row:  # there is nothing to tell them by
+        expected = {"malformed rows": 1, "comments without their post": 3}
+    assert dropped == expected
+
+
+def test_two_posts_with_one_id_do_not_make_a_count_negative(tmp_path):
+    found, dropped = read(dump(tmp_path / "d", GOOD.format(1) * 2, '<row Id="1" PostId="1" Text="c" />\n'), tmp_path)
+    assert [post.comments for post in found] == [["c"], ["c"]]
+    assert not dropped
+
+
+INVENTED = (
+    '<row Id="1000000001" PostTypeId="1" Score="1" Body="b" OwnerUserId="-1" Title="t" AnswerCount="1" />\n'
+    '<row Id="1000000010" PostTypeId="2" Score="1" Body="b" OwnerUserId="-1" />\n'
+)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rows_invented_for_the_dump_are_left_out(tmp_path, first):
+    genuine = GOOD.format(1) + GOOD.format(79_999_999)
+    comments = '<row Id="1" PostId="1000000010" Text="c" />\n'
+    content = INVENTED + genuine if first else genuine + INVENTED
+    found, dropped = read(dump(tmp_path / "d", content, comments), tmp_path)
+    assert [post.thread for post in found] == [1, 79_999_999]
+    assert dropped == {"fabricated rows": 2, "comments of dropped posts": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD.format(1) + GOOD.format(2).replace(" />", ' OwnerUserId="-1" />'),
+        GOOD.format(1) + GOOD.format(1_000_000_001),
+        GOOD.format(999_999_999) + INVENTED,
+    ],
+    ids=["of the Community user", "of a large Id", "of both, where the Ids have come so far"],
+)
+def test_genuine_rows_are_kept(tmp_path, content):
+    found, dropped = read(dump(tmp_path / "d", content), tmp_path)
+    assert len(found) == content.count("<row")
+    assert not dropped
 
 
 def test_a_bad_comment_is_counted(tmp_path):
-    comments = '<row Id="1" Text="no post" />\n<row Id="2" PostId="1" Text="&#x1F;" />\n<row Id="3" PostId="1" />\n'
+    comments = '<row Id="1" Text="no post" />\n<row Id="2" PostId="1" Text="&" />\n<row Id="3" PostId="1" />\n'
     found, dropped = read(dump(tmp_path / "d", GOOD.format(1), comments), tmp_path)
     assert found[0].comments == []
     assert dropped == {"malformed rows": 2, "empty comments": 1}
@@ -149,8 +257,9 @@ def test_what_genuine_dumps_look_like_is_read(tmp_path, content):
     [
         (HEAD + GOOD.format(1), "truncated"),
         (HEAD + GOOD.format(1) + GOOD.format(2)[:40], "truncated"),
-        (HEAD + BAD_ROWS["a control character"], "truncated"),
-        ("", "is empty"),
+        (HEAD + BAD_ROWS["a quote never closed"], "truncated"),
+        ("\n", "is empty"),
+        ('<?xml version="1.0"?>\n', "is empty"),
         (HEAD + "</posts>", "holds no posts"),
         ("no XML at all", "is no XML dump"),
         ("<html></html>", "the root element is <html>, not <posts>"),
@@ -178,7 +287,8 @@ def test_an_endless_row_is_given_up(monkeypatch):
 def test_an_archive_reads_like_its_folder(tmp_path):
     folder = dump(tmp_path / "d", "".join(map(GOOD.format, range(5_000))), '<row Id="1" PostId="7" Text="c" />\n')
     packed = archive(tmp_path / "site.7z", folder, prefix="some/where/")
-    assert members(packed) == members(folder)
+    ((there,), _), ((here,), _) = sites([packed]), sites([folder])
+    assert (there.posts.size, there.comments.size) == (here.posts.size, here.comments.size)
     assert read(packed, tmp_path) == read(folder, tmp_path)
 
 
@@ -213,7 +323,7 @@ def test_a_damaged_archive_is_refused_and_no_thread_is_left(tmp_path):
 def test_a_reader_may_stop_early(tmp_path):
     packed = archive(tmp_path / "site.7z", dump(tmp_path / "d", GOOD.format(1).replace("b1", "b" * 10_000) * 3_000))
     threads = threading.active_count()
-    with open_member(packed, "Posts.xml") as stream:
+    with sites([packed])[0][0].posts.open() as stream:
         assert stream.readline().startswith(b"<?xml")
         assert threading.active_count() > threads
     assert threading.active_count() == threads
@@ -221,8 +331,9 @@ def test_a_reader_may_stop_early(tmp_path):
 
 def test_without_py7zr_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "py7zr", None)
+    (tmp_path / "site.7z").touch()
     with pytest.raises(ValueError, match=r"pip install minisobert\[dump\]"):
-        members(tmp_path / "site.7z")
+        sites([tmp_path / "site.7z"])
 
 
 REAL = {"java-questions-2025.stackoverflow.com": (7_006, 12_706), "conlang.meta.stackexchange.com": (169, 230),

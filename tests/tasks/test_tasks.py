@@ -489,3 +489,25 @@ def test_reasons_and_their_dump():
         pytest.skip(f"needs {dump}")
     found = closed.read([dump, SHARED / "tasks/java_closed_reasons.csv.xz"], 0)
     assert len(everything(found)) == 3_761 and len(found.labels) == 6
+
+
+def test_a_dump_of_one_archive_per_table_is_one_dump(dump, tmp_path):
+    expected = obsoletion.derive(dump, 0, [])
+    (tmp_path / "so").mkdir()
+    for name in ("Posts", "Comments"):
+        archive(tmp_path / f"so/so-{name}.7z", dump / f"{name}.xml")
+    for path in (tmp_path / "so", tmp_path / "so/so-Posts.7z"):
+        assert obsoletion.derive(path, 0, []) == expected
+        assert len(everything(obsoletion.read([path], 0))) == len(expected)
+    (dump / "Posts.xml").rename(dump / "posts.xml")
+    assert len(everything(obsoletion.read([dump], 0))) == len(expected)
+    (tmp_path / "so/so-Posts.7z").rename(tmp_path / "so/b-Posts.7z")
+    with pytest.raises(ValueError, match=r"so-Posts\.7z is missing"):
+        derive(tmp_path / "so", tmp_path / "out")
+
+
+def test_a_dump_of_several_sites_is_refused(tmp_path):
+    for name in ("a", "b"):
+        site(tmp_path / name, [row(1, 100, Title=name)])
+    with pytest.raises(ValueError, match=r"holds 2 sites \(a, b\); give one of them"):
+        derive(tmp_path, tmp_path / "out")

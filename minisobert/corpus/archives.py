@@ -1,0 +1,245 @@
+"""Members of .7z archives as streams of bytes, archives in archives too; nothing is unpacked to disk.
+
+Members are named by `inside`: one name for a member of the archive at `path`, several where all but the last are
+archives again. Names are never used as paths, so that an archive cannot write anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import re
+import shlex
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_UNSUPPORTED = {  # methods that py7zr does not read, by their ids in the format
+    b"\x03\x03\x01\x1b": "BCJ2", b"\x0a": "ARM64", b"\x0b": "RISCV",
+    b"\x04\xf7\x11\x04": "LZ4", b"\x04\xf7\x11\x05": "LZ5", b"\x04\xf7\x11\x06": "Lizard",
+}  # fmt: skip
+_TAIL = 1 << 20  # bytes; holds the table of contents of an archive with some thousands of members
+
+
+class Unreadable(ValueError):
+    """An archive that cannot be read, in one line that says why."""
+
+
+def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
+    """The size in bytes, unpacked, of each file of an archive by its name there. inside: of an archive in the archive.
+
+    Raises ValueError for an archive that cannot be read; a method of compression that py7zr cannot read is found here
+    for what may be part of a dump, and otherwise by who reads it.
+    """
+    sizes: dict[str, int] = {}
+    with _archive(path, inside, threading.Event()) as (archive, _):
+        for item in archive.files:
+            if item.is_directory:
+                continue
+            if item.filename in sizes:
+                raise Unreadable(f"{': '.join([str(path), *inside])} holds {item.filename} twice")
+            if item.folder and item.filename.lower().endswith((".xml", ".7z")):
+                item.folder.get_decompressor(item.compressed)
+            sizes[item.filename] = item.uncompressed
+    return sizes
+
+
+@contextmanager
+def open_member(path: Path, inside: Sequence[str]) -> Iterator[BinaryIO]:
+    """The bytes of one member, decompressed by a thread, a little ahead of the reader."""
+    stream = _Stream(path, inside)
+    try:
+        yield io.BufferedReader(stream, 1 << 20)
+    finally:
+        stream.stop()
+
+
+class _End(Exception):
+    """In the queue: the member was read to its end. In the thread: nobody reads any more."""
+
+
+class _Stream(io.RawIOBase):
+    """One member of an archive. What goes wrong in the thread is raised by the read that runs into it."""
+
+    def __init__(self, path: Path, inside: Sequence[str]):
+        self.path, self.inside = path, inside
+        self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(1)  # py7zr makes blocks of up to 128 MB
+        self.block = memoryview(b"")  # what is left of the one being read
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._decompress, daemon=True)
+        self.thread.start()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.block:
+            block = self.blocks.get()
+            if not isinstance(block, bytes):
+                self.blocks.put(block)  # the end, or the failure, is there for the next read too
+                if isinstance(block, _End):
+                    return 0
+                raise block
+            self.block = memoryview(block)
+        size = min(len(buffer), len(self.block))
+        buffer[:size] = self.block[:size]
+        self.block = self.block[size:]
+        return size
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _put(self, block: bytes | BaseException) -> None:
+        while not self.stopped.is_set():
+            try:
+                return self.blocks.put(block, timeout=0.1)
+            except queue.Full:
+                pass  # the reader is slower, or gone
+        raise _End
+
+    def _decompress(self) -> None:
+        put, end = self._put, _End()
+        try:
+            with _archive(self.path, self.inside[:-1], self.stopped) as (archive, py7zr):
+
+                class Writer(py7zr.Py7zIO):
+                    def write(self, data):
+                        put(bytes(data))
+                        return len(data)
+
+                    def read(self, size=None):
+                        return b""
+
+                    def seek(self, offset, whence=0):
+                        return 0
+
+                    def flush(self):
+                        pass
+
+                    def size(self):
+                        return 0
+
+                class Factory(py7zr.WriterFactory):
+                    def create(self, filename):
+                        return Writer()
+
+                archive.extract(targets=[self.inside[-1]], factory=Factory())
+        except BaseException as error:
+            end = error
+        with suppress(_End):
+            put(end)
+
+
+class _File(io.FileIO):
+    """An archive on disk. A thread that nobody waits for any more ends here, however much it still has to pass over."""
+
+    stopped: threading.Event
+
+    def readinto(self, buffer) -> int | None:
+        if self.stopped.is_set():
+            raise _End
+        return super().readinto(buffer)
+
+
+class _Inner(io.RawIOBase):
+    """An archive in an archive as the seekable file that py7zr asks for, without a copy of it on disk.
+
+    To go back is to decompress the outer archive again from its beginning. py7zr reads the table of contents, which is
+    the end of the file, and then the members from the front on: as the tail is kept, that makes two passes.
+    """
+
+    def __init__(self, path: Path, inside: Sequence[str], stopped: threading.Event):
+        self.path, self.inside, self.stopped = path, inside, stopped
+        self.size = contents(path, inside[:-1])[inside[-1]]
+        self.position = 0
+        self.stream: _Stream | None = None
+        self.reached = 0  # where in the file the stream is
+        self.tail = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        begin = max(0, self.size - _TAIL)
+        if self.position < begin:
+            data = self._read(self.position, min(len(buffer), begin - self.position))
+        else:
+            self.tail = self.tail or self._read(begin, self.size - begin)
+            data = self.tail[self.position - begin :][: len(buffer)]
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self.stream:
+            self.stream.stop()
+        super().close()
+
+    def _read(self, position: int, size: int) -> bytes:
+        if self.stream and position < self.reached:
+            self.stream.stop()
+            self.stream = None
+        if not self.stream:
+            self.stream, self.reached = _Stream(self.path, self.inside), 0
+            self.buffered = io.BufferedReader(self.stream, 1 << 20)
+        while passed := self.buffered.read(min(position - self.reached, _TAIL)):
+            self.reached += len(passed)
+            if self.stopped.is_set():
+                raise _End
+        data = self.buffered.read(size)
+        self.reached += len(data)
+        return data
+
+
+@contextmanager
+def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
+    """(an open archive, the py7zr package). Whatever is wrong with it is an `Unreadable` that names it. stopped: set
+    where nobody reads any more."""
+    try:
+        import py7zr
+        from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
+    except ImportError:
+        raise ValueError(f"{path}: reading .7z archives needs py7zr: pip install minisobert[dump]") from None
+    name = ": ".join([str(path), *inside])
+    raw = _Inner(path, inside, stopped) if inside else _File(path)
+    raw.stopped = stopped
+    try:
+        # given as a file and not by name: py7zr would start threads of its own
+        with io.BufferedReader(raw, 1 << 20) as file, py7zr.SevenZipFile(file) as archive:
+            yield archive, py7zr
+    except (_End, Unreadable):
+        raise
+    except PasswordRequired:
+        raise Unreadable(f"{name} is encrypted; {unpacking(path)}") from None
+    except UnsupportedCompressionMethodError as error:
+        method = _UNSUPPORTED.get(error.data) if isinstance(error.data, bytes) else None
+        method = f"the method {method}" if method else f"a method ({_short(error.message)})"
+        raise Unreadable(f"{name} uses {method}, which py7zr cannot read; {unpacking(path)}") from None
+    except MemoryError:
+        raise Unreadable(f"{name} takes more memory to unpack than there is; {unpacking(path)}") from None
+    except Exception as error:  # py7zr lets the errors of eight decompressors through
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of the archive
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise Unreadable(f"{name} is truncated or no .7z archive ({reason})") from None
+
+
+def unpacking(archive: Path) -> str:
+    """What to do with an archive that cannot be read here, for the end of a message."""
+    folder = archive.with_name(re.sub(r"\.7z(\.\d+)?$", "", archive.name, flags=re.I))
+    return f"unpack it (7z x {shlex.quote(str(archive))} -o{shlex.quote(str(folder))}) and give the folder"
+
+
+def _short(error: object) -> str:
+    """The words of an error of py7zr, some of which hold a page of bytes."""
+    return " ".join(str(error).split())[:80]
