@@ -85,6 +85,24 @@ def test_without_a_gpu_it_ends_in_one_line(tmp_path, monkeypatch, capfd):
     assert ended.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_committed_results_change_with_write_alone_which_repeats_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Measurement("one", lambda: {"seconds": 1.0}, ours=True)])
+    monkeypatch.setattr(gpu, "REAL", TOY)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "BEGAN", time.monotonic())  # or pytest's own time would count
+    monkeypatch.delenv("OUT", raising=False)
+    seen = []
+    for words in ([], ["--write"]):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *words])
+        assert gpu.main() == 0
+        seen.append({str(path.relative_to(tmp_path)) for path in tmp_path.rglob("gpu.*")})
+    assert seen[0] == {"runs/gpu/gpu.json", "runs/gpu/gpu.md"}
+    assert seen[1] == seen[0] | {"results/gpu/gpu.json", "results/gpu/gpu.md"}
+    assert "0 measured, 1 were there already" in capfd.readouterr().out
+
+
 def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypatch):
     hanging, alive, log = (tmp_path / name for name in ("python", "alive", "tests.log"))
     os.mkfifo(alive)  # at its end when nobody holds it open any more

@@ -1,7 +1,7 @@
 """`make gpu`: tests, ceilings, kernels and training on one GPU, the most valuable first.
 
-Results go to $OUT, or to benchmarks/results/gpu: gpu.json, gpu.md, tests.log and plots. What is there already (or in
-benchmarks/results/gpu), made by the same sources on the same chip, is not repeated: a run that was cut short goes on.
+Results go to $OUT or runs/gpu, with --write to benchmarks/results/gpu: gpu.json, gpu.md, tests.log and plots. What is
+in one of these already, made by the same sources on the same chip, is not repeated: a run that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def main() -> int:
     parser.add_argument("--price-per-gpu-hour", type=float, default=3.0, metavar="X", help="dollars (default 3)")
     parser.add_argument("--fresh", nargs="?", const="", metavar="PART",
                         help="measure anew: all, or what has PART in its name")  # fmt: skip
-    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU: walks every stage, measures nothing")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--dry", action="store_true", help="toy sizes on the CPU: walks every stage, measures nothing")
+    kind.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/gpu")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")
@@ -188,11 +190,12 @@ def main() -> int:
     if options.dry:
         torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
     setting = TOY if options.dry else REAL
-    folder = Path(os.environ.get("OUT") or (ROOT / "runs/gpu-dry" if options.dry else RESULTS / "gpu"))
+    usual, kept = ROOT / ("runs/gpu-dry" if options.dry else "runs/gpu"), RESULTS / "gpu"
+    folder = kept if options.write else Path(os.environ.get("OUT") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "tests.log"
     records = Records(folder, setting.device, options.price_per_gpu_hour)
-    for earlier in (folder,) if options.dry else (folder, RESULTS / "gpu"):
+    for earlier in (folder,) if options.dry else (folder, usual, kept):
         records.load(earlier / "gpu.json")
         if (earlier / log.name).exists() and not log.exists():
             shutil.copy(earlier / log.name, log)
@@ -217,6 +220,7 @@ def main() -> int:
         if not device_works(setting):
             print("the device is out of order after this; starting again for the rest", file=sys.stderr, flush=True)
             arguments = ["--seconds", f"{max(left(), 0):.0f}", "--price-per-gpu-hour", str(records.price)]
+            os.environ["OUT"] = str(folder)
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments])
 
     records.save()
