@@ -22,7 +22,7 @@ lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-gpu:    ## tests, kernels and training on one GPU, in under nine minutes; results in $OUT or benchmarks/results/gpu
+gpu:    ## tests, kernels and training on one GPU, in under nine minutes; results in $OUT or runs/gpu
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 gpu-dry: .venv/installed-test    ## the same at toy sizes on the CPU, so that it can't rot

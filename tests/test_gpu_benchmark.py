@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks import RESULTS, lengths
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, records, rowwise, training
-from benchmarks.gpu.goals import Goal
+from benchmarks.gpu import attention, records, rowwise, timing, training
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.report import DRY
-from benchmarks.gpu.setting import DTYPE, toy_setting
+from benchmarks.gpu.report import DRY, Goal
+from benchmarks.gpu.setting import DTYPE, TOY
 from benchmarks.gpu.timing import Disagreement, check
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +58,8 @@ def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, 
     assert kept["dry"] and DRY in (tmp_path / "gpu.md").read_text()
     failed = {name for name, record in kept["measurements"].items() if "failed" in record}
     assert {name.split("/")[-1] for name in failed} == {"varlen", "flex"}, "these two alone need a GPU"
+    peer = kept["measurements"]["training/base/posts/0.0/MegatronBert"]["result"]
+    assert peer["padded_tokens"] > peer["real_tokens"], "padding is on the way"
 
     assert call(monkeypatch, tmp_path, "--dry") == 0
     count = len(kept["measurements"])
@@ -71,7 +72,7 @@ def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, 
 
 def test_what_there_was_no_time_for_is_listed(tmp_path, monkeypatch, capfd):
     assert call(monkeypatch, tmp_path, "--dry", "--seconds", "0") == 0
-    planned = [each.name for each in gpu.plan(toy_setting(), dict)]
+    planned = [each.name for each in gpu.plan(TOY, dict)]
     page = (tmp_path / "gpu.md").read_text()
     assert len(planned) == len(set(planned)) and all(f"- `{name}`\n" in page for name in planned)
     assert f"0 measured, 0 were there already, {len(planned)} not reached" in capfd.readouterr().out
@@ -82,6 +83,24 @@ def test_without_a_gpu_it_ends_in_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, tmp_path)
     assert ended.value.code == 2 and capfd.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_committed_results_change_with_write_alone_which_repeats_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Measurement("one", lambda: {"seconds": 1.0}, ours=True)])
+    monkeypatch.setattr(gpu, "REAL", TOY)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "BEGAN", time.monotonic())  # or pytest's own time would count
+    monkeypatch.delenv("OUT", raising=False)
+    seen = []
+    for words in ([], ["--write"]):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *words])
+        assert gpu.main() == 0
+        seen.append({str(path.relative_to(tmp_path)) for path in tmp_path.rglob("gpu.*")})
+    assert seen[0] == {"runs/gpu/gpu.json", "runs/gpu/gpu.md"}
+    assert seen[1] == seen[0] | {"results/gpu/gpu.json", "results/gpu/gpu.md"}
+    assert "0 measured, 1 were there already" in capfd.readouterr().out
 
 
 def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypatch):
@@ -133,15 +152,31 @@ def test_failures_are_told_apart(tmp_path):
         raise RuntimeError("no kernel\nat all")
 
     def wrong():
-        check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])], 0.01)
+        check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])])
 
-    kept = Records(tmp_path, toy_setting(), price=3.0)
+    kept = Records(tmp_path, TOY.device, price=3.0)
     for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
         gpu.make(gpu.Measurement(name, measure, ours), kept)
     assert kept.failures(ours=False) == {"b": "no kernel at all"}
     assert list(kept.failures(ours=True)) == ["a", "c"], "that two disagree is for us to look into"
     with pytest.raises(Disagreement):
         wrong()
+
+
+def test_results_are_compared_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(timing, "TOLERANCE", -1.0)  # nothing agrees
+    monkeypatch.setattr(training, "SAME_WEIGHTS", -1.0)
+    for module in (timing, rowwise, training):
+        monkeypatch.setattr(module, "seconds", lambda *_, **__: pytest.fail("it was timed"))
+    for measure, *arguments in (
+        (attention.measure, 64, "posts", 0.0, "sdpa-efficient"),
+        (rowwise.measure_norm, 64, 0.0, "eager"),
+        (rowwise.measure_gelu, 64, "eager"),
+        (rowwise.measure_cross_entropy, "eager-fp32"),
+        (training.measure, "base", "posts", 0.0, "MegatronBert"),
+    ):
+        with pytest.raises(Disagreement):
+            measure(TOY, *arguments)
 
 
 def test_attention_counts_its_flops_as_torch_does():
@@ -152,12 +187,11 @@ def test_attention_counts_its_flops_as_torch_does():
 
 
 def test_the_products_are_those_of_a_model():
-    setting = toy_setting()
-    config = setting.training["base"].model
-    batch = training.batch(config, *setting.bounds("posts", 1_024, seed=0), setting.device, seed=0)
+    config, *_ = TOY.models["base"]
+    batch = training.micro_batch(config, *TOY.bounds("posts", 1_024, seed=0), TOY.device, seed=0)
     assert 0.1 < len(batch.masked) / batch.real_tokens < 0.2
     with FlopCounterMode(display=False) as counter:
-        training.our_loss(training.new_model(config, setting.device), batch, None)
+        training.our_loss(training.new_model(config, TOY.device), batch, None)
     flops = {name: 2 * m * n * k for name, (m, n, k) in rowwise.products(config, 1_024, len(batch.masked)).items()}
     counted = counter.get_flop_counts()["Global"].items()
     products = sum(n for operation, n in counted if "attention" not in str(operation))
@@ -167,9 +201,9 @@ def test_the_products_are_those_of_a_model():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_bytes_are_those_of_the_tensors(dropout):
-    setting, width = toy_setting(), 64
-    result = rowwise.measure_norm(setting, width, dropout, "minisobert")
-    matrix = torch.empty(setting.tokens, width, dtype=DTYPE).nbytes
+    width = 64
+    result = rowwise.measure_norm(TOY, width, dropout, "minisobert")
+    matrix = torch.empty(TOY.tokens, width, dtype=DTYPE).nbytes
     branch, residual, new_residual, normal = [matrix] * 4
     read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # gradients, but the residual
     moved = {d: result[f"{d}_bytes_per_second"] * result[f"{d}_seconds"] for d in ("forward", "backward")}
@@ -177,8 +211,8 @@ def test_bytes_are_those_of_the_tensors(dropout):
 
 
 def test_goals_are_met_from_their_own_side():
-    assert [Goal("", "", 350, 420, x).met() for x in (None, 349, 350, 421)] == ["", "no", "goal", "reach"]
-    assert [Goal("", "", 47, 37, x, at_most=True).met() for x in (48, 40, 37)] == ["no", "goal", "reach"]
+    assert [Goal("", 350, 420, x).met() for x in (None, 349, 350, 421)] == ["", "no", "goal", "reach"]
+    assert [Goal("", 47, 37, x, at_most=True).met() for x in (48, 40, 37)] == ["no", "goal", "reach"]
 
 
 def test_lengths_are_drawn_as_they_were_counted():

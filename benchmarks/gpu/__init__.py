@@ -1,13 +1,13 @@
 """What a GPU makes of this project: `python -m benchmarks.gpu`, under nine minutes on one H100 or H200.
 
-    setting.py    sizes and device of a run: the real ones, and toy ones that walk every stage on a CPU
-    timing.py     how long a function takes on the device
-    attention.py  attention beside SDPA, FlexAttention and varlen_attn
-    rowwise.py    copies and matrix products (the ceilings); layer norm, GELU and cross-entropy beside torch's
-    training.py   training throughput, beside transformers' MegatronBert and ModernBert
-    records.py    what was measured, kept as soon as it is; what need not be measured again
-    report.py     gpu.md, with goals.py and words.py; plots.py: the PNGs
-    __main__.py   the plan, most valuable first, and the clock
+setting.py    sizes and device of a run: the real ones, and toy ones that walk every stage on a CPU
+timing.py     how long functions take on the device, and whether two compute the same
+attention.py  attention beside SDPA, FlexAttention and varlen_attn
+rowwise.py    copies and matrix products (the ceilings); layer norm, GELU and cross-entropy beside torch's
+training.py   training throughput, beside transformers' MegatronBert and ModernBert
+records.py    what was measured, kept as soon as it is; what need not be measured again
+report.py     gpu.md, with the goals; plots.py: the PNGs
+__main__.py   the plan, most valuable first, and the clock
 """
 
 import time

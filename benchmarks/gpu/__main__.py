@@ -1,7 +1,7 @@
 """`make gpu`: tests, ceilings, kernels and training on one GPU, the most valuable first.
 
-Results go to $OUT, or to benchmarks/results/gpu: gpu.json, gpu.md, tests.log and plots. What is there already (or in
-benchmarks/results/gpu), made by the same sources on the same chip, is not repeated: a run that was cut short goes on.
+Results go to $OUT or runs/gpu, with --write to benchmarks/results/gpu: gpu.json, gpu.md, tests.log and plots. What is
+in one of these already, made by the same sources on the same chip, is not repeated: a run that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import torch
 from benchmarks import RESULTS
 from benchmarks.gpu import BEGAN, attention, plots, report, rowwise, training
 from benchmarks.gpu.records import BENCHMARKS, ROOT, TESTS, Records
-from benchmarks.gpu.setting import DROPOUTS, LENGTHS, Setting, real_setting, toy_setting
+from benchmarks.gpu.setting import DROPOUTS, LENGTHS, REAL, TOY, Setting
 from benchmarks.gpu.timing import Disagreement
 from minisobert.cli import Parser, fail
 
@@ -44,80 +45,73 @@ class Measurement:
     sources: tuple[str, ...] = BENCHMARKS
 
 
-def plan(setting: Setting, run_tests: Callable[[], dict]) -> Iterator[Measurement]:
+STAGES = {  # what measures; it takes the setting and the rest of a measurement's name
+    "ceilings/copy": rowwise.measure_copy,
+    "ceilings/gemm": rowwise.measure_gemm,
+    "attention": attention.measure,
+    "add_norm": rowwise.measure_norm,
+    "bias_gelu": rowwise.measure_gelu,
+    "cross_entropy": rowwise.measure_cross_entropy,
+    "training": training.measure,
+    "profile": training.profile,
+}
+
+
+def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
     """Everything, the most valuable first."""
+    (first, *others), presets = setting.heads, list(setting.models)
+    hidden, ffn = setting.widths, [4 * width for width in setting.widths]
+    rivals = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "varlen"]
+    table = [  # the parts of names; of a list, each
+        ["tests"],
+        ["ceilings/copy"],
+        ["ceilings/gemm"],
+        ["attention", first, LENGTHS, DROPOUTS, "minisobert"],
+        ["add_norm", hidden, DROPOUTS, "minisobert"],
+        ["bias_gelu", ffn, "minisobert"],
+        ["cross_entropy", "minisobert"],
+        ["training", presets, LENGTHS, DROPOUTS, "minisobert"],
+        ["profile"],
+        ["attention", first, LENGTHS, DROPOUTS, rivals],
+        ["attention", first, "posts", 0.0, "flex"],
+        ["ceilings/gemm", presets, rowwise.PRODUCTS],
+        ["add_norm", hidden, DROPOUTS, "eager"],
+        ["add_norm", hidden, 0.0, "layer_norm"],
+        ["bias_gelu", ffn, "eager"],
+        ["cross_entropy", ["eager-bf16", "eager-fp32"]],
+        ["attention", others, LENGTHS, DROPOUTS, "minisobert"],
+        ["training", "base", "posts", 0.0, training.PEERS],
+        ["attention", others, LENGTHS, DROPOUTS, rivals],
+        ["attention", first, "rows", 0.0, "flex"],
+        ["add_norm", hidden, DROPOUTS, "compiled"],
+        ["bias_gelu", ffn, "compiled"],
+        ["cross_entropy", "compiled-fp32"],
+        ["attention", others, LENGTHS, 0.0, "flex"],
+        ["training", "large", "posts", 0.0, training.PEERS],
+        ["training", presets, "rows", 0.0, training.PEERS],
+        ["training", presets, LENGTHS, 0.1, training.PEERS],
+    ]
+    measurements = []
+    for row in table:
+        names = product(*(part if isinstance(part, list | tuple) else [part] for part in row))
+        for stage, *arguments in sorted(names, key=lambda name: 0.1 in name):  # first without dropout
+            if stage == "tests":
+                measurements.append(Measurement(stage, run_tests, True, needs=10, sources=TESTS))
+            elif stage != "attention" or attention.takes(*arguments[1:]):
+                measurements.append(_measurement(setting, stage, arguments))
+    return measurements
 
-    def kernel(width: int, lengths: str, dropout: float, name: str) -> Measurement:
-        measure = partial(attention.measure, setting, width, lengths, dropout, name)
-        needs = COMPILED if name == "flex" else 4
-        return Measurement(f"attention/{width}/{lengths}/{dropout}/{name}", measure, name == "minisobert", needs)
 
-    def attentions(width: int, names: list[str]) -> Iterator[Measurement]:
-        for dropout in DROPOUTS:
-            for lengths in LENGTHS:
-                yield from (kernel(width, lengths, dropout, name) for name in names
-                            if attention.takes(name, lengths, dropout))  # fmt: skip
-
-    def rowwises(which: Callable[[str], bool]) -> Iterator[Measurement]:
-        def measurement(name: str, function: Callable[..., dict], *arguments) -> Measurement:
-            needs = COMPILED if "compiled" in name else 4
-            return Measurement(name, partial(function, setting, *arguments), name.endswith("minisobert"), needs)
-
-        for width in setting.widths:
-            for name in filter(which, rowwise.NORM):
-                for dropout in DROPOUTS if name != "layer_norm" else (0.0,):
-                    path = f"add_norm/{width}/{dropout}/{name}"
-                    yield measurement(path, rowwise.measure_norm, width, dropout, name)
-        for width in setting.widths:
-            for name in filter(which, rowwise.GELU):
-                yield measurement(f"bias_gelu/{4 * width}/{name}", rowwise.measure_gelu, 4 * width, name)
-        for name in filter(which, rowwise.CROSS_ENTROPY):
-            yield measurement(f"cross_entropy/{name}", rowwise.measure_cross_entropy, name)
-
-    def trainings(preset: str) -> Iterator[Measurement]:
-        for dropout in DROPOUTS:
-            for lengths in LENGTHS:
-                measure = partial(training.measure, setting, preset, lengths, dropout)
-                yield Measurement(f"training/{preset}/{lengths}/{dropout}/minisobert", measure, True, 15)
-
-    def peers(preset: str, lengths: str, dropout: float) -> Iterator[Measurement]:
-        for name in training.PEERS:
-            measure = partial(training.measure_peer, setting, preset, lengths, dropout, name)
-            path = f"training/{preset}/{lengths}/{dropout}/{name}"
-            yield Measurement(path, measure, False, COMPILED_MODEL)
-
-    widths = list(setting.heads)
-    eager = [name for name in attention.IMPLEMENTATIONS if name not in ("minisobert", "flex")]
-    yield Measurement("tests", run_tests, True, 10, TESTS)
-    yield Measurement("ceilings/copy", partial(rowwise.copy, setting), True)
-    yield Measurement("ceilings/gemm", partial(rowwise.gemm, setting, *[setting.gemm] * 3), True)
-    yield from attentions(widths[0], ["minisobert"])
-    yield from rowwises(lambda name: name == "minisobert")
-    yield from trainings("base")
-    yield from trainings("large")
-    yield Measurement("profile", partial(training.profile, setting, "base", "posts", 0.0), True, 10)
-    yield from attentions(widths[0], eager)
-    yield kernel(widths[0], "posts", 0.0, "flex")
-    for preset, size in setting.training.items():
-        tokens = size.micro_batch_rows * setting.row_tokens
-        for name, shape in rowwise.products(size.model, tokens, int(training.MASKED * tokens)).items():
-            yield Measurement(f"ceilings/gemm/{preset}/{name}", partial(rowwise.gemm, setting, *shape), True)
-    yield from rowwises(lambda name: name.startswith("eager") or name == "layer_norm")
-    for width in widths[1:]:
-        yield from attentions(width, ["minisobert"])
-    yield from peers("base", "posts", 0.0)
-    for width in widths[1:]:
-        yield from attentions(width, eager)
-    yield kernel(widths[0], "rows", 0.0, "flex")
-    yield from rowwises(lambda name: name.startswith("compiled"))
-    for width in widths[1:]:
-        yield from attentions(width, ["flex"])
-    yield from peers("large", "posts", 0.0)
-    for preset in setting.training:
-        yield from peers(preset, "rows", 0.0)
-    for preset in setting.training:
-        for lengths in LENGTHS:
-            yield from peers(preset, lengths, 0.1)
+def _measurement(setting: Setting, stage: str, arguments: list) -> Measurement:
+    name = "/".join(map(str, (stage, *arguments)))
+    ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile"))
+    if stage == "training":
+        needs = 15 if ours else COMPILED_MODEL
+    elif name.endswith("flex") or "compiled" in name:
+        needs = COMPILED
+    else:
+        needs = 10 if stage == "profile" else 4
+    return Measurement(name, partial(STAGES[stage], setting, *arguments), ours, needs)
 
 
 def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
@@ -150,7 +144,7 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
 def make(measurement: Measurement, records: Records) -> None:
     """Measures, and puts what came of it on record."""
     began = time.monotonic()
-    record = {"fingerprint": records.fingerprint(measurement.sources), "ours": measurement.ours}
+    record = {"fingerprint": records.fingerprints[measurement.sources], "ours": measurement.ours}
     try:
         record["result"] = measurement.measure()
     except Exception as error:
@@ -177,20 +171,15 @@ def device_works(setting: Setting) -> bool:
     return True
 
 
-def output_folder(dry: bool) -> Path:
-    if out := os.environ.get("OUT"):
-        return Path(out)
-    return ROOT / "runs/gpu-dry" if dry else RESULTS / "gpu"
-
-
 def main() -> int:
     parser = Parser(prog="benchmarks.gpu", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="X", help=f"to end after (default {SECONDS})")
     parser.add_argument("--price-per-gpu-hour", type=float, default=3.0, metavar="X", help="dollars (default 3)")
-    parser.add_argument(
-        "--fresh", nargs="?", const="", metavar="PART", help="measure anew: all, or what has PART in its name"
-    )
-    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU: walks every stage, measures nothing")
+    parser.add_argument("--fresh", nargs="?", const="", metavar="PART",
+                        help="measure anew: all, or what has PART in its name")  # fmt: skip
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--dry", action="store_true", help="toy sizes on the CPU: walks every stage, measures nothing")
+    kind.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/gpu")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")
@@ -200,23 +189,22 @@ def main() -> int:
 
     if options.dry:
         torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
-    setting = toy_setting() if options.dry else real_setting()
-    folder = output_folder(options.dry)
+    setting = TOY if options.dry else REAL
+    usual, kept = ROOT / ("runs/gpu-dry" if options.dry else "runs/gpu"), RESULTS / "gpu"
+    folder = kept if options.write else Path(os.environ.get("OUT") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "tests.log"
-    records = Records(folder, setting, options.price_per_gpu_hour)
-    for earlier in (folder, *[RESULTS / "gpu"] * (not options.dry)):
+    records = Records(folder, setting.device, options.price_per_gpu_hour)
+    for earlier in (folder,) if options.dry else (folder, usual, kept):
         records.load(earlier / "gpu.json")
         if (earlier / log.name).exists() and not log.exists():
             shutil.copy(earlier / log.name, log)
     if options.fresh is not None:
         records.measurements = {name: r for name, r in records.measurements.items() if options.fresh not in name}
 
-    todo = list(plan(setting, lambda: run_tests(log, left, setting.dry)))
-    missing = [
-        each for each in todo
-        if records.measurements.get(each.name, {}).get("fingerprint") != records.fingerprint(each.sources)
-    ]  # fmt: skip
+    todo = plan(setting, lambda: run_tests(log, left, setting.dry))
+    known = {name: record["fingerprint"] for name, record in records.measurements.items()}
+    missing = [each for each in todo if known.get(each.name) != records.fingerprints[each.sources]]
     records.not_reached = [each.name for each in missing]
     drawn = False
     for each in missing:
@@ -232,6 +220,7 @@ def main() -> int:
         if not device_works(setting):
             print("the device is out of order after this; starting again for the rest", file=sys.stderr, flush=True)
             arguments = ["--seconds", f"{max(left(), 0):.0f}", "--price-per-gpu-hour", str(records.price)]
+            os.environ["OUT"] = str(folder)
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments])
 
     records.save()
@@ -244,8 +233,7 @@ def main() -> int:
     print(folder / "gpu.md")
     if not options.dry:
         print("\n".join(["", *report.goal_lines(records)]))
-    broken = records.failures(ours=True)
-    for name, reason in broken.items():
+    for name, reason in (broken := records.failures(ours=True)).items():
         print(f"FAILED {name}: {reason} (--fresh {name} tries again)", file=sys.stderr)
     return 1 if broken else 0
 

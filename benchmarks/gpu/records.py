@@ -12,30 +12,30 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.setting import Setting
-
 ROOT = Path(__file__).parents[2]
-PRESENTATION = {"goals.py", "report.py", "words.py", "plots.py"}  # a reworded table is no reason to measure again
-
-
-def sources(*patterns: str) -> str:
-    """A hash of the files."""
-    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in PRESENTATION})
-    lines = [f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in paths]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-
+PRESENTATION = {"report.py", "plots.py"}  # a reworded table is no reason to measure again
 MODEL = "minisobert/**/*.py"
 BENCHMARKS = (MODEL, "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py")
 TESTS = (MODEL, "tests/gpu/**/*.py", "tests/*.py")  # the last: conftest and tolerances
 
 
-def output_of(*command: str) -> str | None:
+def sources(*patterns: str) -> str:
+    """A hash of the files."""
+    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in PRESENTATION})
+    return _hash("".join(f"{path.relative_to(ROOT)} {_hash(path.read_bytes())}\n" for path in paths).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _output_of(*command: str) -> str | None:
     """The first line of what a command prints; None where it cannot be run."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
@@ -44,50 +44,40 @@ def output_of(*command: str) -> str | None:
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def machine(setting: Setting) -> dict:
-    on_gpu = setting.device.type == "cuda"
-    commit = output_of("git", "rev-parse", "--short", "HEAD")
-    changed = " and uncommitted changes" if commit and output_of("git", "status", "--porcelain") else ""
+def machine(device: torch.device) -> dict:
+    on_gpu = device.type == "cuda"
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
+    changed = " and uncommitted changes" if commit and _output_of("git", "status", "--porcelain") else ""
     return {
         "chip": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
-        "cuda": torch.version.cuda,
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "CUDA": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "python": platform.python_version(),
+        **{name: version(name) if find_spec(name) else None for name in ("triton", "transformers")},
+        "Python": platform.python_version(),
         "commit": f"{commit}{changed}" if commit else None,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
 class Records:
-    """measurements: by name, {"fingerprint", "seconds" that it took, "ours", "result" or "failed"}."""
+    """measurements: by name, parts with slashes between them: {"fingerprint", "seconds" that it took, "ours" (whether a
+    failure is a mistake of this project), "result" or "failed"}."""
 
-    def __init__(self, folder: Path, setting: Setting, price: float):
-        self.path, self.dry, self.price = folder / "gpu.json", setting.dry, price
-        self.machine = machine(setting)
+    def __init__(self, folder: Path, device: torch.device, price: float):
+        self.path, self.dry, self.price = folder / "gpu.json", device.type != "cuda", price
+        self.machine = machine(device)
         self.measurements: dict[str, dict] = {}
         self.not_reached: list[str] = []
-        self._common = [self.machine[name] for name in ("chip", "torch", "triton", "transformers")] + [setting.dry]
-        self._hashes = {patterns: sources(*patterns) for patterns in (BENCHMARKS, TESTS)}
-
-    def fingerprint(self, patterns: tuple[str, ...]) -> str:
-        return hashlib.sha256(json.dumps([self._hashes[patterns], *self._common]).encode()).hexdigest()[:16]
+        common = [self.dry, *(self.machine[name] for name in ("chip", "torch", "triton", "transformers"))]
+        of = {patterns: json.dumps([sources(*patterns), *common]) for patterns in (BENCHMARKS, TESTS)}
+        self.fingerprints = {patterns: _hash(text.encode()) for patterns, text in of.items()}
 
     def load(self, path: Path) -> None:
         """Takes over what an earlier run measured, if with one of the fingerprints of this one."""
         if path.is_file():
-            valid = {self.fingerprint(patterns) for patterns in self._hashes}
             for name, record in json.loads(path.read_text())["measurements"].items():
-                if record["fingerprint"] in valid:
+                if record["fingerprint"] in self.fingerprints.values():
                     self.measurements.setdefault(name, record)
 
     def save(self) -> None:
@@ -97,15 +87,15 @@ class Records:
         beside.write_text(text + "\n")
         os.replace(beside, self.path)
 
+    def results(self, *name) -> dict[tuple[str, ...], dict]:
+        """Of what was measured under names that begin so: the rest of the name → result."""
+        begin = tuple(map(str, name))
+        split = {tuple(key.split("/")): r["result"] for key, r in self.measurements.items() if "result" in r}
+        return {key[len(begin) :]: result for key, result in split.items() if key[: len(begin)] == begin}
+
     def get(self, *name) -> dict:
         """The result of the measurement of this name; empty where there is none."""
-        return self.measurements.get("/".join(map(str, name)), {}).get("result", {})
-
-    def under(self, *name) -> dict[tuple[str, ...], dict]:
-        """Of all measurements whose names begin so, the rest of their names and their records."""
-        prefix = [str(part) for part in name]
-        split = {tuple(key.split("/")): record for key, record in self.measurements.items()}
-        return {key[len(prefix) :]: r for key, r in split.items() if list(key[: len(prefix)]) == prefix}
+        return self.results(*name).get((), {})
 
     def failures(self, ours: bool) -> dict[str, str]:
         """Name and reason. ours: those that are to be mended here, an unexpected result among them."""

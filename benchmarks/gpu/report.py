@@ -2,238 +2,227 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from benchmarks.gpu.goals import dollars, goals, ratio
+from benchmarks import table
+from benchmarks.gpu import attention, rowwise, training
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.words import called, line, number, table
+from benchmarks.gpu.setting import DROPOUTS, LENGTHS
+from minisobert.training.meter import dollars
 
 DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"
+TOKENS = 27e9  # of a whole pre-training
+GOALS_PRICE = 3.0  # dollars per GPU-hour
+DIRECTIONS = ("forward", "backward")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With so many significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def cell(field: str, value) -> str:
+    """A field of a result, in the unit that a reader wants of what its name ends in; empty for None."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if field == "shape":
+        return " × ".join(f"{n:,}" for n in value)
+    if field.endswith(("share", "mfu")):
+        return f"{value:.1%}"
+    if field.endswith("bytes"):
+        return number(value / 1e9)  # GB
+    if field.endswith("bytes_per_second"):
+        return number(value / 1e12)  # TB/s
+    if field.endswith("seconds"):
+        return number(value * 1e3)  # ms
+    return number(value, 2 if field == "difference" else 3)
 
 
 def headline(record: dict) -> str:
-    """A record in a few words."""
+    """A record in a few words, for whoever watches the run."""
     if "failed" in record:
         return f"FAILED, {record['failed'][:100]}"
-    shown = {
-        "summary": "{}", "tokens_per_second": "{:,.0f} tokens/s", "forward_tflops": "{:.0f} TFLOP/s forward",
-        "backward_tflops": "{:.0f} backward", "tflops": "{:.0f} TFLOP/s", "bytes_per_second": "{:.3g} B/s",
-        "forward_bytes_per_second": "{:.3g} B/s forward", "backward_bytes_per_second": "{:.3g} backward",
-        "both_bytes_per_second": "{:.3g} both ways", "milliseconds": "{:.1f} ms",
-    }  # fmt: skip
-    result = record["result"]
-    if "tokens_per_second" not in result:
-        shown = {"micro_batch_tokens_per_second": "{:,.0f} tokens/s in micro-batches", **shown}
-    return ", ".join(text.format(result[name]) for name, text in shown.items() if name in result)
+    shown = {field: value for field, value in record["result"].items() if isinstance(value, float | str)}
+    return ", ".join(f"{field} {value if isinstance(value, str) else number(value)}" for field, value in shown.items())
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    goal: float | None
+    reach: float | None
+    measured: float | None
+    at_most: bool = False
+
+    def met(self) -> str:
+        """The highest mark that was met; empty where nothing was measured."""
+        if self.measured is None:
+            return ""
+        marks = {"reach": self.reach, "goal": self.goal}
+        sign = -1 if self.at_most else 1
+        return next((name for name, mark in marks.items() if mark and sign * self.measured >= sign * mark), "no")
+
+
+def goals(records: Records) -> Iterator[Goal]:
+    """What the project wants of an H200, and what was measured."""
+    norms = dict(against_copy(records))
+    for direction, goal, reach in (("forward", 350, 420), ("backward", 230, 300)):
+        rows, posts, rows_dropped, posts_dropped = (
+            records.get("attention", 64, lengths, dropout, "minisobert").get(f"{direction}_tflops")
+            for dropout, lengths in product(DROPOUTS, LENGTHS)
+        )
+        yield Goal(f"attention d = 64, rows, {direction}: TFLOP/s", goal, reach, rows)
+        yield Goal(f"the same on posts, {direction}: of the rate on rows", 0.8, None, ratio(posts, rows))
+        for lengths, slower, faster in (("rows", rows_dropped, rows), ("posts", posts_dropped, posts)):
+            share = ratio(slower, faster)
+            yield Goal(f"dropout 0.1, {lengths}, {direction}: of the rate without", 0.6, None, share)
+        for width in (768, 1_536):
+            share = norms.get(("add_norm", str(width), "0.0", "minisobert"), {}).get(f"{direction}_share")
+            yield Goal(f"layer norm, {width:,} wide, {direction}: of copy bandwidth", 0.85, None, share)
+    flex, ours = (records.get("attention", 64, "posts", 0.0, name) for name in ("flex", "minisobert"))
+    totals = [sum(r.get(f"{part}_seconds", 0) for part in (*DIRECTIONS, "build")) for r in (flex, ours)]
+    yield Goal("attention on posts, beside FlexAttention and its mask: times as fast", 1.5, None, ratio(*totals))
+    for preset, lengths, goal, reach, cheap, cheaper in (
+        ("base", "rows", 475e3, 600e3, 47, 37),
+        ("base", "posts", None, 800e3, None, 28),
+        ("large", "rows", 74e3, 100e3, 304, 225),
+    ):
+        speed = records.get("training", preset, lengths, 0.0, "minisobert").get("tokens_per_second")
+        yield Goal(f"training {preset}, {lengths}: tokens/s", goal, reach, speed)
+        what = f"27 B tokens, {preset}, {lengths}, at ${GOALS_PRICE:.0f} per hour: dollars"
+        yield Goal(what, cheap, cheaper, speed and cost(speed, GOALS_PRICE), at_most=True)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def cost(tokens_per_second: float, price: float) -> float:
+    """Dollars for a whole pre-training on one GPU."""
+    return dollars(TOKENS / tokens_per_second, 1, price)
+
+
+def against_copy(records: Records) -> list[tuple[tuple[str, ...], dict]]:
+    """((operation, width or "", dropout or "", implementation), result with shares of copy bandwidth) pairs."""
+    bandwidth, found = records.get("ceilings", "copy").get("bytes_per_second"), []
+    for operation in ("add_norm", "bias_gelu", "cross_entropy"):
+        for (*size, name), result in records.results(operation).items():
+            width, dropout = (*size, "", "")[:2]
+            shares = {f"{d}_share": ratio(result[f"{d}_bytes_per_second"], bandwidth) for d in DIRECTIONS}
+            found.append(((operation, width, dropout, name), result | shares))
+    return sorted(found, key=lambda pair: (pair[0][0], int(pair[0][1] or 0), pair[0][2]))
 
 
 def write(records: Records, folder: Path) -> None:
-    stages = (goal_lines, _trouble, _tests, _ceilings, _attention, _rowwise, _training, _profile)
-    title = "# Kernels and training on one GPU (`make gpu`)"
-    head = [title, "", DRY] if records.dry else [title]
-    lines = [*head, "", *_machine(records)]
-    for stage in stages:
+    about = records.machine
+    versions = [f"{name} {about[name]}" for name in ("driver", "CUDA", "torch", "triton", "transformers", "Python")
+                if about[name]]  # fmt: skip
+    lines = [
+        "# Kernels and training on one GPU (`make gpu`)",
+        "",
+        *[DRY, ""] * records.dry,
+        f"{about['chip']}; {', '.join(versions)}.",
+        f"{about['date']}, commit {about['commit'] or 'unknown'}. bf16 throughout. Times are medians of several calls, "
+        "by CUDA events, with a cold L2. *Differs*: how far results and gradients are from minisobert's, relative, by "
+        "root mean square; in training, nats between the first losses. With dropout each draws its own mask.",
+    ]
+    for stage in (goal_lines, _trouble, _tests, _ceilings, _attention, _rowwise, _training, _profile):
         lines += ["", *part] if (part := stage(records)) else []
     (folder / "gpu.md").write_text("\n".join(lines) + "\n")
 
 
-def _machine(records: Records) -> list[str]:
-    about = records.machine
-    shown = {
-        "driver": about["driver"], "CUDA": about["cuda"], "torch": about["torch"], "triton": about["triton"],
-        "transformers": about["transformers"], "Python": about["python"],
-    }  # fmt: skip
-    versions = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
-    return [
-        f"{about['chip']}; {versions}.",
-        f"{about['date']}, commit {about['commit'] or 'unknown'}. bf16 throughout. Times are medians of several calls, "
-        "by CUDA events, with a cold L2.",
-    ]
+def _section(title: str, text: str, names: list[str], columns: dict[str, str], results: Iterable) -> list[str]:
+    """A table with a line for each (name, result): the parts of the name, under `names`, then the fields of columns,
+    {heading: field}. Nothing where there are no results."""
+    rows = [[*name, *(cell(field, result.get(field)) for field in columns.values())] for name, result in results]
+    head, _, *body = table([*names, *columns], rows)
+    lines = [f"## {title}", "", text.strip(), "", head, "|---" * len(names) + "|--:" * len(columns) + "|", *body]
+    return lines if rows else []
 
 
 def goal_lines(records: Records) -> list[str]:
-    lines = ["## Goals", "", "Set for an H200 (989 TFLOP/s by datasheet) at dropout 0 unless it says otherwise.", ""]
-    lines += table("", "goal", "reach", "measured", "met")
-    for each in goals(records):
-        numbers = [number(value) for value in (each.goal, each.reach, each.measured)]
-        lines.append(line(f"{each.what}: {each.unit}", *numbers, each.met()))
-    return lines
+    text = "Set for an H200 (989 TFLOP/s by datasheet) at dropout 0 unless it says otherwise."
+    columns = {name: name for name in ("goal", "reach", "measured", "met")}
+    return _section("Goals", text, [""], columns, [((g.what,), vars(g) | {"met": g.met()}) for g in goals(records)])
 
 
 def _trouble(records: Records) -> list[str]:
     lines = []
-    for title, failures in (
-        ("Failed here: to be mended", records.failures(ours=True)),
-        ("What the others could not do", records.failures(ours=False)),
-    ):
-        if failures:
-            lines += [f"## {title}", ""]
-            for reason in dict.fromkeys(failures.values()):
-                names = ", ".join(f"`{name}`" for name in failures if failures[name] == reason)
-                lines.append(f"- {names}: {reason}")
-            lines.append("")
+    for title, ours in (("Failed here: to be mended", True), ("What the others could not do", False)):
+        failures = records.failures(ours)
+        lines += ["", f"## {title}", ""] if failures else []
+        for reason in dict.fromkeys(failures.values()):
+            names = ", ".join(f"`{name}`" for name in failures if failures[name] == reason)
+            lines.append(f"- {names}: {reason}")
     if records.not_reached:
         count = len(records.not_reached)
-        lines += ["## Not reached", "", f"{count} measurements; the same command goes on with them.", ""]
+        lines += ["", "## Not reached", "", f"{count} measurements; the same command goes on with them.", ""]
         lines += [f"- `{name}`" for name in records.not_reached]
-    return lines[:-1] if lines and not lines[-1] else lines
+    return lines[1:]
 
 
 def _tests(records: Records) -> list[str]:
-    result = records.get("tests")
-    if not result:
+    if not (result := records.get("tests")):
         return []
     told = "" if result["ran"] else " No test ran: they need a CUDA device."
     return ["## Tests", "", f"`pytest tests/gpu`: {result['summary']}. The log is `tests.log`.{told}"]
 
 
 def _ceilings(records: Records) -> list[str]:
-    copy, found = records.get("ceilings", "copy"), records.under("ceilings", "gemm")
-    if not copy and not found:
-        return []
-    lines = ["## Ceilings", "", *table("", "shape (m, n, k)", "ms", "")]
-    if copy:
-        rate = f"{number(copy['bytes_per_second'] / 1e12)} TB/s"
-        lines.append(line("copy, read and written", "", number(copy["seconds"] * 1e3), rate))
-    for name, record in found.items():
-        if result := record.get("result"):
-            shape = " × ".join(f"{n:,}" for n in result["shape"])
-            cells = number(result["seconds"] * 1e3), f"{number(result['tflops'])} TFLOP/s"
-            lines.append(line(f"bf16 product {' '.join(name)}".strip(), shape, *cells))
-    return lines
+    text = "A copy, read and written, and bf16 matrix products: a square one, and those of each model's forward pass."
+    columns = {"shape (m, n, k)": "shape", "ms": "seconds", "TFLOP/s": "tflops", "TB/s": "bytes_per_second"}
+    found = [((" ".join(name),), result) for name, result in records.results("ceilings").items()]
+    return _section("Ceilings", text, [""], columns, found)
 
 
 def _attention(records: Records) -> list[str]:
-    found = records.under("attention")
-    if not any("result" in record for record in found.values()):
-        return []
-    lines = [
-        "## Attention",
-        "",
-        "TFLOP/s on visible pairs: 4 d H Σn² forward, 2.5 times that backward. *Build*: the mask, made for each batch. "
-        "*Differs*: result and gradients from minisobert's, relative, root mean square (with dropout each draws its "
-        "own mask). SDPA is told of posts by a boolean mask, which its flash backend does not take; varlen_attn and "
-        "FlexAttention have no dropout.",
-        "",
-        *table("", "d", "dropout", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "build ms", "differs"),
-    ]
-    order = sorted(found, key=lambda key: (int(key[0]), key[1] != "rows", key[2]))
-    for key in order:
-        width, lengths, dropout, name = key
-        if result := found[key].get("result"):
-            ms = [number(result[f"{part}_seconds"] * 1e3) for part in ("forward", "backward", "build")]
-            rates = [number(result[f"{direction}_tflops"]) for direction in ("forward", "backward")]
-            lines.append(line(
-                f"{called(lengths)}: {called(name)}", width, dropout, ms[0], rates[0], ms[1], rates[1],
-                ms[2] if result["build_seconds"] else "", number(result.get("difference"), 2),
-            ))  # fmt: skip
-    return lines
-
-
-def shares(records: Records) -> dict[tuple[str, str, str], dict]:
-    """(operation, width or "", dropout or "", implementation) → result, with shares of copy bandwidth.
-
-    For cross-entropy "backward" is forward and backward together.
-    """
-    bandwidth = records.get("ceilings", "copy").get("bytes_per_second")
-    found = {}
-    for operation in ("add_norm", "bias_gelu", "cross_entropy"):
-        for key, record in records.under(operation).items():
-            if (result := record.get("result")) and bandwidth:
-                width, dropout = (*key[:-1], "", "")[:2]
-                backward = "both" if operation == "cross_entropy" else "backward"
-                found[operation, width, dropout, key[-1]] = {
-                    "forward_ms": result["forward_seconds"] * 1e3,
-                    "backward_ms": result[f"{backward}_seconds"] * 1e3,
-                    "forward": result["forward_bytes_per_second"] / bandwidth,
-                    "backward": result[f"{backward}_bytes_per_second"] / bandwidth,
-                    "difference": result.get("difference"),
-                }
-    return found
+    columns = {
+        "forward ms": "forward_seconds", "forward TFLOP/s": "forward_tflops", "backward ms": "backward_seconds",
+        "backward TFLOP/s": "backward_tflops", "build ms": "build_seconds", "differs": "difference",
+    }  # fmt: skip
+    found = records.results("attention").items()
+    found = sorted(found, key=lambda pair: (int(pair[0][0]), pair[0][1] != "rows", pair[0][2]))
+    return _section("Attention", attention.__doc__, ["d", "documents", "dropout", ""], columns, found)
 
 
 def _rowwise(records: Records) -> list[str]:
-    if not (found := shares(records)):
-        return []
-    lines = [
-        "## What memory bounds",
-        "",
-        "Share of the measured copy bandwidth, counting what has to be read and written once. torch's side of add_norm "
-        "is `F.layer_norm(residual + dropout(x + bias))`. Cross-entropy's backward is timed together with its forward.",
-        "",
-        *table("", "width", "dropout", "forward ms", "of copy", "backward ms", "of copy", "differs"),
-    ]
-    for key in sorted(found, key=lambda key: (key[0], int(key[1] or 0), key[2])):
-        operation, width, dropout, name = key
-        result = found[key]
-        cells = [f"{number(result[f'{d}_ms'])} | {result[d]:.0%}" for d in ("forward", "backward")]
-        shown = f"{int(width):,}" if width else ""
-        lines.append(line(f"{operation}: {called(name)}", shown, dropout, *cells, number(result["difference"], 2)))
-    return lines
+    columns = {
+        "forward ms": "forward_seconds", "forward of copy": "forward_share", "backward ms": "backward_seconds",
+        "backward of copy": "backward_share", "differs": "difference",
+    }  # fmt: skip
+    return _section("What memory bounds", rowwise.__doc__, ["", "width", "dropout", ""], columns, against_copy(records))
 
 
 def _training(records: Records) -> list[str]:
-    found = records.under("training")
-    found = {key: found[key] for key in sorted(found, key=lambda key: (key[0], key[2], key[1] != "rows"))}
-    ours = {key: r["result"] for key, r in found.items() if key[-1] == "minisobert" and "result" in r}
-    if not ours:
-        return []
-    first = next(iter(ours.values()))
-    batch = first["accumulation"] * first["micro_batch_tokens"]
-    lines = [
-        "## Training",
-        "",
-        f"A step on {batch:,} tokens: forward, backward, AdamW. Tokens are real ones; MFU is of the datasheet's bf16 "
-        f"rate, recomputation not counted. Dollars are for 27 B tokens at ${records.price:g} per GPU-hour.",
-        "",
-        *table("", "dropout", "tokens/s", "MFU", "micro-batch", "ms", "optimizer ms", "peak GB", "dollars"),
-    ]
-    for (preset, lengths, dropout, _), result in ours.items():
-        lines.append(line(
-            f"{preset}, {called(lengths)}", dropout, number(result["tokens_per_second"]),
-            f"{result['mfu']:.1%}" if result["mfu"] else "", f"{result['micro_batch_tokens']:,}",
-            number(result["micro_batch_seconds"] * 1e3), number(result["optimizer_seconds"] * 1e3),
-            number(result["peak_bytes"] / 1e9) if result["peak_bytes"] else "",
-            number(dollars(result["tokens_per_second"], records.price)),
-        ))  # fmt: skip
-    peers = {key: r["result"] for key, r in found.items() if key[-1] != "minisobert" and "result" in r}
-    if not peers:
-        return lines
-    lines += [
-        "",
-        "Beside transformers' classes of the same size, compiled, on the same documents, padded: real tokens/s of "
-        "micro-batches, optimizer left out on both sides. MegatronBert computes what minisobert does; ModernBERT is a "
-        "cheaper model: two of three layers see 128 tokens. *Differs*: nats between the first losses, with the same "
-        "weights for MegatronBert, with its own random ones for ModernBERT.",
-        "",
-        *table("", "dropout", "tokens/s", "minisobert's", "times as fast", "padding", "peak GB", "differs"),
-    ]
-    for (preset, lengths, dropout, name), result in peers.items():
-        speed = result["micro_batch_tokens_per_second"]
-        here = ours.get((preset, lengths, dropout, "minisobert"), {}).get("micro_batch_tokens_per_second")
-        how = f"{name} ({result['attends']}{', compiled' * result['compiled']})"
-        lines.append(line(
-            f"{preset}, {called(lengths)}: {how}", dropout, number(speed), number(here), number(ratio(here, speed), 2),
-            f"{1 - result['real_tokens'] / result['padded_tokens']:.0%}",
-            number(result["peak_bytes"] / 1e9) if result["peak_bytes"] else "", number(result.get("difference"), 2),
-        ))  # fmt: skip
-    return lines
+    found, speed = [], "micro_batch_tokens_per_second"
+    for (preset, lengths, dropout, name), result in records.results("training").items():
+        more = {}
+        if name == "minisobert":
+            more["dollars"] = cost(result["tokens_per_second"], records.price)
+        else:
+            ours = records.get("training", preset, lengths, dropout, "minisobert")
+            more["times"] = ratio(ours.get(speed), result[speed])
+            more["padding_share"] = 1 - result["real_tokens"] / result["padded_tokens"]
+            name = f"{name} ({result['attends']}{', compiled' * result['compiled']})"
+        found.append(((preset, dropout, lengths, name), result | more))
+    found.sort(key=lambda pair: (*pair[0][:2], pair[0][2] != "rows"))
+    columns = {
+        "step, tokens/s": "tokens_per_second", "MFU": "mfu",
+        f"27 B tokens at ${records.price:g} per GPU-hour, dollars": "dollars", "optimizer ms": "optimizer_seconds",
+        "micro-batch": "micro_batch_tokens", "ms": "micro_batch_seconds", "tokens/s": speed, "times as fast": "times",
+        "padding": "padding_share", "peak GB": "peak_bytes", "differs": "difference",
+    }  # fmt: skip
+    return _section("Training", training.__doc__, ["", "dropout", "documents", ""], columns, found)
 
 
 def _profile(records: Records) -> list[str]:
-    result = records.get("profile")
-    if not result:
+    if not (result := records.get("profile")):
         return []
     what = "torch's operations on the CPU" if records.dry else "kernels"
-    lines = [
-        "## Where a micro-batch's time goes",
-        "",
-        f"base, posts, dropout 0, forward and backward: {number(result['milliseconds'])} ms in {what}.",
-        "",
-        *table("", "calls", "ms", "share"),
-    ]
-    for each in result["kernels"]:
-        name = each["name"].replace("|", "\\|")
-        name = name if len(name) <= 90 else f"{name[:87]}…"
-        lines.append(line(f"`{name}`", number(each["calls"]), number(each["milliseconds"]), f"{each['share']:.1%}"))
-    return lines
+    text = f"base, posts, dropout 0, forward and backward: {cell('seconds', result['seconds'])} ms in {what}."
+    found = [((f"`{kernel['name'][:90]}`",), kernel) for kernel in result["kernels"]]
+    columns = {"calls": "calls", "ms": "seconds", "share": "share"}
+    return _section("Where a micro-batch's time goes", text, [""], columns, found)

@@ -1,4 +1,4 @@
-"""The sizes of a run. REAL fills a GPU with 141 GB; TOY walks the same stages on a CPU in seconds."""
+"""The sizes of a run. REAL is for a GPU of 80 GB or more; TOY walks the same stages on a CPU in seconds."""
 
 from __future__ import annotations
 
@@ -18,18 +18,8 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Training:
-    """A model and the micro-batches that fit an H200's 141 GB beside it: rows of ours, documents of the peers'."""
-
-    model: ModelConfig
-    micro_batch_rows: int
-    peer_documents: int
-
-
-@dataclass(frozen=True)
 class Setting:
     device: torch.device
-    dry: bool
     row_tokens: int
     tokens: int  # T of attention, layer norm and GELU
     heads: dict[int, int]  # head width → heads
@@ -38,7 +28,11 @@ class Setting:
     gemm: int
     copy_bytes: int
     tokens_per_batch: int
-    training: dict[str, Training]
+    models: dict[str, tuple[ModelConfig, int, int]]  # and its micro-batches: rows of ours, documents of the peers'
+
+    @property
+    def dry(self) -> bool:
+        return self.device.type != "cuda"
 
     def compile(self, function: Callable, repeat_backward: bool = True) -> Callable:
         """torch.compile, but not in a dry run: on a CPU it would take minutes.
@@ -64,39 +58,33 @@ def pairs(bounds: np.ndarray, real: np.ndarray) -> int:
     return int((np.diff(bounds)[real] ** 2).sum())
 
 
-def real_setting() -> Setting:
-    return Setting(
-        device=torch.device("cuda"),
-        dry=False,
-        row_tokens=2_048,
-        tokens=131_072,
-        heads={64: 12, 96: 16, 128: 12},
-        widths=(768, 1_536),
-        logits=(19_660, 50_048),  # 15 % of the tokens
-        gemm=8_192,
-        copy_bytes=1 << 32,
-        tokens_per_batch=524_288,
-        training={
-            "base": Training(PRESETS["base"], micro_batch_rows=32, peer_documents=16),
-            "large": Training(PRESETS["large"], micro_batch_rows=16, peer_documents=8),
-        },
-    )
+REAL = Setting(
+    device=torch.device("cuda"),
+    row_tokens=2_048,
+    tokens=131_072,
+    heads={64: 12, 96: 16, 128: 12},
+    widths=(768, 1_536),
+    logits=(19_660, 50_048),  # 15 % of the tokens
+    gemm=8_192,
+    copy_bytes=1 << 32,
+    tokens_per_batch=524_288,
+    models={"base": (PRESETS["base"], 32, 16), "large": (PRESETS["large"], 16, 8)},
+)
 
 
-def toy_setting() -> Setting:
-    def model(hidden: int) -> ModelConfig:
-        return ModelConfig(layers=2, hidden=hidden, heads=2, ffn=2 * hidden, vocabulary=256, positions=256)
+def _toy_model(hidden: int) -> ModelConfig:
+    return ModelConfig(layers=2, hidden=hidden, heads=2, ffn=2 * hidden, vocabulary=256, positions=256)
 
-    return Setting(
-        device=torch.device("cpu"),
-        dry=True,
-        row_tokens=256,
-        tokens=1_024,
-        heads={64: 2, 96: 2, 128: 2},
-        widths=(64, 96),
-        logits=(77, 256),
-        gemm=128,
-        copy_bytes=1 << 20,
-        tokens_per_batch=2_048,
-        training={"base": Training(model(64), 2, 2), "large": Training(model(96), 2, 2)},
-    )
+
+TOY = Setting(
+    device=torch.device("cpu"),
+    row_tokens=256,
+    tokens=1_024,
+    heads={64: 2, 96: 2, 128: 2},
+    widths=(64, 96),
+    logits=(77, 256),
+    gemm=128,
+    copy_bytes=1 << 20,
+    tokens_per_batch=2_048,
+    models={"base": (_toy_model(64), 2, 2), "large": (_toy_model(96), 2, 2)},
+)

@@ -1,4 +1,4 @@
-"""How long a function takes on the device."""
+"""How long functions take on the device, and whether two of them compute the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 FEWEST, MOST = 3, 50  # calls
 SECONDS = 0.3  # of one measurement, about
 FLUSH_BYTES = 1 << 30  # many times any L2; clearing it also gives the host time to queue what is timed
+# bf16 keeps 8 bits: a few roundings, each to half a unit of 2**-8, in different orders differ by 0.3 %
+TOLERANCE = 0.01
 
 
 def seconds(function: Callable[[], object], device: torch.device, flush: bool = True) -> float:
@@ -42,19 +44,39 @@ def seconds(function: Callable[[], object], device: torch.device, flush: bool = 
     return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Of two results, the root mean square of the difference over that of the first."""
-    ours, theirs = ours.detach().float(), theirs.detach().float()
-    return float((ours - theirs).norm() / ours.norm())
-
-
 class Disagreement(Exception):
     """Two implementations of the same thing gave different results: one of them is wrong, and may be ours."""
 
 
-def check(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> float:
-    """The largest difference of the pairs. Raises Disagreement where it is more than tolerance, or not a number."""
-    worst = max((difference(*pair) for pair in zip(ours, theirs)), key=lambda x: (x != x, x))
-    if not worst <= tolerance:
-        raise Disagreement(f"differs from minisobert by {worst:.2g} (relative, rms), more than {tolerance}")
+def check(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of the pairs: its root mean square over that of ours.
+
+    Raises Disagreement where it is more than TOLERANCE, or not a number.
+    """
+    pairs = [(x.detach().float(), y.detach().float()) for x, y in zip(ours, theirs, strict=True)]
+    worst = max((float((x - y).norm() / x.norm()) for x, y in pairs), key=lambda x: (x != x, x))
+    if not worst <= TOLERANCE:
+        raise Disagreement(f"differs from minisobert by {worst:.2g} (relative, rms), more than {TOLERANCE}")
     return worst
+
+
+def both_ways(function: Callable, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """The results of function(*inputs) and the gradients of the inputs. gradients: of the results."""
+    results = function(*inputs)
+    results = list(results) if isinstance(results, tuple) else [results]
+    return [*results, *torch.autograd.grad(results, inputs, gradients)]
+
+
+def measure(function, ours, inputs: list[Tensor], gradients: list[Tensor], together: bool = False) -> dict:
+    """Forward and backward of function(*inputs), after its results were checked against those of `ours`, or with None
+    without a check. together: the backward is timed with a forward before it."""
+    device, result = inputs[0].device, {}
+    if ours:
+        result["difference"] = check(both_ways(ours, inputs, gradients), both_ways(function, inputs, gradients))
+    outputs = None if together else function(*inputs)
+    forward = seconds(lambda: function(*inputs), device)
+    if together:
+        backward = seconds(lambda: both_ways(function, inputs, gradients), device)
+    else:
+        backward = seconds(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True), device)
+    return result | {"forward_seconds": forward, "backward_seconds": backward}

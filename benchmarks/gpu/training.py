@@ -4,31 +4,35 @@ A step takes accumulation × micro-batch + optimizer, which are timed apart. Tok
 transformers' classes of the same layers, width and heads, compiled, in plain bf16, on the same documents: shuffled, in
 batches padded to their longest, rounded up to a multiple of 128. Of their batches the one with the median share of
 padding is timed, so that one shape is compiled. They compute logits for all tokens, as their classes do, and their
-optimizer is left out, so that they are to be compared with our micro-batches alone.
+optimizer is left out, so that they are to be compared with our micro-batches alone. MegatronBert computes what
+minisobert does, with the same weights; ModernBert, with random ones, is a cheaper model: two of three layers see 128
+tokens. "Times as fast" is minisobert. MFU is of the datasheet's bf16 rate, recomputation not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import megatron_bert
 from benchmarks.gpu.setting import DTYPE, Setting, pairs
 from benchmarks.gpu.timing import Disagreement, seconds
 from minisobert.config import ModelConfig
-from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK, PAD
+from minisobert.corpus.loader import MicroBatch
+from minisobert.corpus.masking import mask_rows
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, PAD
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy, cross_entropy_reference
 from minisobert.training import meter
 from minisobert.training.optimizer import Optimizer
 
-MASKED = 0.15
+PEERS = ("ModernBert", "MegatronBert")
 DISTINCT = 4  # micro-batches that are timed one after the other, so that packed rows differ as they do in a run
 PAD_TO = 128
 KERNELS = 15  # rows of the profile
@@ -36,67 +40,52 @@ SAME_WEIGHTS = 0.01  # nats between mean losses with the same weights: a bf16 lo
 AT_START = 0.5  # nats between the loss of new random weights and ln V, which guessing gives
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch of random pieces. targets: what the masked tokens were."""
-
-    tokens: Tensor
-    positions: Tensor
-    documents: Documents
-    masked: Tensor
-    targets: Tensor
-    real_tokens: int
-    pairs: int
-
-
-def batch(model: ModelConfig, bounds: np.ndarray, real: np.ndarray, device: torch.device, seed: int) -> Batch:
-    """The documents of bounds; those that are not real are padding, and nothing in them is masked."""
-    generator = np.random.default_rng(seed)
+def micro_batch(model: ModelConfig, bounds: np.ndarray, real: np.ndarray, device: torch.device, seed: int):
+    """A MicroBatch of random pieces: the documents of bounds, of which those that are not real are padding."""
     lengths = np.diff(bounds)
-    is_real = np.repeat(real, lengths)
-    tokens = np.where(is_real, generator.integers(FIRST_ORDINARY_ID, model.vocabulary, bounds[-1]), PAD)
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
-    masked = np.nonzero(is_real & (generator.random(bounds[-1]) < MASKED))[0]
-    targets = tokens[masked]
-    tokens[masked] = MASK
-    on_device = (torch.from_numpy(x).to(device) for x in (tokens, positions, masked, targets))
-    tokens, positions, masked, targets = on_device
-    documents = Documents.from_bounds(bounds, device)
-    return Batch(tokens, positions, documents, masked, targets, int(is_real.sum()), pairs(bounds, real))
+    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, model.vocabulary, (1, bounds[-1]))
+    tokens[0, ~np.repeat(real, lengths)] = PAD
+    masked, targets = mask_rows(tokens, np.array([seed], np.uint32), model.vocabulary)
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens[0]),
+        positions=torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)),
+        documents=Documents.from_bounds(bounds),
+        masked=torch.from_numpy(masked),
+        targets=torch.from_numpy(targets),
+        real_tokens=int(lengths[real].sum()),
+        pairs=pairs(bounds, real),
+        first_row=0,
+    ).to(device)
 
 
 def new_model(config: ModelConfig, device: torch.device) -> MaskedLM:
-    """With weights N(0, 0.02), made on the device: the initialisation of a real run takes a CPU many seconds."""
+    """With weights N(0, 0.02), drawn on the device: `initialise` draws on a CPU, which takes it many seconds."""
+    torch.manual_seed(0)
     with torch.device(device):
-        torch.manual_seed(0)
         model = MaskedLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" not in name:
-                parameter.normal_(0, 0.02)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, 0, 0.02)
     return model
 
 
-def our_loss(model: MaskedLM, batch: Batch, dropout: Dropout | None) -> Tensor:
+def our_loss(model: MaskedLM, batch: MicroBatch, dropout: Dropout | None) -> Tensor:
     """The sum over the masked tokens."""
     logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, dropout)
     return cross_entropy(logits, batch.targets).sum()
 
 
 class Ours:
-    """What `measure` and `profile` share: a model, its optimizer and some micro-batches."""
+    """A model, its optimizer and some micro-batches."""
 
     def __init__(self, setting: Setting, preset: str, lengths: str, dropout: float):
-        self.setting, size = setting, setting.training[preset]
-        self.config, device = size.model, setting.device
+        (self.config, rows, _), device = setting.models[preset], setting.device
         self.model = new_model(self.config, device)
         self.optimizer = Optimizer(self.model, DTYPE, betas=(0.9, 0.999), weight_decay=0.01)
-        self.tokens = size.micro_batch_rows * setting.row_tokens
+        self.tokens = rows * setting.row_tokens
         self.dropout = Dropout.for_step(dropout, 0, 0, self.config.layers, device)
         bounds = [setting.bounds(lengths, self.tokens, seed) for seed in range(DISTINCT)]
-        self.batches = [batch(self.config, *where, device, seed) for seed, where in enumerate(bounds)]
+        self.batches = [micro_batch(self.config, *where, device, seed) for seed, where in enumerate(bounds)]
 
     def micro_batches(self) -> Tensor:
         """Forward and backward of each. Returns the mean loss of the last, in nats."""
@@ -107,28 +96,30 @@ class Ours:
         return loss.detach() / len(each.targets)
 
 
-def measure(setting: Setting, preset: str, lengths: str, dropout: float) -> dict:
+def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
+    """name: "minisobert", or one of PEERS."""
+    if name != "minisobert":
+        return measure_peer(setting, preset, lengths, dropout, name)
     ours = Ours(setting, preset, lengths, dropout)
-    device, config, batches = setting.device, ours.config, ours.batches
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    loss = float(ours.micro_batches())
-    guessing = math.log(config.vocabulary)
+    config, device = ours.config, setting.device
+    _forget_peak(device)
+    loss, guessing = float(ours.micro_batches()), math.log(config.vocabulary)
     if not abs(loss - guessing) < AT_START:
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
-    masked = sum(len(each.targets) for each in batches)
+    masked = sum(len(each.targets) for each in ours.batches)
+    real = sum(each.real_tokens for each in ours.batches) / DISTINCT
+    visible = sum(each.pairs for each in ours.batches) / DISTINCT
     optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked, 1.0), device, flush=False)
     micro_batch = seconds(ours.micro_batches, device, flush=False) / DISTINCT
-    real = sum(each.real_tokens for each in batches) / DISTINCT
-    flops = meter.training_flops(config, real, sum(each.pairs for each in batches) / DISTINCT, masked / DISTINCT)
+    flops = meter.training_flops(config, real, visible, masked / DISTINCT)
     accumulation = setting.tokens_per_batch // ours.tokens
     step = accumulation * micro_batch + optimizer
-    peak = meter.peak_flops(device)
+    chip = meter.peak_flops(device)
     return {
         "tokens_per_second": accumulation * real / step,
-        "mfu": accumulation * flops / step / peak if peak else None,
+        "mfu": accumulation * flops / step / chip if chip else None,
         "tflops": accumulation * flops / step / 1e12,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_bytes": _peak(device),
         "micro_batch_seconds": micro_batch,
         "micro_batch_tokens_per_second": real / micro_batch,
         "optimizer_seconds": optimizer,
@@ -139,70 +130,63 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float) -> dict
     }
 
 
-def profile(setting: Setting, preset: str, lengths: str, dropout: float) -> dict:
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> int | None:
+    """The most bytes that tensors held since `_forget_peak`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+
+def profile(setting: Setting) -> dict:
     """Where a micro-batch's time goes: the kernels that take most of it (on a CPU: torch's operations)."""
     from torch.profiler import ProfilerActivity
 
-    ours = Ours(setting, preset, lengths, dropout)
+    ours = Ours(setting, "base", "posts", 0.0)
     ours.micro_batches()
     on_gpu = setting.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         ours.micro_batches()
         if on_gpu:
             torch.cuda.synchronize()
     # operations on the host carry the time of the kernels they start, which would count it twice
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
-    events.sort(key=lambda event: -getattr(event, time))
-    total = sum(getattr(event, time) for event in events)
-    return {
-        "milliseconds": total / DISTINCT / 1e3,
-        "kernels": [
-            {
-                "name": event.key,
-                "calls": event.count / DISTINCT,
-                "milliseconds": getattr(event, time) / DISTINCT / 1e3,
-                "share": getattr(event, time) / total,
-            }
-            for event in events[:KERNELS]
-        ],
-    }
+    found = [(getattr(each, time), each) for each in profiler.key_averages() if each.device_type == kind]
+    total = sum(microseconds for microseconds, _ in found)
+    kernels = [
+        {"name": each.key, "calls": each.count / DISTINCT, "seconds": spent / DISTINCT / 1e6, "share": spent / total}
+        for spent, each in sorted(found, key=lambda pair: -pair[0])[:KERNELS]
+    ]
+    return {"seconds": total / DISTINCT / 1e6, "kernels": kernels}
 
 
 def their_model(name: str, config: ModelConfig, dropout: float, device: torch.device, ours: MaskedLM):
-    """(the model, how it attends). MegatronBert has our weights."""
+    """MegatronBert with our weights, or ModernBert with random ones of its own."""
     import transformers
 
     transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
     with torch.device(device):
-        torch.manual_seed(0)
         if name == "MegatronBert":
             model = megatron_bert.peer(ours, dropout)
         else:
-            sizes = {
-                "vocab_size": config.vocabulary,
-                "hidden_size": config.hidden,
-                "num_hidden_layers": config.layers,
-                "num_attention_heads": config.heads,
-                # its MLP has three matrices where ours has two: as many weights, as many FLOPs
-                "intermediate_size": config.ffn * 2 // 3,
-                "max_position_embeddings": config.positions,
-                "attention_dropout": dropout,
-                "embedding_dropout": dropout,
-                "mlp_dropout": dropout,
-                "pad_token_id": PAD,
-                **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), FIRST_ORDINARY_ID),
-            }
+            ids = dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), FIRST_ORDINARY_ID)
+            drop = dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), dropout)
+            # its MLP has three matrices where ours has two: two thirds as wide has as many weights, as many FLOPs
+            sizes = megatron_bert.sizes(config, dropout) | {"intermediate_size": config.ffn * 2 // 3}
             model = transformers.ModernBertForMaskedLM(
-                transformers.ModernBertConfig(**sizes, attn_implementation="sdpa")
+                transformers.ModernBertConfig(**sizes, **ids, **drop, pad_token_id=PAD, attn_implementation="sdpa")
             )
-    attends = getattr(model.config, "_attn_implementation", None) or "eager"
-    return model.to(device, DTYPE).train(), attends
+    return model.to(device, DTYPE).train()
 
 
-PEERS = ("ModernBert", "MegatronBert")
+def padded(lengths: np.ndarray) -> int:
+    """The width of a batch of documents."""
+    return -(-int(lengths.max()) // PAD_TO) * PAD_TO
 
 
 def median_batch(lengths: np.ndarray, documents: int, seed: int) -> np.ndarray:
@@ -212,43 +196,35 @@ def median_batch(lengths: np.ndarray, documents: int, seed: int) -> np.ndarray:
     return sorted(batches, key=lambda lengths: lengths.mean() / padded(lengths))[len(batches) // 2]
 
 
-def padded(lengths: np.ndarray) -> int:
-    """The width of a batch of documents."""
-    return -(-int(lengths.max()) // PAD_TO) * PAD_TO
-
-
 def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
-    size, device = setting.training[preset], setting.device
-    bounds, real = setting.bounds(lengths, size.micro_batch_rows * setting.row_tokens, seed=0)
-    documents = median_batch(np.diff(bounds)[real], size.peer_documents, seed=0)
-    width = padded(documents)
-    packed = batch(
-        size.model, np.concatenate([[0], np.cumsum(documents)]), np.ones(len(documents), bool), device, seed=0
-    )
-    ours = new_model(size.model, device)
-    model, attends = their_model(name, size.model, dropout, device, ours)
+    (config, rows, documents), device = setting.models[preset], setting.device
+    bounds, real = setting.bounds(lengths, rows * setting.row_tokens, seed=0)
+    lengths = median_batch(np.diff(bounds)[real], documents, seed=0)
+    width, total = padded(lengths), int(lengths.sum())
+    packed = micro_batch(config, np.cumsum([0, *lengths]), np.ones(len(lengths), bool), device, seed=0)
+    ours = new_model(config, device)
+    model = their_model(name, config, dropout, device, ours)
 
-    labels = torch.full_like(packed.tokens, -100)
-    labels[packed.masked] = packed.targets
-    padding = [(0, width - n) for n in documents.tolist()]
-    parts = [x.split(documents.tolist()) for x in (packed.tokens, labels)]
-    tokens = torch.stack([F.pad(part, pad, value=PAD) for part, pad in zip(parts[0], padding)])
-    labels = torch.stack([F.pad(part, pad, value=-100) for part, pad in zip(parts[1], padding)])
-    real_tokens = None
-    if width > documents.min():
-        real_tokens = (torch.arange(width, device=device) < torch.tensor(documents, device=device)[:, None]).long()
+    def as_batch(x: Tensor, padding: int) -> Tensor:
+        """(T,) of packed documents as (documents, width)."""
+        x = pad_sequence(x.split(lengths.tolist()), batch_first=True, padding_value=padding)
+        return F.pad(x, (0, width - x.shape[1]), value=padding)
+
+    targets = torch.full_like(packed.tokens, -100).index_copy(0, packed.masked, packed.targets)
+    inputs = {"input_ids": as_batch(packed.tokens, PAD)}
+    labels = as_batch(targets, -100)
+    if width > lengths.min():
+        inputs["attention_mask"] = as_batch(torch.ones_like(packed.tokens), 0)
     compiled = setting.compile(model, repeat_backward=False)
 
-    def micro_batch() -> Tensor:
-        loss = compiled(input_ids=tokens, attention_mask=real_tokens, labels=labels).loss
-        loss.backward()
-        return loss.detach()
+    def forward_and_backward() -> None:
+        compiled(**inputs, labels=labels).loss.backward()
 
     result = {}
     if not dropout:  # with dropout each draws a mask of its own
         with torch.no_grad():
             expected = float(our_loss(ours.to(DTYPE), packed, None)) / len(packed.targets)
-            logits = model(input_ids=tokens, attention_mask=real_tokens).logits[labels >= 0]
+            logits = model(**inputs).logits[labels >= 0]
             theirs = float(cross_entropy_reference(logits, packed.targets).mean())  # the class rounds its own to bf16
             del logits
         tolerance = SAME_WEIGHTS if name == "MegatronBert" else AT_START
@@ -256,16 +232,14 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
         if not result["difference"] <= tolerance:
             raise Disagreement(f"first loss {theirs:.4f}, minisobert's {expected:.4f}: more than {tolerance} apart")
     del ours
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    time = seconds(micro_batch, device, flush=False)
+    _forget_peak(device)
+    time = seconds(forward_and_backward, device, flush=False)
     return result | {
         "micro_batch_seconds": time,
-        "micro_batch_tokens_per_second": int(documents.sum()) / time,
-        "real_tokens": int(documents.sum()),
-        "padded_tokens": len(documents) * width,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "attends": attends,
+        "micro_batch_tokens_per_second": total / time,
+        "real_tokens": total,
+        "padded_tokens": len(lengths) * width,
+        "peak_bytes": _peak(device),
+        "attends": getattr(model.config, "_attn_implementation", None) or "eager",
         "compiled": not setting.dry,
     }
