@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks import table
 from benchmarks.gpu import attention, rowwise, training
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.setting import DROPOUTS, LENGTHS
+from minisobert.cli import table
 from minisobert.training.meter import dollars
 
 DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"

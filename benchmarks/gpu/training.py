@@ -53,7 +53,7 @@ def micro_batch(model: ModelConfig, bounds: np.ndarray, real: np.ndarray, device
         masked=torch.from_numpy(masked),
         targets=torch.from_numpy(targets),
         real_tokens=int(lengths[real].sum()),
-        pairs=pairs(bounds, real),
+        attention_pairs=pairs(bounds, real),
         first_row=0,
     ).to(device)
 
@@ -108,7 +108,7 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
     masked = sum(len(each.targets) for each in ours.batches)
     real = sum(each.real_tokens for each in ours.batches) / DISTINCT
-    visible = sum(each.pairs for each in ours.batches) / DISTINCT
+    visible = sum(each.attention_pairs for each in ours.batches) / DISTINCT
     optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked, 1.0), device, flush=False)
     micro_batch = seconds(ours.micro_batches, device, flush=False) / DISTINCT
     flops = meter.training_flops(config, real, visible, masked / DISTINCT)
