@@ -77,8 +77,8 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
     progress = run.load(optimizer, mesh)
 
     # Loop
+    run.begin(progress.step, mesh)
     if mesh.is_first:
-        run.begin(progress.step)
         print(
             f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × "
             f"{mesh.tensor_parallel} {mesh.device.type}; "
@@ -87,7 +87,6 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
-    mesh.wait_for_all()  # the folder is there, and those that are to be begun anew are gone
     stopped = train(model, optimizer, training, validation, run, mesh, progress)
     if mesh.is_first:
         print(f"{run.folder}: step {progress.step:,}, loss {progress.loss:.4f}")

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 PATIENCE = 30  # seconds
 
+
 def option(
     default,
     help: str,
@@ -93,6 +94,13 @@ def _meant(unknown: str, options: list[str]) -> str | None:
     holding = [o for o, names in parts.items() if set(typed.split("-")) <= set(names)]
     close = difflib.get_close_matches(f"--{typed}", parts, n=1, cutoff=0.7)
     return next(iter([*abbreviated, *close, *holding]), None)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says; of an OSError the file and what is wrong with it, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def fail(message: object) -> NoReturn:

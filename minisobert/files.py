@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -136,6 +137,24 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def read_json_lines(path: Path, names: set[str]) -> list[dict]:
+    """The objects of a file of one a line. A damaged line, or one that lacks a name, is left out; that is said."""
+    found, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except ValueError:  # of bytes that are no text too
+            value = {}
+        if isinstance(value, dict) and names <= value.keys():
+            found.append(value)
+        elif line.strip():
+            damaged.append(number)
+    if damaged:
+        others = f" and {len(damaged) - 1:,} more are" if len(damaged) > 1 else " is"
+        print(f"{path}: line {damaged[0]:,}{others} damaged and left out", file=sys.stderr)
+    return found
 
 
 def sha256(path: Path) -> str:

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from minisobert.cli import Parser, fail
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl. Raises ValueError where there are none."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of a train.py")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if not lines:
-        raise ValueError(f"{path} is empty: the run has made no step yet")
-    return lines
+from minisobert.training.run import read_metrics
 
 
 def pyplot():

@@ -130,6 +130,28 @@ def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
     assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000003"]
 
 
+def test_counters_without_a_checksum_of_their_own_are_believed_and_that_is_said(corpus, tmp_path, capsys):
+    """Version 0.1.0 wrote none."""
+    out = tmp_path / "run"
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    state = out / "checkpoints" / "step-00000002" / "state.json"
+    content = json.loads(state.read_text())
+    del content["checksum"]
+    state.write_text(json.dumps(content, indent=2) + "\n")
+    capsys.readouterr()
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    assert capsys.readouterr().err.count(f"{state} has no checksum of its own (version 0.1.0)") == 1
+    state.write_text(state.read_text().replace("consumed_tokens", "consumed_tokenr"))
+    with pytest.raises(SystemExit):
+        train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "state.json is damaged" in error
+    advice = re.search("remove (.*) to go on from the one before", error).group(1)
+    shutil.rmtree(advice)
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    assert "going on after step 1" in capsys.readouterr().out
+
+
 def damaged(corpus, tmp_path, change) -> Path:
     folder = tmp_path / "shards"
     shutil.copytree(corpus.folder, folder)
