@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         # Data, and whether everything fits together: before any process waits for another and anything is written
+        meshes.check_launch()
         world = meshes.from_torchrun("WORLD_SIZE", 1)
         shards = open_shards(config.data, verify=config.verify)
         model_config = config.model(shards.vocab_size)
@@ -48,12 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         config.check(len(training), world // config.tensor_parallel)
         run = Run(config, model_config, shards)
 
-        with meshes.start(config.tensor_parallel, config.timeout) as mesh:
+        with meshes.start(config.tensor_parallel, config.timeout) as mesh, run.claimed(mesh):
             return pretrain(run, training, validation, mesh)
     except (ValueError, SaveFailed, TooManySkipped) as error:  # known to all ranks alike
         mistake = isinstance(error, ValueError)
         if mistake:
-            fail(f"train.py: {error}")
+            fail(str(error) and f"train.py: {error}")
         if not str(error):
             time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
         else:

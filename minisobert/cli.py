@@ -107,11 +107,13 @@ def fail(message: object) -> NoReturn:
     """What a user's mistake ends in: one line on standard error, exit status 2.
 
     torchrun kills all ranks when one exits. So the first rank speaks, and the others, which as a rule have found the
-    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too.
+    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too. Without a message
+    it is only the status.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
-    print(" ".join(str(message).split()), file=sys.stderr)
+    if message:
+        print(" ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from minisobert.cli import flag
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer
-from minisobert.files import read_json_lines, sha256, write_json
+from minisobert.files import locked, read_json_lines, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel import splits
 from minisobert.parallel.mesh import Mesh, from_torchrun
@@ -26,6 +28,7 @@ from minisobert.training import checkpoint
 from minisobert.training.optimizer import Optimizer, Piece
 
 METRICS = {"step", "positions", "loss"}  # what each line of metrics.jsonl has at least
+CLAIM = 10.0  # seconds to wait for a folder that another job is in
 T = TypeVar("T")
 
 
@@ -91,6 +94,30 @@ class Run:
         if before != self.identity:
             raise ValueError(f"{here} by another version of minisobert; {otherwise}")
 
+    @contextmanager
+    def claimed(self, mesh: Mesh) -> Iterator[None]:
+        """Keeps other jobs out of the folder, which is made. Called by all ranks; raises ValueError where one is in it.
+
+        The first rank holds the lock, since one job has one first rank. It waits for a job that is ending, as one does
+        that torchrun starts again.
+        """
+        with ExitStack() as lock:
+            _on_first(mesh, partial(self._claim, lock))
+            yield
+
+    def _claim(self, lock: ExitStack) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + CLAIM
+        while True:
+            try:
+                lock.enter_context(locked(self.folder / ".lock", self.folder))
+                break
+            except ValueError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+        self._look()  # again: whoever had it until now may have saved
+
     def load(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
         """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
 
@@ -123,7 +150,6 @@ class Run:
         _on_first(mesh, partial(self._begin, step))
 
     def _begin(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         metrics = self.folder / "metrics.jsonl"
