@@ -144,7 +144,8 @@ def _nobody_reads() -> bool:
 def reason(error: BaseException) -> str:
     """What an error says; of an OSError the file and what is wrong with it, without its number."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        file = error.filename2 or error.filename  # of a renaming the new name
+        return f"{file}: {error.strerror}" if file else error.strerror
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 

@@ -21,6 +21,8 @@ def guess(trained: Trained, ids: np.ndarray, masked: list[int], best: int = 3) -
     positions = trained.model.config.positions
     if len(ids) > positions - SPECIALS:
         raise ValueError(f"the text has {len(ids):,} tokens; the model reads up to {positions - SPECIALS:,}")
+    if not 1 <= best <= trained.tokenizer.vocab_size:
+        raise ValueError(f"--best is {best:,}; it must be from 1 to {trained.tokenizer.vocab_size:,}, the vocabulary")
     tokens = torch.tensor([CLS, *ids.tolist(), SEP])
     places = torch.tensor(masked) + 1
     tokens[places] = MASK

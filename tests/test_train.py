@@ -194,6 +194,14 @@ def test_a_run_that_waits_for_one_that_ends_looks_at_the_folder_again(corpus, tm
         shutil.rmtree(out / "checkpoints")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_be_written_at_the_start_ends_all_ranks_with_one_line(corpus, tmp_path, ranks):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (out / "config.json").mkdir(parents=True)
+    assert finish(start(words(corpus, out, micro_batch_rows=2), log, ranks)) == [2] * ranks
+    assert log.read_text() == f"train.py: {out}/config.json: Is a directory\n"
+
+
 SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
 STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
 

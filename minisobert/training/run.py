@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from minisobert.cli import flag
+from minisobert.cli import flag, reason
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer
@@ -50,7 +50,8 @@ class Run:
     """Looks at the folder and writes nothing until `claimed`."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards):
-        """Raises ValueError where the folder's last checkpoint was made by another config or from other data."""
+        """Raises ValueError where nothing can be written to the folder, or it holds a run of another config or on other
+        data."""
         self.config, self.model_config, self.shards = config, model_config, shards
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
@@ -60,6 +61,10 @@ class Run:
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
         self.fresh = config.fresh
         self._unwritten = b""  # of metrics.jsonl
+        for folder in (self.folder, self.folder / "checkpoints"):
+            _check_writable(folder)
+        if self.folder.exists() and self.folder.samefile(shards.folder):
+            raise ValueError(f"--out: {self.folder} is the folder of --data; choose another, which may be inside it")
         self._look()
 
     def _look(self) -> None:
@@ -216,6 +221,17 @@ def _on_first(mesh: Mesh, function: Callable[[], T]) -> T | None:
     return result
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where there is no such folder and none can be made, or it is read-only."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.exists():
+        raise ValueError(f"--out: {there} is a link to {there.readlink()}, which is not there; choose another")
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is a file; choose a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: nothing can be written in {there}; choose another folder or change its permissions")
+
+
 def _progress(path: Path) -> Progress:
     try:
         progress = Progress(**checkpoint.read_state(path)["progress"])
@@ -275,11 +291,15 @@ def open_run(run: str | Path) -> Trained:
     saved = checkpoint.steps(run / "checkpoints")
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
-    described = json.loads((run / "config.json").read_text())
+    try:
+        described = json.loads((run / "config.json").read_text())
+        model_config, tokenizer = ModelConfig(**described["model"]), described["tokenizer"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
     pieces = run / "tokenizer.model"
-    if sha256(pieces) != described["tokenizer"]:
+    if sha256(pieces) != tokenizer:
         raise ValueError(f"{pieces} is another model's; put the one of the run's --data there")
-    model = MaskedLM(ModelConfig(**described["model"]))
+    model = MaskedLM(model_config)
     checkpoint.verify(saved[-1])
     model.load_state_dict(checkpoint.load(saved[-1])["model"])
     return Trained(model.eval(), Tokenizer(pieces))

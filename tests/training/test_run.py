@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from minisobert.training.run import Progress, Run, read_metrics
 @pytest.fixture
 def make_run(corpus, tmp_path):
     def make(**options) -> Run:
-        config = TrainConfig(data=str(corpus.folder), preset="tiny", out=str(tmp_path / "run"), **options)
+        config = TrainConfig(**{"data": str(corpus.folder), "preset": "tiny", "out": str(tmp_path / "run"), **options})
         return Run(config, config.model(corpus.vocab_size), corpus)
 
     return make
@@ -31,6 +32,11 @@ def save(folder: Path, identity: dict) -> None:
     path.mkdir(parents=True)
     state = {"progress": dataclasses.asdict(Progress(2)), "run": identity, "validation_loss": None, "sha256": {}}
     checkpoint.write_state(path, state)
+
+
+def begin(run: Run, step: int = 0) -> None:
+    with run.claimed(Mesh()):
+        run.begin(step, Mesh())
 
 
 def line(step: int, **figures) -> dict:
@@ -56,7 +62,7 @@ def test_a_run_with_an_option_that_this_version_does_not_know_is_refused(make_ru
 
 def test_metrics_hold_null_where_a_figure_is_not_finite(make_run):
     run = make_run()
-    run.begin(0, Mesh())
+    begin(run)
     run.log(line(1, grad_norm=math.inf) | {"loss": math.nan})
     text = (run.folder / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == line(1, grad_norm=None) | {"loss": None}
@@ -68,11 +74,11 @@ DAMAGED = b'{"step": 2, "positions": 200, "loss": 5.0, "lr": }\n{"step": 3, "pos
 
 def test_a_damaged_line_of_metrics_costs_that_line_and_is_said(make_run, capsys):
     run = make_run()
-    run.begin(0, Mesh())
+    begin(run)
     path = run.folder / "metrics.jsonl"
     whole = [json.dumps(line(step)).encode() + b"\n" for step in range(9)]
     path.write_bytes(whole[1] + DAMAGED + whole[5] + whole[6] + whole[7][:-10])
-    for read in (lambda: read_metrics(run.folder), lambda: run.begin(5, Mesh())):
+    for read in (lambda: read_metrics(run.folder), lambda: begin(run, 5)):
         steps = [each["step"] for each in read() or []]
         assert steps in ([1, 5, 6], [])
         assert capsys.readouterr().err == f"{path}: line 2 and 5 more are damaged and left out\n"
@@ -81,16 +87,16 @@ def test_a_damaged_line_of_metrics_costs_that_line_and_is_said(make_run, capsys)
 
 def test_infinity_in_metrics_of_the_version_before_is_read(make_run):
     run = make_run()
-    run.begin(0, Mesh())
+    begin(run)
     (run.folder / "metrics.jsonl").write_text('{"step": 1, "positions": 9, "loss": NaN, "grad_norm": Infinity}\n')
     assert read_metrics(run.folder) == [{"step": 1, "positions": 9, "loss": None, "grad_norm": None}]
-    run.begin(1, Mesh())
+    begin(run, 1)
     assert json.loads((run.folder / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
 
 
 def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(make_run, capsys):
     run = make_run()
-    run.begin(0, Mesh())
+    begin(run)
     path = run.folder / "metrics.jsonl"
     run.log(line(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -106,3 +112,29 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(mak
     assert said.count("\n") == 1
     run.log(line(4))
     assert read_metrics(run.folder) == [line(step) for step in (1, 2, 3, 4)] and capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_work_begins(make_run, tmp_path, monkeypatch, corpus):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoints").write_text("")
+    (tmp_path / "shards").symlink_to(corpus.folder)
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in (
+        ("file", "file is a file; choose a folder"),
+        ("file/run", "file is a file; choose a folder"),
+        ("dangling", "dangling is a link to .*gone, which is not there"),
+        ("dangling/run", "dangling is a link to .*gone, which is not there"),
+        ("half", "checkpoints is a file; choose a folder"),
+        ("shards", "shards is the folder of --data; choose another, which may be inside it"),
+    ):
+        with pytest.raises(ValueError, match=f"^--out: .*{message}"):
+            make_run(out=str(tmp_path / out))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may do anything
+    with pytest.raises(ValueError, match=f"^--out: nothing can be written in {tmp_path}; choose"):
+        make_run(out=str(tmp_path / "new" / "run"))
+    monkeypatch.undo()
+    assert sorted(tmp_path.rglob("*")) == before
+    for out in (corpus.folder / "run", tmp_path / "new" / "run", tmp_path / "half" / "run"):
+        make_run(out=str(out))
