@@ -10,8 +10,12 @@ interrupted run was, bit for bit; another layout may be chosen for that.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+
+if __name__ == "__main__":  # Ctrl-C in the seconds of the next imports ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -25,7 +29,7 @@ from minisobert.parallel import tensor
 from minisobert.parallel.mesh import Mesh
 from minisobert.planning.report import report
 from minisobert.training.checkpoint import SaveFailed
-from minisobert.training.loop import TooManySkipped, train
+from minisobert.training.loop import StopSignals, TooManySkipped, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
@@ -50,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(config, model_config, shards)
 
     try:
-        with meshes.start(config.tensor_parallel, config.timeout) as mesh, run.claimed(mesh):
-            return pretrain(run, training, validation, mesh)
+        processes = meshes.start(config.tensor_parallel, config.timeout)
+        with StopSignals(speaks=meshes.from_torchrun("RANK", 0) == 0) as stop, processes as mesh, run.claimed(mesh):
+            return pretrain(run, training, validation, mesh, stop)
     except (SaveFailed, TooManySkipped) as error:  # known to all ranks alike
         if not str(error):
             time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
+def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopSignals) -> int:
     config = run.config
     # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
     # its slice, so that the layout cannot change how it begins
@@ -86,11 +91,12 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
-    stopped = train(model, optimizer, training, validation, run, mesh, progress)
+    stopped = train(model, optimizer, training, validation, run, mesh, progress, stop)
     if mesh.is_first:
         print(f"{run.folder}: step {progress.step:,}, loss {progress.loss:.4f}")
     return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

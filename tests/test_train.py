@@ -121,6 +121,122 @@ def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path,
     torch.testing.assert_close(column(out), column(plain), rtol=0, atol=1e-5)
 
 
+def in_step(number: int, happens, rank: int) -> None:
+    """prepare: what happens in a step; when it begins is written to the log."""
+    step = loop.train_step
+
+    def stepping(*args):
+        if args[6].step == number - 1:
+            os.write(2, b"it happens\n")
+            happens()
+        return step(*args)
+
+    loop.train_step = stepping
+
+
+def multiply() -> None:
+    """One operation of a second or so, during which no handler runs."""
+    x = torch.ones(3_000, 3_000)
+    x @ x
+    os.write(2, b"multiplied\n")
+
+
+def for_long() -> None:
+    time.sleep(100)
+
+
+def signal_when(text: str, process, log: Path, number=signal.SIGINT) -> None:
+    wait_until(lambda: log.exists() and text in log.read_text(), [process], log)
+    os.kill(process.pid, number)
+
+
+WILL = "will save after this step, and leave; Ctrl-C again leaves at once"
+
+
+def test_ctrl_c_in_a_long_operation_is_answered_at_once(corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (process,) = start(words(corpus, out, steps=9), log, prepare=partial(in_step, 3, multiply))
+    signal_when("it happens", process, log)
+    assert finish([process]) == [130]
+    said = log.read_text()
+    assert said.index("it happens") < said.index(WILL) < said.index("multiplied") < said.index("stopped after step 3")
+    assert said.count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
+
+
+def test_torchruns_copy_of_ctrl_c_is_not_taken_for_a_second_one(corpus, tmp_path):
+    """A terminal sends it to all processes, and torchrun hands it on to its own."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=9, micro_batch_rows=2)
+    processes = start(argv, log, 2, partial(in_step, 3, partial(time.sleep, 1.5)))
+    signal_when("it happens\nit happens", processes[0], log)
+    os.kill(processes[1].pid, signal.SIGINT)
+    time.sleep(0.3)
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert finish(processes) == [130, 130]
+    assert log.read_text().count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
+
+
+@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "what came after {out}/checkpoints/step-00000002 is lost"),
+                                             ("1e9", "nothing had been saved")])  # fmt: skip
+def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, every, lost):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=9, checkpoint_every_tokens=every)
+    (process,) = start(argv, log, prepare=partial(in_step, 5, for_long))
+    signal_when("it happens", process, log)
+    wait_until(lambda: WILL in log.read_text(), [process], log)
+    time.sleep(1.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process], 10) == [130]
+    said = log.read_text()
+    assert said.splitlines()[-1] == f"train.py: left at once; {lost.format(out=out)}" and "Traceback" not in said
+
+
+def block_at(name: str, rank: int) -> None:
+    def blocked(*args, **kwargs):
+        os.write(2, b"blocked\n")
+        time.sleep(100)
+
+    setattr(train, name, blocked)
+
+
+@pytest.mark.parametrize("name", ["open_shards", "MaskedLM", "Optimizer"])
+def test_ctrl_c_at_the_start_leaves_at_once(corpus, tmp_path, name):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (process,) = start(words(corpus, out), log, prepare=partial(block_at, name))
+    signal_when("blocked", process, log)
+    assert finish([process], 10) == [130]
+    said = log.read_text().split()
+    assert " ".join(said) in ("blocked train.py: left at once; nothing is lost", "blocked train.py: interrupted")
+
+
+def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=3, checkpoint_every_tokens=2 * BATCH)
+    (process,) = start(argv, log, prepare=block_last_save)
+    signal_when("saving", process, log)
+    wait_until(lambda: "is being saved; Ctrl-C again leaves at once" in log.read_text(), [process], log)
+    time.sleep(1.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process], 10) == [130]
+    said = log.read_text()
+    assert said.endswith(f"train.py: left at once; what came after {out}/checkpoints/step-00000002 is lost\n")
+    assert "Traceback" not in said
+    assert finish(start(argv, log)) == [0]
+
+
+def block_last_save(rank: int) -> None:
+    write = checkpoint._write
+
+    def writing(work, *args):
+        if work.name.endswith("3"):
+            os.write(2, b"saving\n")
+            time.sleep(100)
+        write(work, *args)
+
+    checkpoint._write = writing
+
+
 def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
     out = tmp_path / "run"
     assert train.main(words(corpus, out, steps=2)) == 0
