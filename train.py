@@ -10,12 +10,16 @@ interrupted run was, bit for bit; another layout may be chosen for that.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
+if __name__ == "__main__":  # Ctrl-C in the seconds of the next imports ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
-from minisobert.cli import PATIENCE, fail, parse
+from minisobert.cli import PATIENCE, command, parse
 from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import open_shards
@@ -24,42 +28,43 @@ from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
 from minisobert.parallel.mesh import KnownToAll, Mesh
 from minisobert.planning.report import report
-from minisobert.training.loop import train
+from minisobert.training.loop import StopSignals, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
 
+@command("train.py")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
+    if config.plan:
+        print(report(config))
+        return 0
+
+    # Data, and whether everything fits together: before any process waits for another and anything is written
+    meshes.check_launch()
+    world = meshes.from_torchrun("WORLD_SIZE", 1)
+    shards = open_shards(config.data, verify=config.verify)
+    model_config = config.model_config(shards.vocab_size)
+    meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
+    training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
+    validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
+    config.check(len(training), world // config.tensor_parallel)
+    run = Run(config, model_config, shards)
+
     try:
-        if config.plan:
-            print(report(config))
-            return 0
-
-        # Data, and whether everything fits together: before any process waits for another and anything is written
-        world = meshes.from_torchrun("WORLD_SIZE", 1)
-        shards = open_shards(config.data, verify=config.verify)
-        model_config = config.model_config(shards.vocab_size)
-        meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
-        training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
-        validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
-        config.check(len(training), world // config.tensor_parallel)
-        run = Run(config, model_config, shards)
-
-        with meshes.start(config.tensor_parallel, config.timeout) as mesh:
-            return pretrain(run, training, validation, mesh)
-    except ValueError as error:
-        fail(f"train.py: {error}")
-    except KnownToAll as error:  # a save that failed, or gradients that are not finite; the first rank knows why
+        processes = meshes.start(config.tensor_parallel, config.timeout)
+        with StopSignals(speaks=meshes.from_torchrun("RANK", 0) == 0) as stop, processes as mesh, run.claimed(mesh):
+            return pretrain(run, training, validation, mesh, stop)
+    except KnownToAll as error:  # a save that failed, or gradients that are not finite
         if str(error):
-            print(f"train.py: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"train.py: {error}; repeat the command to resume from the last checkpoint", file=sys.stderr)
         else:
             time.sleep(PATIENCE)  # torchrun kills all ranks when one exits: the first rank has to print the error
         return 1
 
 
-def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
+def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopSignals) -> int:
     config = run.config
     # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
     # its slice, so that the layout cannot change how it begins
@@ -75,8 +80,8 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
     progress = run.restore(optimizer, mesh)
 
     # Loop
+    run.begin(progress.step, mesh)
     if mesh.is_first:
-        run.begin(progress.step)
         print(
             f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × "
             f"{mesh.tensor_parallel} {mesh.device.type}; "
@@ -85,12 +90,12 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh) -> int:
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
-    mesh.wait_for_all()  # the folder is there, and those that are to be begun anew are gone
-    stopped = train(model, optimizer, training, validation, run, mesh, progress)
+    stopped = train(model, optimizer, training, validation, run, mesh, progress, stop)
     if mesh.is_first:
         print(f"{run.folder}: step {progress.step:,}, loss {progress.loss:.4f}")
     return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

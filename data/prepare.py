@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import decontamination
 from data.decontamination import Texts
 from data.inputs import check, documents
-from minisobert.cli import Parser, fail
+from minisobert.cli import Parser, command, fail
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, write_meta
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, token_dtype, train
@@ -277,6 +277,7 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
+@command("data.prepare")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
     kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"

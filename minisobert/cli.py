@@ -8,13 +8,17 @@ import difflib
 import math
 import os
 import re
+import select
 import sys
 import time
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from decimal import Decimal
 from typing import NoReturn
 
 PATIENCE = 30  # seconds
+
 
 def option(
     default,
@@ -83,33 +87,85 @@ def flag(name: str) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the option that was probably meant. Exit status 2."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _integer)
+        self.register("type", float, _number)
+
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
             near = _meant(unknown.split("=")[0], list(self._option_string_actions))
-            message = f"unknown option {unknown}" + (f"; did you mean {near}?" if near else "; see --help")
+            message = f"unknown option {unknown}" + (f"; did you mean {words(near)}?" if near else "; see --help")
         fail(f"{self.prog}: {message}")
 
 
-def _meant(unknown: str, options: list[str]) -> str | None:
-    """Of the options, the one that a misspelt or abbreviated one stands for, if any."""
+_ELSEWHERE = {"batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens"}  # other tools'
+
+
+def _meant(unknown: str, options: list[str]) -> list[str]:
+    """Of the options, those that one of another tool, or a misspelt or abbreviated one, may stand for."""
+    names = [option.removeprefix("--") for option in options if option.startswith("--")]
     typed = unknown.strip("-").replace("_", "-").lower()
-    parts = {option: option.strip("-").split("-") for option in options if option.startswith("--")}
-    abbreviated = [o for o, names in parts.items() if typed in ("".join(n[0] for n in names), "".join(names))]
-    holding = [o for o, names in parts.items() if set(typed.split("-")) <= set(names)]
-    close = difflib.get_close_matches(f"--{typed}", parts, n=1, cutoff=0.7)
-    return next(iter([*abbreviated, *close, *holding]), None)
+    typed = _ELSEWHERE[typed] if _ELSEWHERE.get(typed) in names else typed
+    parts = {name: name.split("-") for name in names}
+    abbreviated = [n for n, of in parts.items() if typed in (n, "".join(of), "".join(part[0] for part in of))]
+    holding = [name for name, of in parts.items() if set(typed.split("-")) <= set(of)]
+    held = [n for n, of in parts.items() if set(of) <= set(typed.split("-")) or (len(n) > 2 and typed.startswith(n))]
+    close = difflib.get_close_matches(typed, names, n=1, cutoff=0.7)
+    found = abbreviated[:1] or holding[:3] or close or sorted(held, key=len)[-1:]
+    return [f"--{name}" for name in found]
+
+
+@contextmanager
+def command(prog: str) -> Iterator[None]:
+    """What a command does, as a block or a decorated function: what a user can do something about ends it in one line.
+
+    ValueError and OSError leave by `fail`, Ctrl-C with status 130. That whoever reads standard output has seen enough,
+    as `| head` has, is no error.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where it can be caught, and not when the interpreter ends
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        fail(str(error) and f"{prog}: {reason(error)}")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that has lost its reader."""
+    poll = select.poll()
+    with suppress(ValueError):  # standard output is no file
+        poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says; of an OSError the file and what is wrong with it, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename2 or error.filename  # of a renaming the new name
+        return f"{file}: {error.strerror}" if file else error.strerror
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def fail(message: object) -> NoReturn:
     """What a user's mistake ends in: one line on standard error, exit status 2.
 
     torchrun kills all ranks when one exits. So the first rank speaks, and the others, which as a rule have found the
-    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too.
+    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too. Without a message
+    it is only the status.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
-    print(" ".join(str(message).split()), file=sys.stderr)
+    if message:
+        print(" ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -129,7 +185,7 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
         shown = "" if default in ("", ()) else f" (default {default})"
         group.add_argument(
             flag(f.name),
-            type={int: _integer, float: _number}.get(kind, str),
+            type=kind if kind in (int, float) else str,
             nargs="+" if several else None,
             default=f.default,
             metavar=None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"]),
@@ -156,7 +212,7 @@ def whole_number(text: str) -> int:
     value = number(text)
     if value != int(value):
         raise ValueError(text)
-    return int(value) if abs(value) < 2**53 else int(text.replace(",", ""))  # above, not every float is exact
+    return int(value) if abs(value) < 2**53 else int(Decimal(text.replace(",", "")))  # above, floats are not exact
 
 
 def _integer(text: str) -> int:

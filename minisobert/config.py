@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -61,6 +62,19 @@ class Step(NamedTuple):
     rows: int
     tokens: int  # row positions: rows × row_tokens
     accumulation: int
+
+
+def _two_numbers(text: str) -> tuple[str, str]:
+    """`131,072,1e9` is `131,072` and `1e9`. Raises ValueError where there is not just one way to read it so."""
+    commas = [at for at, letter in enumerate(text) if letter == ","]
+    ((one, other),) = [p for at in commas if all(map(_is_number, p := (text[:at], text[at + 1 :])))]
+    return one, other
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError, OverflowError):
+        return whole_number(text) >= 0 and not re.match("0[0-9]", text)  # what stands after a comma of 1,000
+    return False
 
 
 _data = partial(option, group="data")
@@ -157,17 +171,18 @@ class TrainConfig:
         if not self.batch_schedule:
             return [(0, self.tokens_per_batch)]
         try:
-            pairs = re.split(",(?=[^,:]*:)", self.batch_schedule)  # not at the commas of 524,288
-            batches = [tuple(whole_number(part) for part in pair.split(":")) for pair in pairs]
-            starts, sizes = zip(*batches, strict=True)
+            first, *between, last = self.batch_schedule.split(":")
+            texts = [first, *(text for size_and_start in between for text in _two_numbers(size_and_start)), last]
+            numbers = [whole_number(text) for text in texts]
+            starts, sizes = numbers[::2], numbers[1::2]
         except (ValueError, OverflowError):
-            starts, sizes = (), ()
-        if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(sizes) < 1:
+            starts, sizes = [], []
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)) or min(sizes) < 1:
             raise ValueError(
                 f"--batch-schedule is {self.batch_schedule!r}; it must be pairs of row positions read and row "
                 "positions a step, beginning with 0 and increasing: 0:131072,1e9:524288"
             )
-        return batches
+        return list(zip(starts, sizes))
 
     def batch_sizes(self, consumed: int = 0) -> Iterator[tuple[int, int]]:
         """(row positions consumed before, row positions) of each step that is left after `consumed`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -10,6 +11,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_locks: set[int] = set()  # the descriptors of the lock files that this process holds
+
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
@@ -36,6 +40,66 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is truncated or damaged ({error})") from None
+
+
+@contextmanager
+def locked(path: Path, what: str | Path) -> Iterator[str]:
+    """Holds a lock while the block runs, by a file at `path` that is removed at the end. what: the folder it is for.
+
+    Yields whom the file still names ("process 123 on host"), which is one that was killed while it held the lock; or
+    "". Raises ValueError where a living process holds it, OSError where the file cannot be made. Where the file system
+    has no locks the block runs without one and is given "".
+
+    The kernel drops the lock with the process, however that ends. Processes that it forks meanwhile do not keep it.
+    """
+    descriptor = None
+    while descriptor is None:
+        descriptor, taken, has_locks = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), False, True
+        _locks.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            has_locks = False
+        holder = os.pread(descriptor, 1_000, 0).decode(errors="replace").strip()
+        if taken:
+            _drop(descriptor)
+            by = holder or "another process"
+            raise ValueError(f"{what} is in use by {by}; wait until that has ended, or choose another --out")
+        if not _is_at(path, descriptor):  # whoever held it has removed the file since it was opened here: open the next
+            descriptor = _drop(descriptor)
+    try:
+        if has_locks:
+            with suppress(OSError):  # the disk is full: then nobody is named
+                text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
+                os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
+        yield holder if has_locks else ""
+    finally:
+        if descriptor in _locks:  # not in a forked process that runs to its end
+            if _is_at(path, descriptor):  # nobody else may move it away meanwhile: the lock is held
+                path.unlink()
+            _drop(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _drop(descriptor: int) -> None:
+    _locks.remove(descriptor)
+    os.close(descriptor)
+
+
+def _drop_all() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_drop_all)  # or a child that outlives this process would keep its locks
 
 
 @contextmanager
@@ -73,6 +137,24 @@ def write_json(path: Path, value: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def read_json_lines(path: Path, names: set[str]) -> list[dict]:
+    """The objects of a file of one a line. A damaged line, or one that lacks a name, is left out; that is said."""
+    found, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except ValueError:  # of bytes that are no text too
+            value = {}
+        if isinstance(value, dict) and names <= value.keys():
+            found.append(value)
+        elif line.strip():
+            damaged.append(number)
+    if damaged:
+        others = f" and {len(damaged) - 1:,} more are" if len(damaged) > 1 else " is"
+        print(f"{path}: line {damaged[0]:,}{others} damaged and left out", file=sys.stderr)
+    return found
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minisobert.cli import Parser, fail
+from minisobert.cli import Parser, command
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
@@ -21,6 +21,8 @@ def guess(trained: Trained, ids: np.ndarray, masked: list[int], best: int = 3) -
     positions = trained.model.config.positions
     if len(ids) > positions - SPECIALS:
         raise ValueError(f"the text has {len(ids):,} tokens; the model reads up to {positions - SPECIALS:,}")
+    if not 1 <= best <= trained.tokenizer.vocab_size:
+        raise ValueError(f"--best is {best:,}; it must be from 1 to {trained.tokenizer.vocab_size:,}, the vocabulary")
     tokens = torch.tensor([CLS, *ids.tolist(), SEP])
     places = torch.tensor(masked) + 1
     tokens[places] = MASK
@@ -48,20 +50,18 @@ def with_masks(trained: Trained, text: str) -> tuple[np.ndarray, list[int]]:
     return np.concatenate(ids).astype(np.int64), places
 
 
+@command("minisobert.playground")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="minisobert.playground", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a train.py run")
     parser.add_argument("text", nargs="+", help="text with one or more [MASK]")
     parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each (default 5)")
     options = parser.parse_args(argv)
-    try:
-        trained = open_run(options.run)
-        for text in options.text:
-            print(text)
-            for guesses in guess(trained, *with_masks(trained, text), best=options.best):
-                print("   ", "   ".join(f"{piece!r} {p:.1%}" for piece, p in guesses))
-    except (ValueError, OSError) as error:
-        fail(f"{parser.prog}: {error}")
+    trained = open_run(options.run)
+    for text in options.text:
+        print(text)
+        for guesses in guess(trained, *with_masks(trained, text), best=options.best):
+            print("   ", "   ".join(f"{piece!r} {p:.1%}" for piece, p in guesses))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from minisobert.cli import Parser, fail
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl. Raises ValueError where there are none."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of a train.py")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if not lines:
-        raise ValueError(f"{path} is empty: the run has made no step yet")
-    return lines
+from minisobert.cli import Parser, command
+from minisobert.training.run import read_metrics
 
 
 def pyplot():
@@ -58,16 +47,14 @@ def moving_mean(values: list[float], width: int) -> list[float]:
     return [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
+@command("minisobert.plot")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="minisobert.plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--png", type=Path, help="where to (default: loss.png in the first run's folder)")
     options = parser.parse_args(argv)
     png = options.png or options.runs[0] / "loss.png"
-    try:
-        plot(options.runs, png)
-    except ValueError as error:
-        fail(f"{parser.prog}: {error}")
+    plot(options.runs, png)
     print(png)
 
 

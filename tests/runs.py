@@ -18,7 +18,7 @@ import train
 from minisobert import cli
 from minisobert.config import PRESETS, ModelConfig
 from minisobert.parallel import roll_call
-from minisobert.training import checkpoint
+from minisobert.training import checkpoint, run
 
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128)
 ROW = 512
@@ -64,7 +64,7 @@ PATIENCE = 300  # seconds, after which a process is taken to hang
 def _process(log, environments, functions) -> None:
     torch.set_num_threads(1)  # so that bits can be compared
     make_small()
-    roll_call.ROLL_CALL, cli.PATIENCE, train.PATIENCE = 1.5, 0.5, 0.5
+    roll_call.ROLL_CALL, cli.PATIENCE, train.PATIENCE, run.CLAIM = 1.5, 0.5, 0.5, 0.5
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,12 +53,36 @@ def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_
         (playground.main, [str(run), "no mask"], "the text has no [MASK]"),
         (playground.main, [str(tmp_path), "a [MASK]"], "holds no checkpoint"),
         (playground.main, [str(run), "bar [MASK] " * 3_000], "the model reads up to 2,046"),
+        (playground.main, [str(run), "a [MASK]", "--best", "100000"], "--best is 100,000; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "0"], "--best is 0; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "-1"], "--best is -1; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "many"], "'many' is not a whole number"),
         (plot.main, [str(tmp_path)], "holds no run (no metrics.jsonl)"),
     ):
         with pytest.raises(SystemExit) as left:
             main(argv)
         error = capsys.readouterr().err
         assert left.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_a_run_that_lacks_a_file_is_named_with_it(run, tmp_path, capsys):
+    other_fields = '{"tokenizer": 1, "model": {"depth": 2}}'
+    for name, change, message in (
+        ("tokenizer.model", Path.unlink, "tokenizer.model: No such file or directory"),
+        ("tokenizer.model", lambda path: path.write_bytes(b"x"), "tokenizer.model is another model's"),
+        ("config.json", Path.unlink, "config.json: No such file or directory"),
+        ("config.json", lambda path: path.write_text("{"), "config.json is damaged"),
+        ("config.json", lambda path: path.write_text("{}"), "config.json is damaged"),
+        ("config.json", lambda path: path.write_text(other_fields), "config.json is damaged"),
+    ):
+        copy = tmp_path / "run"
+        shutil.copytree(run, copy)
+        change(copy / name)
+        with pytest.raises(SystemExit) as left:
+            playground.main([str(copy), "a [MASK]"])
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.count("\n") == 1 and message in error, error
+        shutil.rmtree(copy)
 
 
 def test_the_plot_is_a_png_beside_the_metrics(run):

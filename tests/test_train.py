@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -11,16 +12,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
+from threading import Timer
+from unittest.mock import Mock
 
 import pytest
 import torch
 from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
+from torch.distributed.run import get_args_parser
 
 import train
 from minisobert.cli import parse
 from minisobert.config import TrainConfig
-from minisobert.training import checkpoint
+from minisobert.files import locked
+from minisobert.training import checkpoint, loop, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,22 +110,131 @@ def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path,
     out, log = tmp_path / "run", tmp_path / "log"
     argv = words(corpus, out, micro_batch_rows=2)
     processes = start(argv, log, ranks)
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len(metrics_so_far(out)) < 3:
-        assert time.monotonic() < deadline and processes[0].is_alive(), log.read_text()
-        time.sleep(0.01)
+    wait_for_steps(3, out, processes, log)
     for rank in signalled:  # one rank alone may get it: all leave after the same step
         os.kill(processes[rank].pid, number)
     assert finish(processes) == [128 + number] * ranks
     stopped_at = metrics(out)[-1]["step"]
     assert 3 <= stopped_at < 20
-    assert f"stopped after step {stopped_at}; the same command goes on from {out}/checkpoints/" in log.read_text()
+    assert f"stopped after step {stopped_at}; repeat the command to resume from {out}/checkpoints/" in log.read_text()
     assert finish(start(argv, log, ranks)) == [0] * ranks
     torch.testing.assert_close(column(out), column(plain), rtol=0, atol=1e-5)
 
 
-def metrics_so_far(out) -> list[str]:
-    return (Path(out) / "metrics.jsonl").read_text().splitlines()
+def in_step(number: int, happens, rank: int) -> None:
+    """prepare: what happens in a step; when it begins is written to the log."""
+    step = loop.train_step
+
+    def stepping(*args):
+        if args[6].step == number - 1:
+            os.write(2, b"it happens\n")
+            happens()
+        return step(*args)
+
+    loop.train_step = stepping
+
+
+def multiply() -> None:
+    """One operation of a second or so, during which no handler runs."""
+    x = torch.ones(3_000, 3_000)
+    x @ x
+    os.write(2, b"multiplied\n")
+
+
+def for_long() -> None:
+    time.sleep(100)
+
+
+def signal_when(text: str, process, log: Path, number=signal.SIGINT) -> None:
+    wait_until(lambda: log.exists() and text in log.read_text(), [process], log)
+    os.kill(process.pid, number)
+
+
+WILL = "will save after this step, and leave; Ctrl-C again leaves at once"
+
+
+def test_ctrl_c_in_a_long_operation_is_answered_at_once(corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (process,) = start(words(corpus, out, steps=9), log, prepare=partial(in_step, 3, multiply))
+    signal_when("it happens", process, log)
+    assert finish([process]) == [130]
+    said = log.read_text()
+    assert said.index("it happens") < said.index(WILL) < said.index("multiplied") < said.index("stopped after step 3")
+    assert said.count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
+
+
+def test_torchruns_copy_of_ctrl_c_is_not_taken_for_a_second_one(corpus, tmp_path):
+    """A terminal sends it to all processes, and torchrun hands it on to its own."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=9, micro_batch_rows=2)
+    processes = start(argv, log, 2, partial(in_step, 3, partial(time.sleep, 1.5)))
+    signal_when("it happens\nit happens", processes[0], log)
+    os.kill(processes[1].pid, signal.SIGINT)
+    time.sleep(0.3)
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert finish(processes) == [130, 130]
+    assert log.read_text().count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
+
+
+@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "what came after {out}/checkpoints/step-00000002 is lost"),
+                                             ("1e9", "nothing had been saved")])  # fmt: skip
+def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, every, lost):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=9, checkpoint_every_tokens=every)
+    (process,) = start(argv, log, prepare=partial(in_step, 5, for_long))
+    signal_when("it happens", process, log)
+    wait_until(lambda: WILL in log.read_text(), [process], log)
+    time.sleep(1.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process], 10) == [130]
+    said = log.read_text()
+    assert said.splitlines()[-1] == f"train.py: left at once; {lost.format(out=out)}" and "Traceback" not in said
+
+
+def block_at(name: str, rank: int) -> None:
+    def blocked(*args, **kwargs):
+        os.write(2, b"blocked\n")
+        time.sleep(100)
+
+    setattr(train, name, blocked)
+
+
+@pytest.mark.parametrize("name", ["open_shards", "MaskedLM", "Optimizer"])
+def test_ctrl_c_at_the_start_leaves_at_once(corpus, tmp_path, name):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (process,) = start(words(corpus, out), log, prepare=partial(block_at, name))
+    signal_when("blocked", process, log)
+    assert finish([process], 10) == [130]
+    said = log.read_text().split()
+    assert " ".join(said) in ("blocked train.py: left at once; nothing is lost", "blocked train.py: interrupted")
+
+
+def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = words(corpus, out, steps=3, checkpoint_every_tokens=2 * BATCH)
+    (process,) = start(argv, log, prepare=block_last_save)
+    signal_when("saving", process, log)
+    wait_until(lambda: "is being saved; Ctrl-C again leaves at once" in log.read_text(), [process], log)
+    time.sleep(1.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish([process], 10) == [130]
+    said = log.read_text()
+    assert said.endswith(f"train.py: left at once; what came after {out}/checkpoints/step-00000002 is lost\n")
+    assert "Traceback" not in said
+    assert finish(start(argv, log)) == [0]
+
+
+def block_last_save(rank: int) -> None:
+    write = checkpoint._write
+
+    def writing(work, *args):
+        if work.name.endswith("3"):
+            os.write(2, b"saving\n")
+            time.sleep(100)
+        write(work, *args)
+
+    checkpoint._write = writing
 
 
 def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
@@ -128,6 +244,150 @@ def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
     assert train.main([*words(corpus, out, steps=3, seed=9), "--fresh"]) == 0
     assert [line["step"] for line in metrics(out)] == [1, 2, 3] and metrics(out)[0]["loss"] != first[0]["loss"]
     assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(("ranks", "options"), [(1, {"fresh": True}), (1, {"learning_rate": 1e-3}), (2, {})])
+def test_a_second_run_in_the_folder_is_refused_and_the_first_one_undisturbed(corpus, tmp_path, ranks, options):
+    out, log, second, go_on = (tmp_path / name for name in ("run", "log", "second", "go-on"))
+    argv = words(corpus, out, steps=5, micro_batch_rows=2, checkpoint_every_tokens=2 * BATCH)
+    first = start(argv, log, ranks, partial(wait_in_step_4, go_on))
+    wait_for_steps(3, out, first, log)
+    assert finish(start(words(corpus, out, micro_batch_rows=2, **options), second, ranks)) == [2] * ranks
+    said = second.read_text().splitlines()
+    another_config = f"{out} holds a run with --learning-rate"  # if the first one has saved by now
+    in_use = rf"{out} is in use by process {first[0].pid} on .* choose another --out"
+    assert len(said) == 1 and re.search(f"train.py: ({in_use}|{another_config})", said[0]), said
+    go_on.touch()
+    assert finish(first) == [0] * ranks, log.read_text()
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5]
+    checkpoint.verify(checkpoint.steps(out / "checkpoints")[-1])
+
+
+def wait_in_step_4(go_on: Path, rank: int) -> None:
+    step = loop.train_step
+
+    def waiting(*args):
+        if args[6].step == 3:
+            wait_until(go_on.exists)
+        return step(*args)
+
+    loop.train_step = waiting
+
+
+def wait_for_steps(steps: int, out, processes, log) -> None:
+    metrics = Path(out) / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= steps, processes, log)
+
+
+def wait_until(condition, processes=(), log=None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log and log.read_text()
+        time.sleep(0.01)
+
+
+def test_a_run_that_waits_for_one_that_ends_looks_at_the_folder_again(corpus, tmp_path, monkeypatch):
+    """As when torchrun starts the job again while the old first process is dying."""
+    monkeypatch.setattr(run, "CLAIM", 30)
+    out = tmp_path / "run"
+    out.mkdir()
+    for rate, refused in ((1e-4, False), (1e-3, True)):
+        with ExitStack() as held:
+            held.enter_context(locked(out / ".lock", out))
+            other = tmp_path / "other"
+            shutil.rmtree(other, ignore_errors=True)
+            assert train.main(words(corpus, other, steps=2)) == 0
+
+            def end(held=held, other=other):
+                shutil.copytree(other, out, dirs_exist_ok=True)
+                held.close()
+
+            Timer(0.5, end).start()
+            argv = words(corpus, out, steps=2, learning_rate=rate)
+            with pytest.raises(SystemExit) if refused else nullcontext():
+                assert train.main(argv) == 0
+            assert checkpoint.steps(out / "checkpoints")
+        shutil.rmtree(out / "checkpoints")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_be_written_at_the_start_ends_all_ranks_with_one_line(corpus, tmp_path, ranks):
+    out, log = tmp_path / "run", tmp_path / "log"
+    (out / "config.json").mkdir(parents=True)
+    assert finish(start(words(corpus, out, micro_batch_rows=2), log, ranks)) == [2] * ranks
+    assert log.read_text() == f"train.py: {out}/config.json: Is a directory\n"
+
+
+SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}
+STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        (SBATCH, True),  # a batch script runs once, whatever srun would start in it
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, True),  # srun --ntasks=1 in it
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, True),  # of torchrun
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        (STEP, False),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, False),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, False),
+    ],
+)
+def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(tmp_path, monkeypatch, capsys, environment, alone):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    for rank in ("0", "3"):
+        for name in environment.keys() & {"SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}:
+            monkeypatch.setenv(name, rank)
+        with pytest.raises(SystemExit) as left:
+            train.main(argv)
+        error = capsys.readouterr().err
+        assert left.value.code == 2
+        if alone:
+            assert "nowhere holds no prepared data" in error
+        elif rank == "0":
+            assert error.count("\n") == 1 and "each would train alone" in error
+            command = error.split("torchrun ")[-1].split(" train.py …")[0]
+            parsed = get_args_parser().parse_args([*command.split(), "train.py"])
+            assert parsed.nproc_per_node == "4"
+            assert parsed.nnodes == ("2" if environment.get("SLURM_STEP_NUM_NODES") == "2" else "1:1")
+        else:
+            assert error == ""  # once is enough
+
+
+def test_a_terminal_of_an_interactive_job_is_one_process_whatever_its_variables_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Mock(isatty=lambda: True))
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        train.main(["--data", str(tmp_path / "nowhere")])
+    assert "nowhere holds no prepared data" in capsys.readouterr().err
+
+
+def test_counters_without_a_checksum_of_their_own_are_believed_and_that_is_said(corpus, tmp_path, capsys):
+    """Version 0.1.0 wrote none."""
+    out = tmp_path / "run"
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    state = out / "checkpoints" / "step-00000002" / "state.json"
+    content = json.loads(state.read_text())
+    del content["checksum"]
+    state.write_text(json.dumps(content, indent=2) + "\n")
+    capsys.readouterr()
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    assert capsys.readouterr().err.count(f"{state} has no checksum of its own (version 0.1.0)") == 1
+    state.write_text(state.read_text().replace("consumed_tokens", "consumed_tokenr"))
+    with pytest.raises(SystemExit):
+        train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "state.json is damaged" in error
+    advice = re.search("remove (.*) to go on from the one before", error).group(1)
+    shutil.rmtree(advice)
+    assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
+    assert "going on after step 1" in capsys.readouterr().out
 
 
 def damaged(corpus, tmp_path, change) -> Path:

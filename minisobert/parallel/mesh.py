@@ -14,6 +14,7 @@ happens before the host first waits for its GPU, so that a hung process is notic
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -109,6 +110,33 @@ class Mesh:
 def from_torchrun(name: str, otherwise: int) -> int:
     """One of the numbers that torchrun puts into the environment of the processes it starts."""
     return int(os.environ.get(name, otherwise))
+
+
+# (started by, how many, which of them). Not SLURM_NTASKS: a batch script has it too, which runs once
+_TASKS = (
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+)
+
+
+def check_launch() -> None:
+    """Raises ValueError where this is one of several processes that were not started by torchrun: each would believe
+    that it is alone. On all but the first the message is empty."""
+    if "WORLD_SIZE" in os.environ or (sys.stdin and sys.stdin.isatty()):
+        return  # a terminal in a job of several tasks has their variables, and is one process
+    for starter, size, rank in _TASKS:
+        tasks, which = (int(os.environ.get(name) or otherwise) for name, otherwise in ((size, 1), (rank, 0)))
+        if tasks > 1:
+            if which:
+                raise ValueError
+            nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) if starter == "srun" else 1
+            several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500" if nodes > 1 else ""
+            step = f"srun --ntasks={nodes} --ntasks-per-node=1 " if starter == "srun" else ""
+            raise ValueError(
+                f"{starter} started {tasks} processes, of which each would train alone; let torchrun start them: "
+                f"{step}torchrun{several} --nproc_per_node={tasks // nodes} train.py …"
+            )
 
 
 def _divided(model: ModelConfig, world: int, row_tokens: int) -> dict[str, int]:

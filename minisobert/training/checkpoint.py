@@ -3,7 +3,7 @@
     step-00001000/
         model.safetensors       the fp32 weights, whole, under the model's own names
         optimizer.safetensors   Adam's moments, under the same names
-        state.json              config, counters, sha256 of the two files
+        state.json              config, counters, sha256 of the two files, and of itself
 
 Every rank writes what it owns into the one file of each kind, so that a checkpoint does not show which layout made it.
 It is written in the background, beside its final name, flushed to disk, and renamed; older ones are removed after that.
@@ -12,8 +12,10 @@ Nothing is pickled. With several machines the folder must be on storage that all
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisobert.files import flush_folder, read_safetensors, safetensors_header, sha256, write_json
+from minisobert.cli import reason
+from minisobert.files import flush_folder, read_safetensors, safetensors_header, sha256
 from minisobert.parallel.mesh import KnownToAll, Mesh
 
 FILES = ("model", "optimizer")
 UNFINISHED = ".unfinished-"
+CHECKSUM = b',\n  "checksum": "'  # the last entry of a state.json: sha256 of all bytes before these
+UNCHECKED = {"progress", "run", "validation_loss", "sha256"}  # the entries of version 0.1.0, which wrote no checksum
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def _publish(final: Path, state: dict, keep: int) -> None:
     """Checksums of what the files hold, the name, and the end of older checkpoints."""
     folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
     checksums = {f"{file}.safetensors": sha256(work / f"{file}.safetensors") for file in FILES}
-    write_json(work / "state.json", {**state, "sha256": checksums})
+    write_state(work, {**state, "sha256": checksums})
     flush_folder(work)
     os.replace(work, final)
     flush_folder(folder)
@@ -172,9 +177,14 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def steps(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def best(folder: Path) -> Path | None:
@@ -190,13 +200,40 @@ def best(folder: Path) -> Path | None:
     return min(losses, key=losses.get, default=None)
 
 
+def write_state(path: Path, state: dict) -> None:
+    """The state.json of a checkpoint that has no name yet."""
+    content = json.dumps(state, indent=2).encode().removesuffix(b"\n}")
+    with open(path / "state.json", "wb") as file:
+        file.write(content + CHECKSUM + _end(content))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b'"\n}\n'
+
+
 def read_state(path: Path) -> dict:
-    """The state.json of a checkpoint. Raises ValueError where it cannot be read."""
+    """The state.json of a checkpoint. Raises ValueError where it cannot be read or is not what was written.
+
+    Has no "checksum" where it is one of version 0.1.0: that one may be edited or damaged without being noticed.
+    """
     try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        damaged = f"{path / 'state.json'} is damaged ({error})"
-        raise ValueError(f"{damaged}; remove {path} to go on from the one before") from None
+        text = (path / "state.json").read_bytes()
+        state = json.loads(text)
+        content, checksum, end = text.rpartition(CHECKSUM)
+        if end != _end(content) if checksum else state.keys() != UNCHECKED:
+            raise ValueError("its checksum is another")
+        if (step := state["progress"]["step"]) != step_of(path):
+            raise ValueError(f"it is the state of step {step:,}")
+        return state
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(path / "state.json", reason(error)) from None
+
+
+def damaged(file: Path, why: str) -> ValueError:
+    """For a file of a checkpoint, with what can be done."""
+    return ValueError(f"{file} is damaged ({why}); remove {file.parent} to go on from the one before")
 
 
 def verify(path: Path) -> None:
@@ -207,10 +244,7 @@ def verify(path: Path) -> None:
         except OSError as error:
             found = error.strerror
         if found != expected:
-            raise ValueError(
-                f"{path / name} is damaged (sha256 {found[:12]}…, expected {expected[:12]}…); "
-                f"remove {path} to go on from the one before"
-            )
+            raise damaged(path / name, f"sha256 {found[:12]}…, expected {expected[:12]}…")
 
 
 def read(path: Path) -> dict[str, dict[str, Tensor]]:

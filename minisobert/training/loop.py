@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from minisobert.model import MaskedLM
 from minisobert.ops import Dropout
 from minisobert.parallel.mesh import KnownToAll, Mesh
 from minisobert.parallel.tensor import cross_entropy, guessed_right
-from minisobert.training import meter
+from minisobert.training import checkpoint, meter
 from minisobert.training.checkpoint import Saver
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress, Run
@@ -55,12 +57,12 @@ def train_step(
     config: TrainConfig,
     mesh: Mesh,
     progress: Progress,
-    own: Tally,
+    tell: Callable[[], Tally],
 ) -> tuple[dict, Tally]:
     """One step on this rank's micro-batches. Advances progress.
 
-    own: what this process has to tell the others; its counts are filled in here. Returns the step's figures, and the
-    tally summed over all processes.
+    tell: what this process has to tell the others, asked for when they meet; its counts are filled in here. Returns the
+    step's figures, and the tally summed over all processes.
     """
     device = mesh.device
     dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
@@ -86,7 +88,7 @@ def train_step(
 
     # The hosts know these numbers without having waited for a device. The ranks of a tensor group read the same rows,
     # and each of them counts them
-    own = own._replace(masked=masked, real_tokens=real_tokens, attention_pairs=attention_pairs)
+    own = tell()._replace(masked=masked, real_tokens=real_tokens, attention_pairs=attention_pairs)
     total = Tally(*mesh.sum_on_hosts(list(own)))
     masked, real_tokens, attention_pairs = (n // mesh.tensor_parallel for n in total[:3])
     divisor = masked if config.loss_average == "token" else step.accumulation * mesh.data_parallel
@@ -151,8 +153,9 @@ def evaluate(model: MaskedLM, rows: Rows, config: TrainConfig, mesh: Mesh) -> tu
 
 
 def train(
-    model: MaskedLM, optimizer: Optimizer, training: Rows, validation: Rows, run: Run, mesh: Mesh, progress: Progress
-) -> int:
+    model: MaskedLM, optimizer: Optimizer, training: Rows, validation: Rows, run: Run, mesh: Mesh, progress: Progress,
+    stop: StopSignals,
+) -> int:  # fmt: skip
     """Trains from progress to train_tokens. Returns 0, or the number of the signal that ended it.
 
     One line per step goes to metrics.jsonl. SIGTERM and Ctrl-C save and leave after the step. Raises TooManySkipped,
@@ -170,7 +173,18 @@ def train(
         disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
     shown, stopped = "", 0
-    with bar, StopSignals() as stop:
+
+    def tell() -> Tally:
+        written, failed = saver.notes
+        return Tally(signals=stop.received, stopping=int(stop.received > 0), written=written, failed=failed)
+
+    def lost() -> str:
+        saved = checkpoint.steps(saver.folder)
+        return f"what came after {saved[-1]} is lost" if saved else "nothing had been saved"
+
+    stop.promise = "will save after this step, and leave; Ctrl-C again leaves at once"
+    stop.lost = lost
+    with bar:
         for step in steps:
 
             def passed(every: int, before: int = progress.consumed_tokens) -> bool:
@@ -180,10 +194,8 @@ def train(
 
             began = time.perf_counter()
             batches = itertools.islice(micro_batches, step.accumulation)
-            written, failed = saver.notes
-            own = Tally(signals=stop.received, stopping=int(stop.received > 0), written=written, failed=failed)
             try:
-                figures, total = train_step(model, optimizer, batches, step, config, mesh, progress, own)
+                figures, total = train_step(model, optimizer, batches, step, config, mesh, progress, tell)
             except TooManySkipped:
                 saver.wait()  # what is being written is sound
                 raise
@@ -219,9 +231,10 @@ def train(
             if stopped:
                 break
     micro_batches.close()
+    stop.promise = "the last checkpoint is being saved; Ctrl-C again leaves at once"
     saver.wait()
     if stopped and mesh.is_first:
-        print(f"stopped after step {progress.step:,}; the same command goes on from {saver.last}", file=sys.stderr)
+        print(f"stopped after step {progress.step:,}; repeat the command to resume from {saver.last}", file=sys.stderr)
     return stopped
 
 
@@ -233,19 +246,51 @@ def _share(steps: Iterable[Step], config: TrainConfig, mesh: Mesh) -> Iterator[t
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT (once: a second Ctrl-C interrupts at once) instead of letting them end the process."""
+    """SIGTERM and Ctrl-C. The first is noted and answered with the promise; where there is none it ends the process.
 
-    def __init__(self):
-        self.received = 0
+    A thread hears of them, since a handler has to wait while the main thread is in one operation, such as the backward
+    pass of a large model on a CPU.
+    """
+
+    def __init__(self, speaks: bool):
+        self.received = 0  # number of the first signal
+        self.promise = ""  # what a first signal leads to; where it is empty, to the end at once
+        self.lost = lambda: "nothing is lost"  # by an end at once
+        self._speaks = speaks
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._numbers, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def _note(self, number: int, frame) -> None:
-        self.received = int(number)
-        signal.signal(number, self._before[number])
+    def _listen(self) -> None:
+        while number := os.read(self._numbers, 1):  # until the other end is closed
+            if number[0] in self._before:
+                self._note(number[0])
+        os.close(self._numbers)
+
+    def _note(self, number: int) -> None:
+        if self.promise and not self.received:
+            self.received, self._since = number, time.monotonic()
+            self._say(self.promise)
+        # a terminal sends Ctrl-C to all processes, and torchrun, which is one of them, hands it on to its own
+        elif not self.received or time.monotonic() > self._since + 1:
+            self._say(f"left at once; {self.lost()}")
+            os._exit(128 + number)
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            os.write(2, f"\ntrain.py: {text}\n".encode())  # on a line of its own, below the bar
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._wakeup)
+
+
+def _ignore(number: int, frame) -> None:
+    """Without a handler the interpreter would not hear of the signal."""

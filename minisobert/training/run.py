@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from minisobert.cli import flag
+from minisobert.cli import flag, reason
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer
-from minisobert.files import sha256, write_json
+from minisobert.files import locked, read_json_lines, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
 from minisobert.training.optimizer import Optimizer
+
+METRICS = {"step", "positions", "loss"}  # what each line of metrics.jsonl has at least
+CLAIM = 10.0  # seconds to wait for a folder that another job is in
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,10 +46,11 @@ class Progress:
 
 
 class Run:
-    """Looks at the folder and writes nothing until `begin`."""
+    """Looks at the folder and writes nothing until `claimed`."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards):
-        """Raises ValueError where the folder's last checkpoint was made by another config or from other data."""
+        """Raises ValueError where nothing can be written to the folder, or it holds a run of another config or on other
+        data."""
         self.config, self.model_config, self.shards = config, model_config, shards
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
@@ -46,16 +58,32 @@ class Run:
         self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
         tokenizer = shards.meta["files"]["tokenizer.model"]["sha256"]
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
-        saved = checkpoint.steps(self.folder / "checkpoints")
         self.fresh = config.fresh
+        self._unwritten = b""  # of metrics.jsonl
+        for folder in (self.folder, self.folder / "checkpoints"):
+            _check_writable(folder)
+        if self.folder.exists() and self.folder.samefile(shards.folder):
+            raise ValueError(f"--out: {self.folder} is the folder of --data; choose another, which may be inside it")
+        self._look()
+
+    def _look(self) -> None:
+        saved = checkpoint.steps(self.folder / "checkpoints")
         self.resumes_from = saved[-1] if saved else None
         if self.resumes_from and not self.fresh:
-            self._refuse_another(checkpoint.read_state(self.resumes_from)["run"])
+            self._refuse_another(self._identity_of(self.resumes_from))
+
+    def _identity_of(self, path: Path) -> dict:
+        """The run that a checkpoint is of. A field that is newer than the checkpoint had its default."""
+        run = checkpoint.read_state(path)["run"]
+        for part, config in (("train", TrainConfig), ("model", ModelConfig)):
+            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in self.identity[part]}
+            run[part] = {**defaults, **run.get(part, {})}
+        return run
 
     def _is_ours(self) -> bool:
         """Whether the last checkpoint is of this very run."""
         try:
-            return self.resumes_from is not None and checkpoint.read_state(self.resumes_from)["run"] == self.identity
+            return self.resumes_from is not None and self._identity_of(self.resumes_from) == self.identity
         except ValueError:  # damaged
             return False
 
@@ -63,13 +91,36 @@ class Run:
         here = f"{self.folder} holds a run"
         otherwise = "choose another --out, or --fresh to discard that run"
         for name, value in self.identity["train"].items():
-            if name in before["train"] and before["train"][name] != value:
-                old = before["train"][name]
+            if (old := before["train"][name]) != value:
                 raise ValueError(f"{here} with {flag(name)} {old}, given is {value}; give the same, {otherwise}")
-        if before["data"] != self.identity["data"]:
+        if before.get("data") != self.identity["data"]:
             raise ValueError(f"{here} on other data than {self.config.data}; give the same --data, {otherwise}")
         if before != self.identity:
             raise ValueError(f"{here} by another version of minisobert; {otherwise}")
+
+    @contextmanager
+    def claimed(self, mesh: Mesh) -> Iterator[None]:
+        """Keeps other jobs out of the folder, which is made. Called by all ranks; raises ValueError where one is in it.
+
+        The first rank holds the lock, since one job has one first rank. It waits for a job that is ending, as one does
+        that torchrun starts again.
+        """
+        with ExitStack() as lock:
+            _on_first(mesh, partial(self._claim, lock))
+            yield
+
+    def _claim(self, lock: ExitStack) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + CLAIM
+        while True:
+            try:
+                lock.enter_context(locked(self.folder / ".lock", self.folder))
+                break
+            except ValueError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+        self._look()  # again: whoever had it until now may have saved
 
     def restore(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
         """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
@@ -79,51 +130,127 @@ class Run:
         # when torchrun starts the job again, what is there is its own work (not every machine's agent counts that)
         restarted = mesh.sum_on_hosts([from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)])[0] > 0
         self.fresh &= not (restarted and self._is_ours())
-        step, damage = 0, None
-        if mesh.is_first and self.resumes_from and not self.fresh:
-            step = int(self.resumes_from.name.removeprefix("step-"))
-            try:
-                checkpoint.verify(self.resumes_from)
-            except ValueError as error:
-                damage = error
-        step, damaged = mesh.sum_on_hosts([step, int(damage is not None)])
-        if damaged:
-            raise damage or ValueError(f"{self.resumes_from} is damaged")
+        (step,) = mesh.sum_on_hosts([_on_first(mesh, self._checked_step) or 0])
         if not step:
             return Progress()
         path = checkpoint.path_of(self.folder / "checkpoints", step)
-        progress = Progress(**checkpoint.read_state(path)["progress"])
+        progress = _progress(path)
         optimizer.restore(checkpoint.read(path), progress.step - progress.skipped)
         return progress
 
-    def begin(self, step: int) -> None:
-        """Makes the folder ready for the steps after `step`. From here on things are written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _checked_step(self) -> int:
+        """Of the checkpoint to go on from, or 0."""
+        if not self.resumes_from or self.fresh:
+            return 0
+        checkpoint.verify(self.resumes_from)
+        _progress(self.resumes_from)
+        if "checksum" not in checkpoint.read_state(self.resumes_from):
+            state = self.resumes_from / "state.json"
+            print(f"{state} has no checksum of its own (version 0.1.0); its counters are believed", file=sys.stderr)
+        return checkpoint.step_of(self.resumes_from)
+
+    def begin(self, step: int, mesh: Mesh) -> None:
+        """Makes the folder ready for the steps after `step`. Called by all ranks; where it fails, it does on all."""
+        _on_first(mesh, partial(self._begin, step))
+
+    def _begin(self, step: int) -> None:
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():  # what came after the checkpoint is about to be made again
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
             beside = metrics.with_name(".metrics.jsonl.new")
-            beside.write_text("".join(line + "\n" for line in kept))
+            lines = read_json_lines(metrics, METRICS)
+            beside.write_bytes(b"".join(_line(line) for line in lines if line["step"] <= step))
             os.replace(beside, metrics)
         write_json(self.folder / "config.json", self.described)
         shutil.copyfile(self.shards.folder / "tokenizer.model", self.folder / "tokenizer.model")
 
     def log(self, line: dict) -> None:
-        """Appends one step's figures to metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            print(json.dumps(line), file=file)
+        """Appends one step's figures to metrics.jsonl. Training goes on where that fails; the next call tries again."""
+        failed_before, self._unwritten = bool(self._unwritten), self._unwritten + _line(line)
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "ab", buffering=0) as file:
+                end, left = file.tell(), self._unwritten
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError:
+                    file.truncate(end)  # no half lines
+                    raise
+            self._unwritten = b""
+        except OSError as error:
+            if not failed_before:
+                print(
+                    f"{path}: {error.strerror}; training goes on, and the lines from step {line['step']:,} on will be "
+                    "written when that is possible",
+                    file=sys.stderr,
+                )
 
     def save(
         self, saver: checkpoint.Saver, optimizer: Optimizer, progress: Progress, validation_loss: float | None
     ) -> None:
         """Begins to write a checkpoint. Called by all ranks."""
         state = {
-            "progress": dataclasses.asdict(progress), "run": self.identity, "validation_loss": validation_loss
-        }  # fmt: skip
+            "progress": _finite(dataclasses.asdict(progress)),
+            "run": self.identity,
+            **_finite({"validation_loss": validation_loss}),
+        }
         saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state)
+
+
+def _on_first(mesh: Mesh, function: Callable[[], T]) -> T | None:
+    """What function returns, on the first rank. What it raises there is raised on all, of which the first alone has
+    something to say."""
+    result = error = None
+    if mesh.is_first:
+        try:
+            result = function()
+        except (ValueError, OSError) as its:
+            error = its
+    if mesh.sum_on_hosts([int(error is not None)])[0]:
+        raise error or ValueError
+    return result
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError where there is no such folder and none can be made, or it is read-only."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.exists():
+        raise ValueError(f"--out: {there} is a link to {there.readlink()}, which is not there; choose another")
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is a file; choose a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: nothing can be written in {there}; choose another folder or change its permissions")
+
+
+def _progress(path: Path) -> Progress:
+    try:
+        progress = Progress(**checkpoint.read_state(path)["progress"])
+    except TypeError as error:  # of a state without a checksum
+        raise checkpoint.damaged(path / "state.json", str(error)) from None
+    progress.loss = math.nan if progress.loss is None else progress.loss
+    return progress
+
+
+def _finite(line: dict) -> dict:
+    """With null for NaN and infinity, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _line(line: dict) -> bytes:
+    return json.dumps(_finite(line), allow_nan=False).encode() + b"\n"
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; what was not finite is None. Raises ValueError where there are none."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of a train.py")
+    lines = read_json_lines(path, METRICS)
+    if not lines:
+        raise ValueError(f"{path} is empty: the run has made no step yet")
+    return [_finite(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -139,11 +266,15 @@ def open_run(run: str | Path) -> Trained:
     saved = checkpoint.steps(run / "checkpoints")
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
-    described = json.loads((run / "config.json").read_text())
+    try:
+        described = json.loads((run / "config.json").read_text())
+        model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
     tokenizer = run / "tokenizer.model"
-    if sha256(tokenizer) != described["tokenizer"]:
+    if sha256(tokenizer) != checksum:
         raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
-    model = MaskedLM(ModelConfig(**described["model"]))
+    model = MaskedLM(model_config)
     checkpoint.verify(saved[-1])
     model.load_state_dict(checkpoint.read(saved[-1])["model"])
     return Trained(model.eval(), Tokenizer(tokenizer))

@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from minisobert.ops import Documents, Dropout, cross_entropy
 from minisobert.parallel.mesh import Mesh
 from minisobert.training import checkpoint, meter
 from minisobert.training.optimizer import Optimizer
+from minisobert.training.run import Progress
 from minisobert.training.schedule import learning_rate
 
 
@@ -167,7 +169,14 @@ def begin(saver, step, loss=None):
         checkpoint.Slice("model", "w", torch.full((3,), float(step)), [(0, 0, 3)]),
         checkpoint.Slice("optimizer", "m", torch.ones(2), [(1, 0, 1), (0, 1, 1)]),
     ]
-    saver.start(step, shapes, slices, {"n": step, "validation_loss": loss})
+    saver.start(step, shapes, slices, state_of(step, loss))
+
+
+def state_of(step, loss=None) -> dict:
+    """As train.py's: every kind of number is in it."""
+    progress = Progress(step, 524_288 * step, 524_288 * step, 510_000 * step, 12.5, 0, 0, 6.015625)
+    train = dataclasses.asdict(TrainConfig(learning_rate=1e-5))
+    return {"progress": dataclasses.asdict(progress), "run": {"train": train}, "validation_loss": loss}
 
 
 def test_the_last_checkpoints_are_kept_and_read_back(tmp_path):
@@ -178,7 +187,7 @@ def test_the_last_checkpoints_are_kept_and_read_back(tmp_path):
     checkpoint.verify(tmp_path / "step-00000010")
     read = checkpoint.read(tmp_path / "step-00000010")
     assert read["model"]["w"].tolist() == [10, 10, 10] and read["optimizer"]["m"].tolist() == [1, 1]
-    assert checkpoint.read_state(tmp_path / "step-00000010")["n"] == 10
+    assert checkpoint.read_state(tmp_path / "step-00000010")["progress"]["step"] == 10
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
@@ -195,7 +204,7 @@ def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path
     monkeypatch.setattr(os, "pwrite", lambda *args: (go_on.wait(10), pwrite(*args))[1])
     saver, w = checkpoint.Saver(tmp_path, 1, Mesh()), torch.zeros(3)
     shapes = {"model": {"w": (3,)}, "optimizer": {}}
-    saver.start(1, shapes, [checkpoint.Slice("model", "w", w, [(0, 0, 3)])], {"validation_loss": None})
+    saver.start(1, shapes, [checkpoint.Slice("model", "w", w, [(0, 0, 3)])], state_of(1))
     assert saver.notes == [0, 0]
     w += 1
     go_on.set()
@@ -212,7 +221,7 @@ OPERATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", range(23))
+@pytest.mark.parametrize("place", range(22))
 def test_a_process_that_ends_between_any_two_file_operations_loses_no_checkpoint(tmp_path, monkeypatch, place):
     save(tmp_path, 1, keep=1)
     calls = 0
@@ -253,7 +262,7 @@ def test_the_places_above_reach_to_the_end_of_a_save(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
     save(tmp_path, 2, keep=1)
     monkeypatch.undo()
-    assert len(calls) == 22, calls
+    assert len(calls) == 21, calls
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -267,6 +276,72 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name):
     (path / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}.*remove .*step-00000001"):
         checkpoint.verify(path)
+
+
+def test_every_bit_of_a_state_is_guarded(tmp_path, monkeypatch):
+    path = save(tmp_path, 123, loss=5.75)
+    written = (path / "state.json").read_bytes()
+    accepted = []
+    for place in range(len(written)):
+        for bit in range(8):
+            flipped = written[:place] + bytes([written[place] ^ 1 << bit]) + written[place + 1 :]
+            monkeypatch.setattr(Path, "read_bytes", lambda _, flipped=flipped: flipped)
+            try:
+                checkpoint.read_state(path)
+                accepted.append((place, bit))
+            except ValueError as error:
+                assert f"remove {path} to go on from the one before" in str(error)
+    assert len(written) > 500 and accepted == []
+    monkeypatch.undo()
+    assert checkpoint.read_state(path)["progress"]["step"] == 123
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace('"step": 2', '"step": 3'),
+        lambda text: text.replace("1e-05", "1E-05"),  # the same number
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text + "\n",
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: json.dumps({**json.loads(text), "validation_loss": 0.1}, indent=2) + "\n",
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k not in ("checksum", "run")}),
+    ],
+)
+def test_a_state_that_somebody_edited_is_refused(tmp_path, edit):
+    path = save(tmp_path, 2)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_bytes(edit(text).encode())
+    with pytest.raises(ValueError, match=r"state.json is damaged \(.*remove .*step-00000002 to go on"):
+        checkpoint.read_state(path)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
+    save(tmp_path, 2).rename(tmp_path / "step-00000003")
+    with pytest.raises(ValueError, match=r"step-00000003/state.json is damaged \(it is the state of step 2\)"):
+        checkpoint.verify(tmp_path / "step-00000003")
+
+
+def without_checksum(path) -> None:
+    """As the version before wrote it."""
+    state = checkpoint.read_state(path)
+    del state["checksum"]
+    (path / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def test_a_state_of_the_version_before_which_has_no_checksum_of_its_own_is_read(tmp_path):
+    path = save(tmp_path, 2)
+    before = checkpoint.read_state(path)
+    without_checksum(path)
+    checkpoint.verify(path)
+    assert checkpoint.read_state(path) == {name: value for name, value in before.items() if name != "checksum"}
+
+
+def test_only_a_folder_named_after_a_step_is_a_checkpoint(tmp_path):
+    for name in ("step-00000002", "step-100000000", "step-00000002.bak", "step-old", "mine"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000002", "step-100000000"]
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "fsync", "replace"])
