@@ -14,7 +14,8 @@ import train
 from data import prepare
 from minisobert import playground, plot
 from minisobert.cli import Parser, command, parse
-from minisobert.config import FineTuneConfig, TrainConfig
+from minisobert.config import TrainConfig
+from minisobert.finetuning.config import FineTuneConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +61,7 @@ def test_large_whole_numbers_are_exact():
     ],
 )
 def test_the_numbers_of_a_batch_schedule_may_have_commas(schedule, batches):
-    assert TrainConfig(batch_schedule=schedule).batches == batches
+    assert TrainConfig(batch_schedule=schedule).batch_ramp == batches
 
 
 def test_a_schedule_that_can_be_read_in_two_ways_is_refused():

@@ -21,7 +21,7 @@ from minisobert.training.run import Progress, Run, read_metrics
 def make_run(corpus, tmp_path):
     def make(**options) -> Run:
         config = TrainConfig(**{"data": str(corpus.folder), "preset": "tiny", "out": str(tmp_path / "run"), **options})
-        return Run(config, config.model(corpus.vocab_size), corpus)
+        return Run(config, config.model_config(corpus.vocab_size), corpus)
 
     return make
 
