@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import fcntl
 import gzip
 import hashlib
 import json
@@ -27,6 +30,11 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_locks: set[int] = set()  # the descriptors of the lock files that this process holds
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what file systems without flock answer
+_held: set[int] = set()  # the descriptors of the locks of this process
+
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
@@ -36,6 +44,66 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is truncated or damaged ({error})") from None
+
+
+@contextmanager
+def locked(path: Path, what: str | Path) -> Iterator[str]:
+    """Holds a lock while the block runs, by a file at `path` that is removed at the end. what: the folder it is for.
+
+    Yields whom the file still names ("process 123 on host"), which is one that was killed while it held the lock; or
+    "". Raises ValueError where a living process holds it, OSError where the file cannot be made. Where the file system
+    has no locks the block runs without one and is given "".
+
+    The kernel drops the lock with the process, however that ends. Processes that it forks meanwhile do not keep it.
+    """
+    descriptor = None
+    while descriptor is None:
+        descriptor, taken, has_locks = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), False, True
+        _locks.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            has_locks = False
+        holder = os.pread(descriptor, 1_000, 0).decode(errors="replace").strip()
+        if taken:
+            _drop(descriptor)
+            by = holder or "another process"
+            raise ValueError(f"{what} is in use by {by}; wait until that has ended, or choose another --out")
+        if not _is_at(path, descriptor):  # whoever held it has removed the file since it was opened here: open the next
+            descriptor = _drop(descriptor)
+    try:
+        if has_locks:
+            with suppress(OSError):  # the disk is full: then nobody is named
+                text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
+                os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
+        yield holder if has_locks else ""
+    finally:
+        if descriptor in _locks:  # not in a forked process that runs to its end
+            if _is_at(path, descriptor):  # nobody else may move it away meanwhile: the lock is held
+                path.unlink()
+            _drop(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _drop(descriptor: int) -> None:
+    _locks.remove(descriptor)
+    os.close(descriptor)
+
+
+def _drop_all() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_drop_all)  # or a child that outlives this process would keep its locks
 
 
 @contextmanager
