@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import fcntl
 import gzip
 import hashlib
@@ -31,9 +29,6 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _locks: set[int] = set()  # the descriptors of the lock files that this process holds
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # what file systems without flock answer
-_held: set[int] = set()  # the descriptors of the locks of this process
 
 
 @contextmanager
