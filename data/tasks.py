@@ -6,14 +6,18 @@ what `finetune.py --data` takes. A set that would lack a class is not written, a
 
 from __future__ import annotations
 
-import csv
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+
+import csv
 import sys
 from collections import Counter
 from pathlib import Path
 
 from data.inputs import check
-from minisobert.cli import Parser, fail
+from minisobert.cli import Parser, command
 from minisobert.files import new_folder
 from minisobert.tasks import closed, obsoletion, quality
 
@@ -33,9 +37,9 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     dump = Path(dump)
     if not (dump.is_dir() or dump.suffix == ".7z"):
         raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
-    check([dump])
     report, written = [], 0
     with new_folder(out) as work:
+        check([dump])
         for task, (module, classes) in SETS.items():
             notes: list[str] = []
             try:
@@ -70,17 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses what is drawn by chance")
     options = parser.parse_args(arguments)
-    try:
+    with command("data.tasks"):
         report = derive(options.input, options.out, seed=options.seed)
-    except KeyboardInterrupt:
-        print("data.tasks: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        fail(f"data.tasks: {error}")
     print("\n".join([*report, f"written to {options.out}"]))
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())
