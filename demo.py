@@ -1,21 +1,23 @@
 """The whole way in a few minutes on two cores: `make demo`, or `make demo DUMP=path/to/site.7z`.
 
 text → data.prepare → train.py → loss.png and guesses for masked words, all in runs/demo/. Without a dump the text is
-the Python standard library's own. An earlier runs/demo is kept, under the next free name.
+the Python standard library's own. An earlier runs/demo is kept, under the next free name, or its own if this one fails.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 import train
 from data import prepare, stdlib
+from data.inputs import check
 from minisobert import playground
-from minisobert.cli import fail
+from minisobert.cli import command, fail
 from minisobert.config import PRESETS, TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import Shards, open_shards
@@ -31,15 +33,38 @@ FLOPS = 28e12  # what two cores manage in about three minutes; how many tokens t
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         fail(f"demo.py: one dump at most, {len(arguments)} given; python -m data.prepare takes several")
-    if OUT.exists():
-        n = next(n for n in range(1, 1_000_000) if not OUT.with_name(f"demo-{n}").exists())
-        os.replace(OUT, OUT.with_name(f"demo-{n}"))
-        print(f"the earlier {OUT} is now {OUT.with_name(f'demo-{n}')}")
+    inputs = [Path(path) for path in arguments]
+    with command("demo.py", "the next one starts anew"):
+        check(inputs)
+        with earlier_aside():
+            demo(inputs)
+
+
+@contextmanager
+def earlier_aside() -> Iterator[None]:
+    """Makes OUT. An earlier one takes the next free name, and comes back if the block fails: then this one takes it."""
+    earlier = free_name() if OUT.exists() else None
+    if earlier:
+        OUT.replace(earlier)
+        print(f"the earlier {OUT} is now {earlier}")
     OUT.mkdir(parents=True)
     try:
-        demo([Path(path) for path in arguments])
-    except ValueError as error:
-        fail(f"demo.py: {error}")
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            OUT.rmdir()
+        if earlier:
+            if OUT.exists():
+                failed = free_name()
+                OUT.replace(failed)
+                print(f"what was made of the new {OUT} is now {failed}")
+            earlier.replace(OUT)
+            print(f"{earlier} is {OUT} again")
+        raise
+
+
+def free_name() -> Path:
+    return next(path for n in range(1, 1_000_000) if not (path := OUT.with_name(f"demo-{n}")).exists())
 
 
 def demo(inputs: list[Path]) -> None:

@@ -11,12 +11,15 @@ It appears when all of it is there.
 
 from __future__ import annotations
 
-import os
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+
 import sys
 from functools import partial
 
-from minisobert.cli import fail, parse
+from minisobert.cli import command, parse
 from minisobert.files import new_folder
 from minisobert.finetuning import apply, evaluation, report
 from minisobert.finetuning.config import FineTuneConfig, config_class
@@ -26,28 +29,19 @@ from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
 
 
+@command("finetune.py", "nothing was written")
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 130 after Ctrl-C. A user's mistake ends in one line on standard error and exit status 2."""
+    """Returns 0. A user's mistake ends in one line on standard error and exit status 2, Ctrl-C in 130."""
     config = parse(config_class(), argv, prog="finetune.py", description=__doc__.splitlines()[0])
-    try:
-        if config.predict:
-            apply.apply(config.model, config.predict)
-            sys.stdout.flush()
-            return 0
-        with new_folder(config.out) as folder:
-            pyplot()  # is there, or training would be in vain
-            start = starting_point(config)
-            data = read_data(config)
-            outcomes = train(start, data, config)
-            report.write(folder, config, data, outcomes)
-    except BrokenPipeError:  # who reads the predictions has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if config.predict:
+        apply.apply(config.model, config.predict)
         return 0
-    except (ValueError, OSError) as error:
-        fail(f"finetune.py: {error}")
-    except KeyboardInterrupt:
-        print("finetune.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    with new_folder(config.out) as folder:
+        pyplot()  # is there, or training would be in vain
+        start = starting_point(config)
+        data = read_data(config)
+        outcomes = train(start, data, config)
+        report.write(folder, config, data, outcomes)
     print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
     return 0
 
@@ -64,5 +58,4 @@ def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())

@@ -7,18 +7,25 @@ processes.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+
 import multiprocessing
 import os
-import signal
 import sys
+import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +33,7 @@ from tqdm import tqdm
 from data import decontamination
 from data.decontamination import Texts
 from data.inputs import check, documents
-from minisobert.cli import Parser, command, fail
+from minisobert.cli import Parser, command
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, write_meta
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, token_dtype, train
@@ -35,6 +42,8 @@ from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
 BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
+_PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # batches that are being worked on, or wait
 
 
@@ -59,13 +68,15 @@ def prepare(
     """
     inputs = [Path(path) for path in inputs]
     _check_settings(vocab_size, workers)
-    sources, total_bytes, notes = check(inputs)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    if tokenizer is not None:
-        tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
-    texts = decontamination.read(decontaminate)
-    with new_folder(out) as work, _pool(workers, texts) as pool:
+    with ExitStack() as stack:
+        work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
+        sources, total_bytes, notes = check(inputs)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        if tokenizer is not None:
+            tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
+        texts = decontamination.read(decontaminate)
+        pool = stack.enter_context(_pool(workers, texts))
         spool, model = work / "spool", work / "tokenizer.model"
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
@@ -81,13 +92,14 @@ def prepare(
             sample = _sample(spans[~last], seed)
             size = int((sample[:, 1] - sample[:, 0]).sum())
             print(f"training the tokenizer on {size / 1e6:,.1f} MB of text …", file=sys.stderr)
-            tokenizer = train(_texts(spool, sample), vocab_size)
+            tokenizer = _train(spool, sample, vocab_size)
         model.write_bytes(tokenizer)
 
         spans = np.concatenate([spans[~last], spans[last]])
         lengths = _encode(spool, spans, model, work / "tokens.bin", pool)
         spool.unlink()
-        np.save(work / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        with open(work / "documents.npy", "wb") as file:  # numpy's own writing does not tell that a disk is full
+            np.save(SimpleNamespace(write=file.write), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         pieces = Tokenizer(tokenizer).vocab_size
         meta = {
             **counts,
@@ -128,16 +140,42 @@ def _pool(workers: int | None, texts: Texts) -> Iterator[ProcessPoolExecutor | N
         _look_for(texts)
         yield None
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (texts,))
+    pool = ProcessPoolExecutor(workers, _PROCESSES, _begin_worker, (texts,))
     try:
+        with _undisturbed():
+            pool.submit(int)  # starts them all, before there are threads that a fork could catch in the wrong moment
         yield pool
+    except BrokenProcessPool:
+        raise ValueError("a worker process died, perhaps for lack of memory; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Processes that start meanwhile get no signal before they have run `_begin_process`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_process() -> None:
+    """Ctrl-C is for the process that waits for this one, which ends with that one, whatever ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _begin_worker(texts: Texts) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    _begin_process()
     _look_for(texts)
 
 
@@ -227,6 +265,33 @@ def _texts(spool: Path, spans: np.ndarray) -> Iterator[str]:
             yield file.read(end - start).decode()
 
 
+def _train(spool: Path, sample: np.ndarray, vocab_size: int) -> bytes:
+    """The tokenizer, from a process of its own: it takes minutes in C++, in which this one could not be interrupted."""
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_train_and_send, args=(sender, spool, sample, vocab_size), daemon=True)
+    with _undisturbed():
+        process.start()
+    sender.close()  # or the end of the process would not be the end of the pipe
+    try:
+        trained = receiver.recv()
+    except EOFError:
+        raise ValueError("the process that trains the tokenizer died, perhaps for lack of memory") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(trained, Exception):
+        raise trained
+    return trained
+
+
+def _train_and_send(sender: Connection, spool: Path, sample: np.ndarray, vocab_size: int) -> None:
+    _begin_process()
+    try:
+        sender.send(train(_texts(spool, sample), vocab_size))
+    except Exception as error:
+        sender.send(error)
+
+
 # The second pass: text → ids
 
 
@@ -277,7 +342,7 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
-@command("data.prepare")
+@command("data.prepare", "nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
     kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
@@ -293,28 +358,19 @@ def main(arguments: list[str] | None = None) -> int:
         help="leave out documents with a dev or test text of these files of finetune.py's tasks",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
-        meta = prepare(
-            options.input,
-            options.out,
-            vocab_size=options.vocab_size,
-            workers=options.workers,
-            seed=options.seed,
-            min_score=options.min_score,
-            kind=options.posts,
-            decontaminate=options.decontaminate,
-        )
-    except KeyboardInterrupt:
-        print("data.prepare: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenProcessPool:
-        fail("data.prepare: a worker process died, perhaps for lack of memory; try fewer --workers")
-    except (ValueError, OSError) as error:
-        fail(f"data.prepare: {error}")
+    meta = prepare(
+        options.input,
+        options.out,
+        vocab_size=options.vocab_size,
+        workers=options.workers,
+        seed=options.seed,
+        min_score=options.min_score,
+        kind=options.posts,
+        decontaminate=options.decontaminate,
+    )
     print(f"{table(meta)}\nwritten to {options.out}")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())

@@ -6,13 +6,17 @@ the folder is what `finetune.py --data` takes. A set that would lack a class is 
 
 from __future__ import annotations
 
-import csv
 import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+
+import csv
 import sys
 from collections import Counter
 from pathlib import Path
 
-from minisobert.cli import Parser, fail, words
+from minisobert.cli import Parser, command, words
 from minisobert.corpus.dump import is_dump
 from minisobert.files import new_folder
 from minisobert.tasks import TASKS
@@ -28,9 +32,9 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     dump = Path(dump)
     if not is_dump(dump):
         raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
-    site_of(dump)
     report, written = [], 0
     with new_folder(out) as work:
+        site_of(dump)
         for task in TASKS.values():
             if task.derive is None:
                 continue
@@ -61,6 +65,7 @@ def _write(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> 
         writer.writerows(rows)
 
 
+@command("data.tasks", "nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     sets = words((task.name for task in TASKS.values() if task.derive), "and")
     parser = Parser(prog="data.tasks", description=f"Derive the sets of {sets} from a dump.")
@@ -68,17 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses what is drawn by chance")
     options = parser.parse_args(arguments)
-    try:
-        report = derive(options.input, options.out, seed=options.seed)
-    except KeyboardInterrupt:
-        print("data.tasks: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        fail(f"data.tasks: {error}")
+    report = derive(options.input, options.out, seed=options.seed)
     print("\n".join([*report, f"written to {options.out}"]))
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C: nothing half-written
     sys.exit(main())

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import select
+import signal
 import sys
 import time
 import typing
@@ -118,25 +119,45 @@ def _meant(unknown: str, options: list[str]) -> list[str]:
 
 
 @contextmanager
-def command(prog: str) -> Iterator[None]:
+def command(prog: str, stopped: str = "") -> Iterator[None]:
     """What a command does, as a block or a decorated function: what a user can do something about ends it in one line.
 
     ValueError and OSError leave by `fail`, Ctrl-C with status 130. That whoever reads standard output has seen enough,
     as `| head` has, is no error.
+
+    stopped: what is said of the work after Ctrl-C or SIGTERM (status 143). Where it is given, the first signal raises
+    KeyboardInterrupt, so that the block cleans up, and further ones cannot disturb that for PATIENCE seconds.
     """
+    last, failure = -math.inf, None
+
+    def stop(number, frame):
+        nonlocal last
+        if time.monotonic() - last > PATIENCE:
+            last = time.monotonic()
+            raise KeyboardInterrupt(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if stopped else {}
     try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as a shell asks of what it runs in the background
+                signal.signal(number, stop)
         try:
             yield
         finally:
             sys.stdout.flush()  # here, where it can be caught, and not when the interpreter ends
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted" + (stopped and f"; {stopped}"), file=sys.stderr)
+        raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
-        fail(str(error) and f"{prog}: {reason(error)}")
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        failure = error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if isinstance(failure, BrokenPipeError) and _nobody_reads():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+    if failure:
+        fail(str(failure) and f"{prog}: {reason(failure)}")
 
 
 def _nobody_reads() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -12,10 +13,9 @@ import mmap
 import os
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -106,26 +106,57 @@ os.register_at_fork(after_in_child=_drop_all)  # or a child that outlives this p
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
 
-    Raises ValueError where `out` exists already (an empty folder is fine) or cannot be made.
+    One that a killed process left is removed first, and a line on standard error says so. Raises ValueError where `out`
+    exists already (an empty folder is fine), cannot be made, or is being made by another process, and where the disk
+    gets full.
     """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    out, place = Path(out), Path(os.path.realpath(out))  # the work is done beside the folder that a symlink stands for
+    work = place.with_name(f".{place.name}.unfinished")
+    with ExitStack() as stack:
+        try:
+            _check_is_free(out, place)
+            for parent in reversed([parent for parent in place.parents if not parent.exists()]):
+                parent.mkdir(exist_ok=True)
+                stack.callback(_remove_if_empty, parent)
+            killed = stack.enter_context(locked(work.with_name(f"{work.name}.lock"), out))
+            _check_is_free(out, place)  # again: who had the lock until now may have made it
+            if killed and work.is_dir():
+                print(f"removing {work}, which {killed} left unfinished", file=sys.stderr)
+                shutil.rmtree(work)
+            elif os.path.lexists(work):  # on a file system without locks it may well be in use
+                raise ValueError(f"{work} is in the way; remove it if no other process is writing there")
+            work.mkdir()
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            raise ValueError(f"{out} cannot be made ({error.strerror}{where}); choose another --out") from None
+        try:
+            yield work
+            work.replace(place)
+        except BaseException as error:
+            shutil.rmtree(work, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                advice = "make room there or choose an --out elsewhere"
+                raise ValueError(f"{out} cannot be written: {error.strerror} in {place.parent}; {advice}") from None
+            raise
+
+
+def _check_is_free(out: Path, place: Path) -> None:
+    """Raises ValueError where no folder can take the name `out`. place: the same with symlinks followed."""
+    if link := next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None):
+        target = os.readlink(link)
+        raise ValueError(f"{link} is a symlink to {target}, which does not exist; make that or choose another --out")
+    if not place.is_dir():
+        if os.path.lexists(place):
+            raise ValueError(f"{out} exists already and is no folder; choose another --out")
+    elif any(place.iterdir()):
         raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
-    made = [parent for parent in out.parents if not parent.exists()]  # removed again if the block fails
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
-    try:
-        work.chmod(0o755)  # mkdtemp's are private
-        yield work
-        work.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: `out` is there
-                parent.rmdir()
+    elif place == Path.cwd() or place.is_mount():  # neither can give its name to another folder
+        raise ValueError(f"{out} is the current folder, or where a disk is mounted; choose a folder inside it")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def write_json(path: Path, value: object) -> None:

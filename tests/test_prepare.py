@@ -6,9 +6,12 @@ import lzma
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from data import prepare as module
 from data.prepare import main, prepare
 from minisobert.corpus.shards import open_shards
 from minisobert.corpus.tokenizer import MASK
+from minisobert.files import new_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT / "../shared/data"
@@ -153,8 +157,13 @@ def test_a_given_tokenizer_is_used_as_it_is(site, tmp_path):
 
 def test_a_large_corpus_is_sampled_for_the_tokenizer(site, tmp_path, monkeypatch):
     seen = []
-    train = module.train
-    monkeypatch.setattr(module, "train", lambda found, size: train(seen.append(list(found)) or seen[-1], size))
+    train = module._train
+
+    def train_and_note(spool, spans, vocab_size):
+        seen.append(list(module._texts(spool, spans)))
+        return train(spool, spans, vocab_size)
+
+    monkeypatch.setattr(module, "_train", train_and_note)
     for limit in (10**9, 1_500):
         monkeypatch.setattr(module, "TRAINING_TEXT", limit)
         prepare([site], tmp_path / str(limit), vocab_size=320, workers=1)
@@ -262,34 +271,164 @@ def test_a_folder_that_holds_something_is_refused(site, capsys):
     assert "exists already" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(tmp_path, number):
-    (tmp_path / "in.txt").write_text("a line of words that goes on for a while\n" * 2_000_000)
-    arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "2"]
-    command = [sys.executable, "-m", "data.prepare", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not any((path / "spool").exists() for path in tmp_path.glob(".out.*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_a_bad_out_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    with new_folder(tmp_path / "out"):
+        for out, message in [("file", "is no folder"), ("out", f"is in use by process {os.getpid()}")]:
+            status, _, errors = run("--input", tmp_path / "none", "--out", tmp_path / out, capsys=capsys)
+            assert (status, len(errors.splitlines())) == (2, 1)
+            assert errors.startswith(f"data.prepare: {tmp_path / out}")
+            assert message in errors
+
+
+# What ends a run early
+
+AT_WORK = """
+import hashlib, sys, time
+from pathlib import Path
+from data import prepare
+
+name, seconds, mark, *arguments = sys.argv[1:]
+function = getattr(prepare, name)
+
+def busy(*given):
+    Path(mark).touch()
+    if name == "train":  # as SentencePiece does: minutes of C code, which hears no signal
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    end = time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        pass
+    return function(*given)
+
+setattr(prepare, name, busy)
+sys.exit(prepare.main(arguments))
+"""
+
+
+@contextmanager
+def at_work(site, function: str, seconds: float):
+    """A run of data.prepare, one of whose processes is now in this function, for this long. The output of a run ends
+    when the last of its processes does."""
+    mark = site.parent / "mark"
+    arguments = ["--input", site, "--out", site.parent / "out", "--workers", "2", "--vocab-size", "400"]
+    command = [sys.executable, "-c", AT_WORK, function, seconds, mark, *arguments]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not mark.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        mark.unlink()
+
+
+forked = pytest.mark.skipif(sys.platform != "linux", reason="replaces a function of processes that are forked")
+
+
+@forked
+@pytest.mark.parametrize(
+    "function, seconds", [("_begin_process", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)]
+)
+def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tmp_path, capsys, function, seconds):
+    with at_work(site, function, seconds) as process:
+        process.kill()
+        process.communicate(timeout=15)
+    assert (tmp_path / ".out.unfinished").exists()
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
+    assert status == 0
+    assert f"removing {tmp_path}/.out.unfinished, which process {process.pid} on " in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "site"]
+    assert len(texts(tmp_path / "out")) == 120
+
+
+@forked
+@pytest.mark.parametrize(
+    "number, status, function, seconds",
+    [
+        (signal.SIGINT, 130, "_begin_process", 0.3),
+        (signal.SIGINT, 130, "_render", 0.3),
+        (signal.SIGINT, 130, "train", 60),
+        (signal.SIGTERM, 143, "_render", 0.3),
+    ],
+)
+def test_an_interrupted_run_leaves_nothing(site, tmp_path, number, status, function, seconds):
+    with at_work(site, function, seconds) as process:
+        os.kill(process.pid, number)
+        if number == signal.SIGINT:  # a terminal sends it to all processes
+            os.killpg(process.pid, number)  # and somebody is in a hurry
+        _, errors = process.communicate(timeout=15)
+    assert process.returncode == status
     assert errors.splitlines()[-1] == "data.prepare: interrupted; nothing was written"
     assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
-def _die(batch):
+def _die(*arguments):
     os._exit(1)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that are forked")
-def test_a_worker_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "_render", _die)
+@forked
+@pytest.mark.parametrize(
+    "function, message", [("_render", "a worker process died"), ("train", "the process that trains the tokenizer died")]
+)
+def test_a_process_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch, function, message):
+    monkeypatch.setattr(module, function, _die)
     status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 2, capsys=capsys)
     assert status == 2
-    assert errors.splitlines()[-1].startswith("data.prepare: a worker process died")
+    assert errors.splitlines()[-1].startswith(f"data.prepare: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from data import prepare
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(  # what is too large is the spool; of many short documents, the offsets
+    "line, size", [("one word and another\n", 10_000), ("a\n", 50_000)]
+)
+def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path, line, size):
+    (tmp_path / "in.txt").write_text(line * 10_000)
+    arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "1", "--vocab-size", "270"]
+    command = [sys.executable, "-c", LIMITED, size, *arguments]
+    process = subprocess.run(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1] == (
+        f"data.prepare: {tmp_path}/out cannot be written: File too large in {tmp_path}; "
+        "make room there or choose an --out elsewhere"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_table_of_comments_that_finds_no_room_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch):
+    (site / "Comments.xml").write_text(
+        "<comments>\n" + "".join(f'<row Id="{n}" PostId="103" Text="{n}" />\n' for n in range(10_000)) + "</comments>"
+    )
+    connect = sqlite3.connect
+
+    def small(*arguments, **options):
+        database = connect(*arguments, **options)
+        database.execute("PRAGMA max_page_count = 10")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
+    assert status == 2
+    assert f"{tmp_path}/out cannot be written: database or disk is full in {tmp_path}; make" in errors.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_comments_are_sorted_where_there_is_room_for_them(site, tmp_path):
+    next(module.documents(module.check([site])[0], tmp_path, Counter(), kind="all", min_score=None, progress=lambda size: None))
+    (folder,) = sqlite3.connect(":memory:").execute("PRAGMA temp_store_directory").fetchone()
+    assert folder == str(tmp_path)
 
 
 def test_a_real_dump_comes_back_exactly(tmp_path):

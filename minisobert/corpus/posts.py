@@ -9,6 +9,7 @@ The XML is untrusted: no entity is expanded and no file that it names is opened.
 
 from __future__ import annotations
 
+import errno
 import re
 import sqlite3
 from collections import Counter
@@ -65,6 +66,8 @@ def posts(
     try:
         database.execute("PRAGMA journal_mode = OFF")  # a temporary table: after a crash there is nothing to save
         database.execute("PRAGMA synchronous = OFF")
+        quoted = str(work).replace("'", "''")
+        database.execute(f"PRAGMA temp_store_directory = '{quoted}'")  # the index is sorted there, not in /var/tmp
         database.execute("CREATE TABLE comments (post INTEGER, text TEXT)")
         if site.comments:
             database.execute("BEGIN")
@@ -107,6 +110,8 @@ def posts(
         if not seen:
             raise ValueError(f"{site.posts} holds no posts")
         dropped["comments without their post"] += max(0, left)  # of two posts with one Id, both get its comments
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, str(error), str(table)) from None
     finally:
         database.close()
         table.unlink(missing_ok=True)

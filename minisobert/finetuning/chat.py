@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from minisobert.cli import Parser, fail, flag, table
+from minisobert.cli import Parser, command, flag, table
 from minisobert.files import new_folder, write_json
 from minisobert.finetuning import evaluation, prompts, report
 from minisobert.finetuning.config import FineTuneConfig, config_class, task_options
@@ -41,9 +40,9 @@ RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 130 after Ctrl-C. A user's mistake, or the server's, ends in one line and exit status 2."""
+    """Returns 0. A user's mistake, or the server's, ends in one line and exit status 2, Ctrl-C in 130."""
     options = _options(argv)
-    try:
+    with command(NAME, f"{options.cache} keeps the answers for the next run"):
         config = config_class()(
             task=options.task, model=f"chat:{options.model}, {options.shots or 'zero'}-shot", data=tuple(options.data),
             out=options.out, **{name: getattr(options, name) for name in task_options()},
@@ -55,11 +54,6 @@ def main(argv: list[str] | None = None) -> int:
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
                 texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
             headline = write(folder, options, config, data, texts, chat)
-    except (ValueError, OSError) as error:
-        fail(f"{NAME}: {error}")
-    except KeyboardInterrupt:
-        print(f"\n{NAME}: stopped; {options.cache} keeps the answers for the next run", file=sys.stderr)
-        return 130
     print(f"{options.out}/report.md: {headline}")
     return 0
 
@@ -242,5 +236,4 @@ def _report(results: dict, unparsable: list[tuple[str, str]]) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as for Ctrl-C
     sys.exit(main())

@@ -156,36 +156,6 @@ def test_fewer_tokens_than_meta_says_are_refused(folder):
     refused(folder, "10 tokens of uint16 need 20")
 
 
-# The folder
-
-
-def test_a_folder_appears_only_when_it_is_complete(tmp_path):
-    out = tmp_path / "a" / "b"
-    with new_folder(out) as work:
-        (work / "file").write_text("x")
-        assert not out.exists()
-    assert (out / "file").read_text() == "x"
-    assert [path.name for path in out.parent.iterdir()] == ["b"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_after_a_failure_nothing_is_left(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "a" / "b") as work:
-        (work / "file").write_text("x")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_holds_something_is_never_touched(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out"):
-        pass  # an empty one is fine
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ValueError, match="exists already and is not empty"), new_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out" / "mine").read_text() == "x"
-
-
 # The held-out threads
 
 
