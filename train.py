@@ -90,6 +90,12 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
+        if (epochs := config.train_tokens / (len(training) * config.row_tokens)) > 4:
+            print(
+                f"--train-tokens is {epochs:,.1f} epochs of this corpus; after about 4, repeated text teaches little "
+                "(Muennighoff et al. 2023, arXiv 2305.16264)",
+                flush=True,
+            )
     stopped = train(model, optimizer, training, validation, run, mesh, progress, stop)
     if mesh.is_first:
         print(f"{run.folder}: step {progress.step:,}, loss {progress.loss:.4f}")

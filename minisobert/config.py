@@ -210,18 +210,6 @@ class TrainConfig:
         per_pass = self.micro_batch_rows * self.row_tokens * data_parallel
         if tokens_per_batch % per_pass == 0 and tokens_per_batch <= most:
             return tokens_per_batch // per_pass
-        option = "--batch-schedule" if self.batch_schedule else "--tokens-per-batch"
-        choices = []
-        below = int(min(tokens_per_batch, most)) // per_pass * per_pass
-        if batches := [f"{n:,}" for n in (below, below + per_pass) if 0 < n <= most]:
-            choices.append(f"{option} {words(batches)}")
-        rows, rest = divmod(tokens_per_batch, self.row_tokens * data_parallel)
-        if rows and not rest and tokens_per_batch <= most:
-            divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-            choices.append(f"--micro-batch-rows {words(nearest(divisors, self.micro_batch_rows))}")
-        one_row = self.row_tokens * data_parallel  # of each process
-        if not choices and one_row <= most:
-            choices = [f"--micro-batch-rows 1 with {option} {int(most) // one_row * one_row:,}"]
         if tokens_per_batch <= most:
             problem = (
                 f"tokens_per_batch = micro_batch_rows × row_tokens × data_parallel × accumulation does not divide: "
@@ -232,8 +220,36 @@ class TrainConfig:
             problem = f"{self.data} packs into {most // self.row_tokens:,} rows, fewer than the " + (
                 f"{tokens_per_batch / self.row_tokens:,.4g} of one batch"
             )
-            choices.append("more text for data.prepare")
-        raise ValueError(f"{problem}; choose {', or '.join(choices) or 'more text or fewer processes'}")
+        raise ValueError(f"{problem}; choose {', or '.join(self._advice(data_parallel, most))}")
+
+    def _advice(self, data_parallel: int, most: float) -> list[str]:
+        """Each of these makes all batches divide, and fit into the `most` tokens of an epoch."""
+        most = min(most, MOST_TOKENS)
+        row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batches]  # row: one of each process
+        fits = max(sizes) <= most
+        choices = self.near_batches(self.micro_batch_rows * row, most)
+        rows, rest = divmod(math.gcd(*sizes), row)
+        if fits and not rest:
+            divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+            choices.append(f"--micro-batch-rows {words(nearest(divisors, self.micro_batch_rows))}")
+        choices = choices or [f"--micro-batch-rows 1 with {batches}" for batches in self.near_batches(row, most)]
+        processes = [] if choices else [f"at most {int(most) // self.row_tokens * self.tensor_parallel} processes"]
+        return choices + processes + ([] if fits and choices else ["more text for data.prepare"])
+
+    def near_batches(self, unit: int, most: float = math.inf) -> list[str]:
+        """The option for batches near those that are set, of whole units and at most `most` tokens. [] where there are
+        none."""
+        most = int(min(most, MOST_TOKENS)) // unit * unit
+        if not most:
+            return []
+        near = []  # the next smaller sizes, and the next larger
+        for rounded in (math.floor, math.ceil):
+            sizes = [min(max(rounded(size / unit) * unit, unit), most) for _, size in self.batches]
+            starts = [start for start, _ in self.batches]
+            pairs = ",".join(f"{start}:{size}" for start, size in zip(starts, sizes))
+            near.append(pairs if self.batch_schedule else f"{sizes[0]:,}")
+        option = "--batch-schedule" if self.batch_schedule else "--tokens-per-batch"
+        return [f"{option} {words(dict.fromkeys(near))}"]
 
     def check(self, rows: int, data_parallel: int) -> None:
         """Raises ValueError where the layout or the data (rows in an epoch) does not go with a batch."""

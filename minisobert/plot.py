@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from minisobert.cli import Parser, command
@@ -25,14 +27,17 @@ def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, run in enumerate(runs):
-        lines = read_metrics(run)
+        color, name, lines = f"C{i}", Path(run).name, read_metrics(run)
         tokens = [line["positions"] / 1e6 for line in lines]
-        axes.plot(tokens, [line["loss"] for line in lines], color=f"C{i}", alpha=0.25, linewidth=0.8)
-        smooth = moving_mean([line["loss"] for line in lines], max(len(lines) // 50, 1))
-        axes.plot(tokens, smooth, color=f"C{i}", label=f"{Path(run).name}: training")
-        held_out = [(x, line["validation_loss"]) for x, line in zip(tokens, lines) if "validation_loss" in line]
-        axes.plot(*zip(*held_out), "o-", color=f"C{i}", markersize=4, linewidth=1, markerfacecolor="white",
-                  label=f"{Path(run).name}: held out")  # fmt: skip
+        losses = _numbers(line["loss"] for line in lines)
+        smooth = moving_mean(losses, max(len(lines) // 50, 1))
+        axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
+        # a single step, of which no line can be drawn, is a dot
+        axes.plot(tokens, smooth, "-" if len(lines) > 1 else ".", color=color, label=f"{name}: training")
+        if held_out := [(x, line["validation_loss"]) for x, line in zip(tokens, lines) if "validation_loss" in line]:
+            x, y = zip(*held_out)
+            axes.plot(x, _numbers(y), "o-", color=color, markersize=4, linewidth=1, markerfacecolor="white",
+                      label=f"{name}: held out")  # fmt: skip
     if entropy is not None:
         axes.axhline(entropy, color="black", linewidth=1, linestyle=":", label="unigram entropy of the corpus")
     axes.set(xlabel="million tokens", ylabel="masked-LM loss (nats)", title="Pre-training loss")
@@ -42,9 +47,15 @@ def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
     plt.close(figure)
 
 
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    """With NaN, of which nothing is drawn, for what was not finite."""
+    return [math.nan if value is None else value for value in values]
+
+
 def moving_mean(values: list[float], width: int) -> list[float]:
-    """The mean of each value and the width - 1 before it, as far as there are so many."""
-    return [sum(values[max(i - width + 1, 0) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    """The mean of each value and the width - 1 before it, as far as there are so many and they are not NaN."""
+    windows = ([v for v in values[max(i - width + 1, 0) : i + 1] if v == v] for i in range(len(values)))
+    return [sum(window) / len(window) if window else math.nan for window in windows]
 
 
 @command("minisobert.plot")

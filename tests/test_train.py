@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 import train
 from minisobert.cli import parse
 from minisobert.config import TrainConfig
+from minisobert.corpus.loader import Rows
 from minisobert.files import locked
 from minisobert.training import checkpoint, loop, run
 
@@ -66,6 +67,19 @@ def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_pa
     assert train.main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{out}: step 4, loss {lines[-1]['loss']:.4f}"
     assert metrics(out) == lines
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(3.9, False), (4, False), (5, True)])
+def test_a_run_of_many_epochs_says_so_and_is_not_refused(corpus, tmp_path, monkeypatch, capsys, epochs, said):
+    def no_steps(model, optimizer, training, validation, run, mesh, progress, stop):
+        progress.loss = 0.0
+        return 0
+
+    monkeypatch.setattr(train, "train", no_steps)
+    epoch = len(Rows(corpus, corpus.training_documents, 1, ROW)) * ROW
+    assert train.main(words(corpus, tmp_path / "run", train_tokens=int(epochs * epoch))) == 0
+    line = "--train-tokens is 5.0 epochs of this corpus; after about 4, repeated text teaches little (Muenn"
+    assert capsys.readouterr().out.count(line) == said
 
 
 def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):

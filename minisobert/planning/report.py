@@ -72,10 +72,10 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
                     most = fitting[-1].micro_batch_rows
     if not totals:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
-        row = f"{config.row_tokens:,}"
-        choices = f"--gpus {words(nearest(divisors, gpus))}" if divisors else f"a multiple of {row} tokens"
-        split = f"a batch of {batch:,} tokens cannot be split over {gpus} GPUs by rows of {row}"
-        raise ValueError(f"{split}; choose {choices}")
+        choices = [f"--gpus {words(nearest(divisors, gpus))}"] if divisors else []
+        choices += config.near_batches(gpus * config.row_tokens)
+        split = f"a batch of {batch:,} tokens cannot be split over {gpus} GPUs by rows of {config.row_tokens:,}"
+        raise ValueError(f"{split}; choose {', or '.join(choices)}")
     if not found:
         raise ValueError(
             f"{config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
