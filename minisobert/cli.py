@@ -113,16 +113,16 @@ def fail(message: object) -> NoReturn:
 def command(name: str, stopped: str = "nothing was written") -> Iterator[None]:
     """What a command does its work in: a mistake ends in one line and status 2, Ctrl-C in 130, SIGTERM in 143.
 
-    The first signal raises KeyboardInterrupt, so that the block clears up behind itself; further ones do not disturb it
-    in that for a while. stopped: what is said then of the work.
+    A signal raises KeyboardInterrupt, so that the block clears up behind itself; those that follow within PATIENCE are
+    ignored, so that it can. stopped: what the message says of the work.
     """
-    last = -math.inf
+    received, when = signal.SIGINT, -math.inf
 
     def stop(number, frame):
-        nonlocal last
-        if time.monotonic() - last > PATIENCE:
-            last = time.monotonic()
-            raise KeyboardInterrupt(number)
+        nonlocal received, when
+        if time.monotonic() - when > PATIENCE:
+            received, when = number, time.monotonic()
+            raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -130,9 +130,9 @@ def command(name: str, stopped: str = "nothing was written") -> Iterator[None]:
             if handler != signal.SIG_IGN:  # as a shell asks of what it runs in the background
                 signal.signal(number, stop)
         yield
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print(f"{name}: interrupted; {stopped}", file=sys.stderr)
-        raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
+        raise SystemExit(128 + received) from None
     except (ValueError, OSError) as error:
         fail(f"{name}: {error}")
     finally:

@@ -63,6 +63,7 @@ def posts(
         database.execute("PRAGMA synchronous = OFF")
         quoted = str(work).replace("'", "''")
         database.execute(f"PRAGMA temp_store_directory = '{quoted}'")  # the index is sorted there, not in /var/tmp
+        database.set_progress_handler(lambda: None, 1_000_000)  # a chance for Ctrl-C in the minutes that an index takes
         database.execute("CREATE TABLE comments (post INTEGER, text TEXT)")
         if "Comments.xml" in names:
             database.execute("BEGIN")
@@ -95,6 +96,8 @@ def posts(
             raise ValueError(f"{dump}: Posts.xml holds no posts")
         dropped["comments without their post"] += left
     except sqlite3.OperationalError as error:
+        if str(error) == "interrupted":
+            raise KeyboardInterrupt from None
         raise OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, str(error), str(table)) from None
     finally:
         database.close()
