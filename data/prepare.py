@@ -42,9 +42,9 @@ from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
 BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
+LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # batches that are being worked on, or wait
 _PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # batches that are being worked on, or wait
 
 
 def prepare(
@@ -153,7 +153,7 @@ def _pool(workers: int | None, texts: Texts) -> Iterator[ProcessPoolExecutor | N
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Processes that start meanwhile get no signal before they have run `_begin_process`."""
+    """Processes that start in this block get signals only when `_begin_process` has said what to do about them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -162,7 +162,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _begin_process() -> None:
-    """Ctrl-C is for the process that waits for this one, which ends with that one, whatever ends it."""
+    """In a new process: leaves Ctrl-C to the parent, and ends when the parent does, be it by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -346,28 +346,20 @@ def table(meta: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
     kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=kinds)
+    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out threads")
     parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a lower score")
-    parser.add_argument("--posts", choices=KINDS, default="all", help="which posts, each with its comments")
+    which = "which posts, each with its comments"
+    parser.add_argument("--posts", choices=KINDS, default="all", dest="kind", help=which)
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",
         help="leave out documents with a dev or test text of these files of finetune.py's tasks",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    meta = prepare(
-        options.input,
-        options.out,
-        vocab_size=options.vocab_size,
-        workers=options.workers,
-        seed=options.seed,
-        min_score=options.min_score,
-        kind=options.posts,
-        decontaminate=options.decontaminate,
-    )
+    meta = prepare(**vars(options))
     print(f"{table(meta)}\nwritten to {options.out}")
     return 0
 

@@ -126,15 +126,15 @@ def command(prog: str, stopped: str = "") -> Iterator[None]:
     as `| head` has, is no error.
 
     stopped: what is said of the work after Ctrl-C or SIGTERM (status 143). Where it is given, the first signal raises
-    KeyboardInterrupt, so that the block cleans up, and further ones cannot disturb that for PATIENCE seconds.
+    KeyboardInterrupt, so that the block cleans up, and those that follow within PATIENCE are ignored, so that it can.
     """
-    last, failure = -math.inf, None
+    received, when, failure = signal.SIGINT, -math.inf, None
 
     def stop(number, frame):
-        nonlocal last
-        if time.monotonic() - last > PATIENCE:
-            last = time.monotonic()
-            raise KeyboardInterrupt(number)
+        nonlocal received, when
+        if time.monotonic() - when > PATIENCE:
+            received, when = number, time.monotonic()
+            raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if stopped else {}
     try:
@@ -145,9 +145,9 @@ def command(prog: str, stopped: str = "") -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()  # here, where it can be caught, and not when the interpreter ends
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         print(f"{prog}: interrupted" + (stopped and f"; {stopped}"), file=sys.stderr)
-        raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
+        raise SystemExit(128 + received) from None
     except (ValueError, OSError) as error:
         failure = error
     finally:

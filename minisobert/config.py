@@ -225,7 +225,7 @@ class TrainConfig:
     def _advice(self, data_parallel: int, most: float) -> list[str]:
         """Each of these makes all batches divide, and fit into the `most` tokens of an epoch."""
         most = min(most, MOST_TOKENS)
-        row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batches]  # row: one of each process
+        row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batch_ramp]  # row: one of each process
         fits = max(sizes) <= most
         choices = self.near_batches(self.micro_batch_rows * row, most)
         rows, rest = divmod(math.gcd(*sizes), row)
@@ -244,8 +244,8 @@ class TrainConfig:
             return []
         near = []  # the next smaller sizes, and the next larger
         for rounded in (math.floor, math.ceil):
-            sizes = [min(max(rounded(size / unit) * unit, unit), most) for _, size in self.batches]
-            starts = [start for start, _ in self.batches]
+            sizes = [min(max(rounded(size / unit) * unit, unit), most) for _, size in self.batch_ramp]
+            starts = [start for start, _ in self.batch_ramp]
             pairs = ",".join(f"{start}:{size}" for start, size in zip(starts, sizes))
             near.append(pairs if self.batch_schedule else f"{sizes[0]:,}")
         option = "--batch-schedule" if self.batch_schedule else "--tokens-per-batch"

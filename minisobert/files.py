@@ -111,10 +111,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     gets full.
     """
     out, place = Path(out), Path(os.path.realpath(out))  # the work is done beside the folder that a symlink stands for
-    work = place.with_name(f".{place.name}.unfinished")
     with ExitStack() as stack:
         try:
             _check_is_free(out, place)
+            work = place.with_name(f".{place.name}.unfinished")
             for parent in reversed([parent for parent in place.parents if not parent.exists()]):
                 parent.mkdir(exist_ok=True)
                 stack.callback(_remove_if_empty, parent)
@@ -127,8 +127,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
                 raise ValueError(f"{work} is in the way; remove it if no other process is writing there")
             work.mkdir()
         except OSError as error:
-            where = f": {error.filename}" if error.filename else ""
-            raise ValueError(f"{out} cannot be made ({error.strerror}{where}); choose another --out") from None
+            reason = f"{error.strerror}: {error.filename}" if error.filename else error
+            raise ValueError(f"{out} cannot be made ({reason}); choose another --out") from None
         try:
             yield work
             work.replace(place)
@@ -148,10 +148,10 @@ def _check_is_free(out: Path, place: Path) -> None:
     if not place.is_dir():
         if os.path.lexists(place):
             raise ValueError(f"{out} exists already and is no folder; choose another --out")
-    elif any(place.iterdir()):
-        raise ValueError(f"{out} exists already and is not empty; choose another folder or remove it")
     elif place == Path.cwd() or place.is_mount():  # neither can give its name to another folder
         raise ValueError(f"{out} is the current folder, or where a disk is mounted; choose a folder inside it")
+    elif any(place.iterdir()):
+        raise ValueError(f"{out} exists already and is not empty; choose another --out")
 
 
 def _remove_if_empty(folder: Path) -> None:

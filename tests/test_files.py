@@ -205,7 +205,7 @@ def test_a_folder_that_holds_something_is_never_touched(tmp_path):
     with new_folder(tmp_path / "out"):
         pass  # an empty one is fine
     (tmp_path / "out" / "mine").write_text("x")
-    refused(tmp_path / "out", "exists already and is not empty")
+    refused(tmp_path / "out", "exists already and is not empty; choose another --out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
 
 
@@ -244,9 +244,12 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path / "here")
     refused(out, "is the current folder, .* choose a folder inside it")
     assert names(tmp_path) == ["here"]
+    (tmp_path / "here" / "mine").write_text("x")
+    refused(out, "is the current folder, .* choose a folder inside it")  # and not: remove it
 
 
 def test_the_root_of_a_disk_is_refused(tmp_path, monkeypatch):
+    refused("/", "where a disk is mounted; choose a folder inside it")
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     refused(tmp_path, "where a disk is mounted; choose a folder inside it")
     with new_folder(tmp_path / "out"):

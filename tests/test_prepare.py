@@ -9,9 +9,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -367,6 +369,25 @@ def test_an_interrupted_run_leaves_nothing(site, tmp_path, number, status, funct
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
+def test_a_signal_ends_a_statement_of_sqlite_that_would_take_long(site, tmp_path, capsys, monkeypatch):
+    class Slow(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if statement.startswith("CREATE INDEX"):
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000000)"
+                statement = f"{count} SELECT count(*) FROM n"
+                return super().execute(statement).fetchall()
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Slow))
+    begin = time.monotonic()
+    status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
+    assert status == 143
+    assert time.monotonic() - begin < 8  # of the half minute that the statement takes
+    assert errors.splitlines()[-1] == "data.prepare: interrupted; nothing was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
 def _die(*arguments):
     os._exit(1)
 
@@ -426,7 +447,8 @@ def test_a_table_of_comments_that_finds_no_room_is_one_line_and_leaves_nothing(s
 
 
 def test_comments_are_sorted_where_there_is_room_for_them(site, tmp_path):
-    next(module.documents(module.check([site])[0], tmp_path, Counter(), kind="all", min_score=None, progress=lambda size: None))
+    sources, _, _ = module.check([site])
+    next(module.documents(sources, tmp_path, Counter(), kind="all", min_score=None, progress=lambda size: None))
     (folder,) = sqlite3.connect(":memory:").execute("PRAGMA temp_store_directory").fetchone()
     assert folder == str(tmp_path)
 

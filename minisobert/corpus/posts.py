@@ -68,6 +68,7 @@ def posts(
         database.execute("PRAGMA synchronous = OFF")
         quoted = str(work).replace("'", "''")
         database.execute(f"PRAGMA temp_store_directory = '{quoted}'")  # the index is sorted there, not in /var/tmp
+        database.set_progress_handler(lambda: None, 1_000_000)  # a chance for Ctrl-C in the minutes that an index takes
         database.execute("CREATE TABLE comments (post INTEGER, text TEXT)")
         if site.comments:
             database.execute("BEGIN")
@@ -111,6 +112,8 @@ def posts(
             raise ValueError(f"{site.posts} holds no posts")
         dropped["comments without their post"] += max(0, left)  # of two posts with one Id, both get its comments
     except sqlite3.OperationalError as error:
+        if str(error) == "interrupted":
+            raise KeyboardInterrupt from None
         raise OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, str(error), str(table)) from None
     finally:
         database.close()
