@@ -18,7 +18,7 @@ def parser(name: str, doc: str, writes: str = "") -> Parser:
     """The command line of a benchmark. doc: its docstring. writes: the file that --write is for, if no result."""
     made = Parser(prog=f"benchmarks.{name}", description=doc.split("\n")[0], allow_abbrev=False)
     writes = writes or f"benchmarks/results/{name}.md"
-    made.add_argument("--write", action="store_true", help=f"replace {writes} by what is measured here")
+    made.add_argument("--write", action="store_true", help=f"replace {writes} with this result")
     return made
 
 

@@ -39,7 +39,9 @@ def rows_in_order(lengths: np.ndarray) -> int:
 
 def main() -> None:
     command = parser("packing", __doc__)
-    command.add_argument("--documents", type=int, default=15_000_000, metavar="N", help="to pack (default 15,000,000)")
+    command.add_argument(
+        "--documents", type=int, default=15_000_000, metavar="N", help="documents to pack (default 15,000,000)"
+    )
     command.add_argument("--data", type=shards, metavar="SHARDS", help="corpus to draw the lengths from")
     options = command.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

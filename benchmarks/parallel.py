@@ -234,7 +234,9 @@ def _row(layout: Layout, m: Measured) -> list:
 
 def main() -> None:
     command = parser("parallel", __doc__)
-    command.add_argument("--turns", type=int, default=6, metavar="N", help="timed steps of each kind (default 6)")
+    command.add_argument(
+        "--turns", type=int, default=6, metavar="N", help="number of timed steps of each kind (default 6)"
+    )
     options = command.parse_args()
     turns, rows = options.turns, []
     if turns < 2:

@@ -86,8 +86,10 @@ def _timed(function) -> tuple[float, int]:
 def main() -> None:
     command = parser("prepare", __doc__)
     command.add_argument("--dump", type=Path, required=True, help=".7z of a site, or a folder with Posts.xml")
-    command.add_argument("--vocab-size", type=int, default=30_000, metavar="N", help="pieces (default 30,000)")
-    command.add_argument("--repeats", type=int, default=5, metavar="N", help="of each side (default 5)")
+    command.add_argument(
+        "--vocab-size", type=int, default=30_000, metavar="N", help="pieces of the vocabulary (default 30,000)"
+    )
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each side (default 5)")
     options = command.parse_args()
     if not options.dump.exists():
         command.error(f"{options.dump} does not exist")

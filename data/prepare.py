@@ -347,12 +347,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
     kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
     parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--vocab-size", type=int, default=50_000, metavar="N", help="pieces (default %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the held-out threads")
-    parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a lower score")
-    which = "which posts, each with its comments"
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist yet")
+    parser.add_argument(
+        "--vocab-size", type=int, default=50_000, metavar="N", help="size of the vocabulary (default %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the held-out threads")
+    parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a score below N")
+    which = "which posts to read, each with its comments (default %(default)s)"
     parser.add_argument("--posts", choices=KINDS, default="all", dest="kind", help=which)
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",

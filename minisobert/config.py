@@ -126,6 +126,10 @@ class TrainConfig:
         "token", "average the loss over all masked tokens of a batch, or like Megatron-LM over the means of "
         "micro-batches", choices=("token", "micro-batch"),
     )  # fmt: skip
+    precision: str = _recipe(
+        "auto", "precision of weights and activations, with fp32 master weights; auto is bf16 on GPUs and fp32 on CPUs",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
 
     micro_batch_rows: int = _layout(8, "rows in one forward pass of one process", least=1)
     tensor_parallel: int = _layout(1, "processes that share one model; neighbours in rank", least=1)
@@ -134,10 +138,6 @@ class TrainConfig:
     )
     shard_optimizer: bool = _layout(False, "split the optimizer's state over the data-parallel processes")
     recompute: bool = _layout(False, "save memory: keep only the input of each block and repeat its forward pass")
-    precision: str = _layout(
-        "auto", "precision of weights and activations, with fp32 master weights; auto is bf16 on GPUs and fp32 on CPUs",
-        choices=("auto", "fp32", "bf16"),
-    )  # fmt: skip
 
     out: str = _run("runs/base", "folder of the run; a run that it holds is resumed")
     fresh: bool = _run(False, "discard the checkpoints in --out and start over")
@@ -146,9 +146,7 @@ class TrainConfig:
     checkpoint_every_tokens: int = _run(524_288_000, "save a checkpoint after so many tokens", least=1)
     keep_checkpoints: int = _run(2, "number of checkpoints to keep; the best one is kept too", least=1)
     max_skipped: int = _run(10, "end the run when more steps than this in a row have no finite gradient", least=0)
-    timeout: float = _run(
-        600.0, "seconds to wait for another process before the job gives up", above=0, below=math.inf
-    )
+    timeout: float = _run(600.0, "seconds to wait for another process before the job gives up", above=0, below=math.inf)
     price_per_gpu_hour: float = _run(0.0, "dollars per GPU and hour, to report the cost of the run", least=0)
 
     plan: bool = _plan(False, "print memory, time and cost of the layouts that fit, and start nothing")

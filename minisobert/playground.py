@@ -54,8 +54,8 @@ def with_masks(trained: Trained, text: str) -> tuple[np.ndarray, list[int]]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="minisobert.playground", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="folder of a train.py run")
-    parser.add_argument("text", nargs="+", help="text with one or more [MASK]")
-    parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each (default 5)")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="text with one or more [MASK]")
+    parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each [MASK] (default 5)")
     options = parser.parse_args(argv)
     trained = open_run(options.run)
     for text in options.text:

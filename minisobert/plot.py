@@ -61,8 +61,8 @@ def moving_mean(values: list[float], width: int) -> list[float]:
 @command("minisobert.plot")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="minisobert.plot", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--png", type=Path, help="where to (default: loss.png in the first run's folder)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a train.py run")
+    parser.add_argument("--png", type=Path, help="file to write (default: loss.png in the first run)")
     options = parser.parse_args(argv)
     png = options.png or options.runs[0] / "loss.png"
     plot(options.runs, png)

@@ -20,8 +20,6 @@ from minisobert.finetuning.config import FineTuneConfig
 ROOT = Path(__file__).parents[1]
 
 
-
-
 @pytest.mark.parametrize("text", ["524288", "524,288", "524_288", "5.24288e5", "524,288.0", " 524288 "])
 def test_whole_numbers_are_written_as_people_write_them(text):
     assert parse(TrainConfig, ["--tokens-per-batch", text]).tokens_per_batch == 524_288

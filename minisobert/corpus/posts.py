@@ -91,7 +91,7 @@ def posts(
 
         seen = 0
         with site.posts.open() as stream:
-            for row in genuine(rows(stream, str(site.posts), "posts", dropped, progress, lost), dropped, lost):
+            for row in genuine(xml_rows(stream, str(site.posts), "posts", dropped, progress, lost), dropped, lost):
                 seen += 1
                 try:
                     number = _id(row["Id"])
@@ -158,7 +158,7 @@ def _reason_to_drop(row_kind: str, kind: str, score: int, min_score: int | None)
 
 
 def _comments(stream: BinaryIO, name: str, dropped: Counter, progress) -> Iterator[tuple[int, str]]:
-    for row in rows(stream, name, "comments", dropped, progress):
+    for row in xml_rows(stream, name, "comments", dropped, progress):
         try:
             post = _id(row["PostId"])
         except (KeyError, ValueError):
@@ -176,7 +176,7 @@ def _id(text: str) -> int:
     return int(text)
 
 
-def rows(
+def xml_rows(
     stream: BinaryIO,
     name: str,
     root: str,

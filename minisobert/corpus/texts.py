@@ -11,7 +11,7 @@ from minisobert.files import COMPRESSED, open_binary
 
 
 def format_of(path: Path) -> str | None:
-    """".txt" or ".jsonl", whether packed or not; None for any other file."""
+    """The suffix .txt or .jsonl of a text file, packed or not; None for any other file."""
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     return suffix if suffix in (".txt", ".jsonl") else None
 

@@ -115,9 +115,7 @@ class Tokenizer:
     @cached_property
     def _chunks(self):  # made on first use: decoding, or asking for the size, needs none
         learnt = range(FIRST_ORDINARY_ID, self.vocab_size)
-        return _chunks_that_cut_no_piece(
-            [self._bytes[i].decode() for i in learnt if not self.sentencepiece.is_byte(i)]
-        )
+        return _chunks_that_cut_no_piece([self._bytes[i].decode() for i in learnt if not self.sentencepiece.is_byte(i)])
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) ids, of dtype uint16 where the vocabulary allows and uint32 elsewhere; no [CLS], no [SEP].

@@ -60,19 +60,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(argv: list[str] | None):
     parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="as for finetune.py")
-    parser.add_argument("--model", required=True, metavar="NAME", help="as the server calls it")
+    default = "(default %(default)s)"
+    parser.add_argument("--task", required=True, choices=tuple(TASKS), help="task to ask about")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of the task, see finetune.py")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name of the model on the server")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results, a new one")
-    parser.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help="(default %(default)s)")
-    parser.add_argument("--shots", type=int, default=0, metavar="N", help="examples shown with each question, in all")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask about a sample of N examples of test")
-    parser.add_argument("--price-in", type=float, metavar="X", help="dollars per million tokens of questions")
-    parser.add_argument("--price-out", type=float, metavar="X", help="dollars per million tokens of answers")
-    parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help="of answers (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=60, metavar="X", help="seconds for one answer (default 60)")
-    for name in task_options():
-        parser.add_argument(flag(name), action="store_true", help="as for finetune.py")
+    parser.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help=f"server {default}")
+    parser.add_argument("--shots", type=int, default=0, metavar="N", help=f"examples shown in each question {default}")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask about a sample of N examples of test only")
+    parser.add_argument("--price-in", type=float, metavar="X", help="price of questions in dollars per million tokens")
+    parser.add_argument("--price-out", type=float, metavar="X", help="price of answers in dollars per million tokens")
+    parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help=f"file that keeps answers {default}")
+    parser.add_argument("--timeout", type=float, default=60, metavar="X", help=f"seconds for an answer {default}")
+    for name, help in task_options().items():
+        parser.add_argument(flag(name), action="store_true", help=help)
     options = parser.parse_args(argv)
     for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
         if (value := getattr(options, name)) is not None and not least <= value < float("inf"):

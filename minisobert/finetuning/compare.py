@@ -24,7 +24,7 @@ MARK = "†"  # of a model whose figures were published elsewhere
 def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line and exit status 2."""
     parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULT_FOLDER")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS", help="folder of results")
     folders = parser.parse_args(argv).folders
     try:
         print("\n".join(lines(folders)))

@@ -5,42 +5,49 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from minisobert.cli import check_options, flag, option, words
 from minisobert.config import MOST_TOKENS
 from minisobert.tasks import TASKS
+
+_task = partial(option, group="task and model")
+_recipe = partial(option, group="recipe")
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     """A fine-tuning run, or with `predict` the use of what one has made."""
 
-    task: str = option("", "task to learn", choices=TASKS)
-    model: str = option(
+    task: str = _task("", "task to learn", choices=TASKS)
+    model: str = _task(
         "",
         "model to start from: folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, the "
         "--out of a fine-tuning",
         metavar="MODEL",
     )
-    data: tuple[str, ...] = option((), "files or folders of the task, as they are published")
-    out: str = option("", "folder of the results; a new one")
-    tokenizer: str = option("", "for --model random:PRESET, the run or tokenizer.model whose tokenizer to use")
-    seeds: int = option(1, "number of trainings, with the seeds 1 to N and always the same split", least=1)
-    epochs: int = option(
+    data: tuple[str, ...] = _task((), "files or folders of the task, as they are published")
+    out: str = _task("", "folder of the results; a new one")
+    tokenizer: str = _task("", "for --model random:PRESET, the run or tokenizer.model whose tokenizer to use")
+    seeds: int = _recipe(1, "number of trainings, with the seeds 1 to N and always the same split", least=1)
+    epochs: int = _recipe(
         10, "epochs of one training, at most; it ends when dev gets no better, and the best epoch is kept", least=1
     )
-    learning_rate: float = option(
+    learning_rate: float = _recipe(
         5e-5, "peak learning rate, reached after a tenth of the steps; 5e-4 suits the preset tiny", above=0,
         below=math.inf,
     )  # fmt: skip
-    tokens_per_batch: int = option(
+    tokens_per_batch: int = _recipe(
         4_096, "tokens of a batch, at most; it holds whole documents, and a longer one is a batch by itself", least=1,
         most=MOST_TOKENS,
     )  # fmt: skip
-    dropout: float = option(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
-    class_weights: bool = option(False, "weight each class by the inverse of its frequency")
+    dropout: float = _recipe(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
+    class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
     predict: str = option(
-        "", "classify the posts of a file (.jsonl, or one a line) or of - (standard input)", metavar="FILE"
+        "",
+        "classify the posts of a file (.jsonl, or one a line) or of - (standard input)",
+        metavar="FILE",
+        group="prediction",
     )
 
     def __post_init__(self):

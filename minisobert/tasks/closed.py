@@ -18,7 +18,7 @@ from pathlib import Path
 from minisobert.corpus.html import html_to_text
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
-from minisobert.tasks.files import DUMP, File, class_of, rows, select
+from minisobert.tasks.files import DUMP, File, class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset
 
 CLASSES = {
@@ -86,7 +86,7 @@ def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, not
     if kind == "kaggle":
         question, title, body, label = "PostId", "Title", "BodyMarkdown", "OpenStatus"
     removed = 0
-    for where, row in rows(file):
+    for where, row in csv_rows(file):
         given = row[title].replace("\r\n", "\n"), row.get(body, "").replace("\r\n", "\n")
         cleaned = dumps.without_notices(*given)
         removed += cleaned != given
@@ -99,7 +99,7 @@ def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, not
 def _reasons(files: list[File]) -> dict[str, str]:
     found = {}
     for file in files:
-        for where, row in rows(file):
+        for where, row in csv_rows(file):
             class_of(row["closed_reason"], CLASSES["reasons"], where)
             found[row["question_id"]] = row["closed_reason"]
     return found

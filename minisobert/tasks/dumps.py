@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minisobert.corpus.dump import Site, sites
 from minisobert.corpus.html import html_to_text
-from minisobert.corpus.posts import genuine, rows
+from minisobert.corpus.posts import genuine, xml_rows
 from minisobert.hashing import key
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles
@@ -41,7 +41,7 @@ def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
     dropped: Counter = Counter()
     table = site_of(dump).posts
     with table.open() as stream:
-        for row in genuine(rows(stream, str(table), "posts", dropped), dropped):
+        for row in genuine(xml_rows(stream, str(table), "posts", dropped), dropped):
             if row.get("PostTypeId") not in ("1", "2"):
                 continue
             if number(row, "Id") and row.get("Body", "").strip():

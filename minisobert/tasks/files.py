@@ -125,7 +125,7 @@ def header(file: File) -> list[str]:
         return next(_reader(stream), [])
 
 
-def rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
+def csv_rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
     """(where it is, in words; its fields by column) of every row of a .csv file."""
     with file.text(newline="") as stream:
         reader = _reader(stream)

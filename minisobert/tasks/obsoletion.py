@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.corpus.html import html_to_text
-from minisobert.corpus.posts import rows as xml_rows
+from minisobert.corpus.posts import xml_rows
 from minisobert.hashing import key, mix
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
-from minisobert.tasks.files import DUMP, File, class_of, rows, select
+from minisobert.tasks.files import DUMP, File, class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset
 
 LABELS = ("current", "obsolete")
@@ -53,7 +53,7 @@ def read(paths: list[Path], seed: int) -> Dataset:
             derived = derive(file.path, seed, notes, obsolete)
             found = ((f"{file}, answer {row['AnswerID']}", row) for row in derived)
         else:
-            found = rows(file)
+            found = csv_rows(file)
         for where, row in found:
             label = class_of(row["Label"], LABELS, where)
             if not dumps.text("", row["Body"]):
@@ -67,7 +67,7 @@ def _listed(files: list[File], notes: list[str]) -> np.ndarray:
     """The answers that a comment in these files calls obsolete, sorted. Other comments are counted in the notes."""
     found, others = set(), 0
     for file in files:
-        for where, row in rows(file):
+        for where, row in csv_rows(file):
             if (answer := dumps.number(row, "AnswerID")) is None:
                 raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is no number")
             if KEYWORDS.search(row["CommentText"]):

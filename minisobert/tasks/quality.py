@@ -22,7 +22,7 @@ from pathlib import Path
 from minisobert.corpus.html import html_to_text
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
-from minisobert.tasks.files import DUMP, class_of, rows, select
+from minisobert.tasks.files import DUMP, class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
 LABELS = ("HQ", "LQ_EDIT", "LQ_CLOSE")
@@ -61,7 +61,7 @@ def read(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
         if layout == DUMP:
             found = ((f"{file}, question {row['Id']}", row) for row in derive(file.path, seed, notes))
         else:
-            found = rows(file)
+            found = csv_rows(file)
         for i, (where, row) in enumerate(found):
             label = class_of(row["Y"], LABELS, where)
             text = row["text"] if layout == "words" else f"{row['Title']}\n\n{row['Body']}"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisobert.corpus.dump import sites
-from minisobert.corpus.posts import Post, posts, rows
+from minisobert.corpus.posts import Post, posts, xml_rows
 
 DUMPS = Path(__file__).resolve().parents[2] / "../shared/data/dumps"
 HEAD = '<?xml version="1.0" encoding="utf-8"?>\n<posts>\n'
@@ -130,7 +130,7 @@ edits = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from([0, 1, 2, 30])
 @given(st.integers(0, 5), edits, st.sampled_from([16, 300, 1 << 16]))
 def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
     lines = [GOOD.format(n).encode() for n in range(6)]
-    whole = list(rows(io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>"), "Posts.xml", "posts", Counter()))
+    whole = list(xml_rows(io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>"), "Posts.xml", "posts", Counter()))
     assert len(whole) == 6
     for place, deleted, inserted in edits:
         place %= len(lines[number]) + 1
@@ -138,7 +138,7 @@ def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
     stream = io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("minisobert.corpus.posts.BLOCK", block)
-        found = iter(list(rows(stream, "Posts.xml", "posts", Counter())))
+        found = iter(list(xml_rows(stream, "Posts.xml", "posts", Counter())))
     assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in their order
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_cut_anywhere_is_refused():
     content = (HEAD + "".join(map(GOOD.format, range(3))) + "</posts>").encode()
     for size in range(len(content)):
         with pytest.raises(ValueError, match=r"is (truncated|empty|no XML dump)"):
-            list(rows(io.BytesIO(content[:size]), "Posts.xml", "posts", Counter()))
+            list(xml_rows(io.BytesIO(content[:size]), "Posts.xml", "posts", Counter()))
 
 
 FORBIDDEN = [
@@ -277,7 +277,7 @@ def test_an_endless_row_is_given_up(monkeypatch):
     monkeypatch.setattr("minisobert.corpus.posts.LONGEST_ROW", 1_000)
     stream = io.BytesIO(b'<posts>\n<row Id="1" Body="' + b"x" * 5_000 + b'" />\n<row Id="2" />\n</posts>')
     dropped: Counter = Counter()
-    assert [row["Id"] for row in rows(stream, "Posts.xml", "posts", dropped)] == ["2"]
+    assert [row["Id"] for row in xml_rows(stream, "Posts.xml", "posts", dropped)] == ["2"]
     assert dropped["malformed rows"] >= 1
 
 

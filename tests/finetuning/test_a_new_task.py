@@ -16,7 +16,7 @@ from minisobert.corpus import tokenizer
 from minisobert.finetuning import chat, compare
 from minisobert.tasks import TASKS, dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
-from minisobert.tasks.files import class_of, rows, select
+from minisobert.tasks.files import class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset
 
 COLUMNS, CLASSES = ("Id", "Text", "Tone"), ("calm", "loud")
@@ -26,7 +26,7 @@ VERBS = ("fold", "merge", "parse", "split", "print", "sort")
 def read(paths: list[Path], seed: int, *, whole: bool = False) -> Dataset:
     items, notes = [], [f"whole: {whole}"]
     for file, _ in select(paths, SHOUTING.name, {"posts": COLUMNS}):
-        for where, row in rows(file):
+        for where, row in csv_rows(file):
             label = class_of(row["Tone"], CLASSES, where)
             items.append(Labelled(row["Id"], file.split, Example(row["Id"], row["Text"].lower(), label), group=label))
     return dataset(SHOUTING, CLASSES, items, seed, notes, cleaning="lower")

@@ -415,3 +415,9 @@ def test_every_size_of_a_batch_schedule_must_come_out_even():
         config.check(rows=1_000, data_parallel=4)
     with pytest.raises(ValueError, match="a batch of 33,554,432 row positions is more than dropout can count"):
         TrainConfig(tokens_per_batch=1 << 25)
+
+
+def test_what_a_resumed_run_may_change_leaves_the_trajectory_alone():
+    """Precision, say, looks like a layout, but rounds otherwise."""
+    fixed = {"precision", "seed", "tokens_per_batch", "row_tokens", "dropout", "loss_average", "train_tokens", "preset"}
+    assert not fixed & TrainConfig().resumable_fields()
