@@ -38,22 +38,22 @@ from minisobert.training.run import Run
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
-    if config.plan:
-        print(report(config))
-        return 0
-
-    # Data, and whether everything fits together: before any process waits for another and anything is written
-    meshes.check_launch()
-    world = meshes.from_torchrun("WORLD_SIZE", 1)
-    shards = open_shards(config.data, verify=config.verify)
-    model_config = config.model(shards.vocab_size)
-    meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
-    training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
-    validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
-    config.check(len(training), world // config.tensor_parallel)
-    run = Run(config, model_config, shards)
-
     try:
+        if config.plan:
+            print(report(config))
+            return 0
+
+        # Data, and whether everything fits together: before any process waits for another and anything is written
+        meshes.check_launch()
+        world = meshes.from_torchrun("WORLD_SIZE", 1)
+        shards = open_shards(config.data, verify=config.verify)
+        model_config = config.model(shards.vocab_size)
+        meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
+        training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
+        validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
+        config.check(len(training), world // config.tensor_parallel)
+        run = Run(config, model_config, shards)
+
         processes = meshes.start(config.tensor_parallel, config.timeout)
         with StopSignals(speaks=meshes.from_torchrun("RANK", 0) == 0) as stop, processes as mesh, run.claimed(mesh):
             return pretrain(run, training, validation, mesh, stop)

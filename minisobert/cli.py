@@ -127,7 +127,7 @@ def command(prog: str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        fail(str(error) and f"{prog}: {reason(error)}")
+        fail(f"{prog}: {reason(error)}")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -146,15 +146,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         file = error.filename2 or error.filename  # of a renaming the new name
         return f"{file}: {error.strerror}" if file else error.strerror
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def fail(message: object) -> NoReturn:
     """What a user's mistake ends in: one line on standard error, exit status 2.
 
     torchrun kills all ranks when one exits. So the first rank speaks, and the others, which as a rule have found the
-    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too. Without a message
-    it is only the status.
+    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too, unless it has no
+    message.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
