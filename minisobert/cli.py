@@ -173,15 +173,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         file = error.filename2 or error.filename  # of a renaming the new name
         return f"{file}: {error.strerror}" if file else error.strerror
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def fail(message: object) -> NoReturn:
     """What a user's mistake ends in: one line on standard error, exit status 2.
 
     torchrun kills all ranks when one exits. So the first rank speaks, and the others, which as a rule have found the
-    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too. Without a message
-    it is only the status.
+    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too, unless it has no
+    message.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)

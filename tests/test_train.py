@@ -260,13 +260,13 @@ def test_fresh_discards_the_run_and_starts_over(corpus, tmp_path):
     assert [path.name for path in checkpoint.steps(out / "checkpoints")] == ["step-00000003"]
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(1, {"fresh": True}), (1, {"learning_rate": 1e-3}), (2, {})])
-def test_a_second_run_in_the_folder_is_refused_and_the_first_one_undisturbed(corpus, tmp_path, ranks, options):
+@pytest.mark.parametrize(("ranks", "more"), [(1, ["--fresh"]), (1, ["--learning-rate", "1e-3"]), (2, [])])
+def test_a_second_run_in_the_folder_is_refused_and_the_first_one_undisturbed(corpus, tmp_path, ranks, more):
     out, log, second, go_on = (tmp_path / name for name in ("run", "log", "second", "go-on"))
     argv = words(corpus, out, steps=5, micro_batch_rows=2, checkpoint_every_tokens=2 * BATCH)
     first = start(argv, log, ranks, partial(wait_in_step_4, go_on))
     wait_for_steps(3, out, first, log)
-    assert finish(start(words(corpus, out, micro_batch_rows=2, **options), second, ranks)) == [2] * ranks
+    assert finish(start([*argv, *more], second, ranks)) == [2] * ranks
     said = second.read_text().splitlines()
     another_config = f"{out} holds a run with --learning-rate"  # if the first one has saved by now
     in_use = rf"{out} is in use by process {first[0].pid} on .* choose another --out"

@@ -122,14 +122,14 @@ _TASKS = (
 
 def check_launch() -> None:
     """Raises ValueError where this is one of several processes that were not started by torchrun: each would believe
-    that it is alone. On all but the first the message is empty."""
+    that it is alone. All but the first just leave, with its exit status."""
     if "WORLD_SIZE" in os.environ or (sys.stdin and sys.stdin.isatty()):
         return  # a terminal in a job of several tasks has their variables, and is one process
     for starter, size, rank in _TASKS:
         tasks, which = (int(os.environ.get(name) or otherwise) for name, otherwise in ((size, 1), (rank, 0)))
         if tasks > 1:
             if which:
-                raise ValueError
+                raise SystemExit(2)
             nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) if starter == "srun" else 1
             several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500" if nodes > 1 else ""
             step = f"srun --ntasks={nodes} --ntasks-per-node=1 " if starter == "srun" else ""

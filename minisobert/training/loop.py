@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -278,12 +279,15 @@ class StopSignals:
             self._say(self.promise)
         # a terminal sends Ctrl-C to all processes, and torchrun, which is one of them, hands it on to its own
         elif not self.received or time.monotonic() > self._since + 1:
-            self._say(f"left at once; {self.lost()}")
-            os._exit(128 + number)
+            try:
+                self._say(f"left at once; {self.lost()}")
+            finally:
+                os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            os.write(2, f"\ntrain.py: {text}\n".encode())  # on a line of its own, below the bar
+            with suppress(OSError):  # the terminal is gone
+                os.write(2, f"\ntrain.py: {text}\n".encode())  # below the bar
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():

@@ -100,13 +100,13 @@ class Run:
 
     @contextmanager
     def claimed(self, mesh: Mesh) -> Iterator[None]:
-        """Keeps other jobs out of the folder, which is made. Called by all ranks; raises ValueError where one is in it.
+        """Keeps other jobs out of the folder, which is made. Called by all ranks; raises ValueError where one is there.
 
         The first rank holds the lock, since one job has one first rank. It waits for a job that is ending, as one does
         that torchrun starts again.
         """
         with ExitStack() as lock:
-            _on_first(mesh, partial(self._claim, lock))
+            self._on_first(mesh, partial(self._claim, lock))
             yield
 
     def _claim(self, lock: ExitStack) -> None:
@@ -122,6 +122,21 @@ class Run:
                 time.sleep(0.2)
         self._look()  # again: whoever had it until now may have saved
 
+    def _on_first(self, mesh: Mesh, function: Callable[[], T]) -> T | None:
+        """What function returns, on the first rank. Where it fails, all raise ValueError; only the first says why."""
+        result = error = None
+        if mesh.is_first:
+            try:
+                result = function()
+            except OSError as its:
+                its.filename = its.filename or str(self.folder)  # a full disk does not say of which file
+                error = ValueError(reason(its))
+            except ValueError as its:
+                error = its
+        if mesh.sum_on_hosts([int(error is not None)])[0]:
+            raise error or ValueError
+        return result
+
     def restore(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
         """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
 
@@ -130,7 +145,7 @@ class Run:
         # when torchrun starts the job again, what is there is its own work (not every machine's agent counts that)
         restarted = mesh.sum_on_hosts([from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)])[0] > 0
         self.fresh &= not (restarted and self._is_ours())
-        (step,) = mesh.sum_on_hosts([_on_first(mesh, self._checked_step) or 0])
+        (step,) = mesh.sum_on_hosts([self._on_first(mesh, self._checked_step) or 0])
         if not step:
             return Progress()
         path = checkpoint.path_of(self.folder / "checkpoints", step)
@@ -151,7 +166,7 @@ class Run:
 
     def begin(self, step: int, mesh: Mesh) -> None:
         """Makes the folder ready for the steps after `step`. Called by all ranks; where it fails, it does on all."""
-        _on_first(mesh, partial(self._begin, step))
+        self._on_first(mesh, partial(self._begin, step))
 
     def _begin(self, step: int) -> None:
         if self.fresh:
@@ -197,20 +212,6 @@ class Run:
             **_finite({"validation_loss": validation_loss}),
         }
         saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state)
-
-
-def _on_first(mesh: Mesh, function: Callable[[], T]) -> T | None:
-    """What function returns, on the first rank. What it raises there is raised on all, of which the first alone has
-    something to say."""
-    result = error = None
-    if mesh.is_first:
-        try:
-            result = function()
-        except (ValueError, OSError) as its:
-            error = its
-    if mesh.sum_on_hosts([int(error is not None)])[0]:
-        raise error or ValueError
-    return result
 
 
 def _check_writable(folder: Path) -> None:

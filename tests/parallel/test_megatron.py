@@ -82,7 +82,7 @@ def ours(tensor_parallel: int, out: Path) -> int:
         progress = Progress()
         for batch, step in zip(batches(), config.steps(here.data_parallel)):
             share = [packed(b, step.first_row) for b in batch[here.data_rank :: here.data_parallel]]
-            figures, _ = loop.train_step(model, optimizer, share, step, config, here, progress, loop.Tally())
+            figures, _ = loop.train_step(model, optimizer, share, step, config, here, progress, loop.Tally)
             losses.append(progress.loss)
             norms.append(figures["grad_norm"])
             rates.append(figures["lr"])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,18 +95,32 @@ def test_infinity_in_metrics_of_the_version_before_is_read(make_run):
     assert json.loads((run.folder / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
 
 
+@contextmanager
+def files_up_to(size: int):
+    """Bytes; more in a file is an OSError, part of the way through a write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_at_the_start_is_named_by_the_folder(make_run):
+    run = make_run()
+    with pytest.raises(OSError, match="File too large") as error, files_up_to(100):
+        begin(run)
+    assert error.value.filename == str(run.folder)
+
+
 def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(make_run, capsys):
     run = make_run()
     begin(run)
     path = run.folder / "metrics.jsonl"
     run.log(line(1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))  # room for ten bytes of a line
-    try:
+    with files_up_to(path.stat().st_size + 10):  # ten bytes of a line
         run.log(line(2))
         run.log(line(3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_metrics(run.folder) == [line(1)]
     said = capsys.readouterr().err
     assert said.startswith(f"{path}: File too large; training goes on, and the lines from step 2 on will be written")
