@@ -45,21 +45,6 @@ def draw(count: int, seed: int) -> np.ndarray:
     return generator.integers(first[bucket], last[bucket] + 1)
 
 
-def packed_rows(rows: int, row_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of documents of drawn lengths, packed as pre-training packs them: some rows of a large epoch.
-
-    Returns bounds (D+1,), and (D,) whether each document is real; the others are the padding at the end of a row.
-    """
-    lengths = draw(max(20_000, 100 * rows), seed) - SPECIALS
-    packing = Packing(np.concatenate([[0], np.cumsum(lengths)]), range(len(lengths)), seed, row_tokens)
-    chunks, counts = packing.chunks(packing.epoch(0), np.arange(rows))
-    lengths = packing.chunk_length[chunks].astype(np.int64) + SPECIALS
-    padding = row_tokens - np.add.reduceat(lengths, np.cumsum(counts) - counts)
-    ends = np.cumsum(counts)[padding > 0]
-    real = np.insert(np.ones(len(lengths), bool), ends, False)
-    return np.concatenate([[0], np.cumsum(np.insert(lengths, ends, padding[padding > 0]))]), real
-
-
 def main() -> None:
     command = parser("lengths", __doc__, writes="benchmarks/post_lengths.json")
     command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")

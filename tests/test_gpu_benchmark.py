@@ -21,7 +21,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import attention, records, rowwise, timing, training
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import DRY, Goal
-from benchmarks.gpu.setting import DTYPE, TOY
+from benchmarks.gpu.setting import DTYPE, LENGTHS, TOY
 from benchmarks.gpu.timing import Disagreement, check
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_what_the_tests_take_to_be_equal_is_part_of_their_fingerprint(tmp_path, 
     seen = set()
     for text in ("2 * eps", "3 * eps"):
         path.write_text(text)
-        seen.add(records.sources(*records.TESTS))
+        seen.add(records.fingerprint(records.TESTS))
     assert len(seen) == 2
 
 
@@ -188,10 +188,10 @@ def test_attention_counts_its_flops_as_torch_does():
 
 def test_the_products_are_those_of_a_model():
     config, *_ = TOY.models["base"]
-    batch = training.micro_batch(config, *TOY.bounds("posts", 1_024, seed=0), TOY.device, seed=0)
+    batch = TOY.micro_batch("posts", 1_024, seed=0)
     assert 0.1 < len(batch.masked) / batch.real_tokens < 0.2
     with FlopCounterMode(display=False) as counter:
-        training.our_loss(training.new_model(config, TOY.device), batch, None)
+        training.our_losses(training.new_model(config, TOY.device), batch, None)
     flops = {name: 2 * m * n * k for name, (m, n, k) in rowwise.products(config, 1_024, len(batch.masked)).items()}
     counted = counter.get_flop_counts()["Global"].items()
     products = sum(n for operation, n in counted if "attention" not in str(operation))
@@ -227,8 +227,9 @@ def test_lengths_are_drawn_as_they_were_counted():
     assert lengths.histogram(np.repeat(first, counts)) == about["buckets"]
 
 
-def test_packed_rows_are_full_rows_of_whole_documents():
-    bounds, real = lengths.packed_rows(64, 2_048, seed=0)
-    assert set(range(0, 64 * 2_048 + 1, 2_048)) <= set(bounds.tolist()), "each row begins with a document"
-    assert (np.diff(bounds) > 0).all() and len(real) == len(bounds) - 1
-    assert np.diff(bounds)[~real].sum() < 0.02 * bounds[-1]
+def test_posts_fill_their_rows_and_rows_are_a_document_each():
+    posts, rows = (TOY.micro_batch(lengths, 64 * TOY.row_tokens, seed=0) for lengths in LENGTHS[::-1])
+    assert len(posts.tokens) == len(rows.tokens) == 64 * TOY.row_tokens
+    assert 0.98 < posts.real_tokens / len(posts.tokens) < 1, "the rest is padding"
+    assert rows.documents.bounds.diff().tolist() == [TOY.row_tokens] * 64 and rows.real_tokens == len(rows.tokens)
+    assert rows.attention_pairs == 64 * TOY.row_tokens**2

@@ -63,7 +63,6 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
     hidden, ffn = setting.widths, [4 * width for width in setting.widths]
     rivals = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "varlen"]
     table = [  # the parts of names; of a list, each
-        ["tests"],
         ["ceilings/copy"],
         ["ceilings/gemm"],
         ["attention", first, LENGTHS, DROPOUTS, "minisobert"],
@@ -73,7 +72,7 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
         ["training", presets, LENGTHS, DROPOUTS, "minisobert"],
         ["profile"],
         ["attention", first, LENGTHS, DROPOUTS, rivals],
-        ["attention", first, "posts", 0.0, "flex"],
+        ["attention", first, LENGTHS, 0.0, "flex"],
         ["ceilings/gemm", presets, rowwise.PRODUCTS],
         ["add_norm", hidden, DROPOUTS, "eager"],
         ["add_norm", hidden, 0.0, "layer_norm"],
@@ -82,27 +81,23 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
         ["attention", others, LENGTHS, DROPOUTS, "minisobert"],
         ["training", "base", "posts", 0.0, training.PEERS],
         ["attention", others, LENGTHS, DROPOUTS, rivals],
-        ["attention", first, "rows", 0.0, "flex"],
         ["add_norm", hidden, DROPOUTS, "compiled"],
         ["bias_gelu", ffn, "compiled"],
         ["cross_entropy", "compiled-fp32"],
         ["attention", others, LENGTHS, 0.0, "flex"],
         ["training", "large", "posts", 0.0, training.PEERS],
-        ["training", presets, "rows", 0.0, training.PEERS],
-        ["training", presets, LENGTHS, 0.1, training.PEERS],
+        ["training", presets, LENGTHS, DROPOUTS, training.PEERS],
     ]
-    measurements = []
+    names = {}  # in this order, each once
     for row in table:
-        names = product(*(part if isinstance(part, list | tuple) else [part] for part in row))
-        for stage, *arguments in sorted(names, key=lambda name: 0.1 in name):  # first without dropout
-            if stage == "tests":
-                measurements.append(Measurement(stage, run_tests, True, needs=10, sources=TESTS))
-            elif stage != "attention" or attention.takes(*arguments[1:]):
-                measurements.append(_measurement(setting, stage, arguments))
-    return measurements
+        each = product(*(part if isinstance(part, list | tuple) else [part] for part in row))
+        names |= dict.fromkeys(sorted(each, key=lambda name: 0.1 in name))  # first without dropout
+    tests = Measurement("tests", run_tests, ours=True, needs=10, sources=TESTS)
+    possible = (name for name in names if name[0] != "attention" or attention.takes(name[-1], *name[2:4]))
+    return [tests, *(_measurement(setting, *name) for name in possible)]
 
 
-def _measurement(setting: Setting, stage: str, arguments: list) -> Measurement:
+def _measurement(setting: Setting, stage: str, *arguments) -> Measurement:
     name = "/".join(map(str, (stage, *arguments)))
     ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile"))
     if stage == "training":
@@ -119,13 +114,9 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
     # compiling takes most of the time, a core for each process
     at_once = ["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--durations=10", *at_once]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})}
-    with (
-        log.open("w") as file,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                         start_new_session=True) as tests,
-    ):  # fmt: skip
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if dry else {})
+    started = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, **started) as tests:
         try:
             code = tests.wait(left() * TESTS_SHARE)
         except subprocess.TimeoutExpired as expired:
@@ -133,8 +124,8 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
         finally:
             if tests.returncode is None:  # on an interrupt as well; and xdist's workers, which would keep the GPU busy
                 os.killpg(tests.pid, signal.SIGKILL)
-    outcome = re.compile(r"\d+ (passed|failed|skipped|deselected|error)|no tests ran")
     lines = [line.strip("= ") for line in log.read_text().splitlines()]
+    outcome = re.compile(r"\d+ (passed|failed|skipped|deselected|error)|no tests ran")
     summary = next(filter(outcome.search, reversed(lines)), "no outcome")
     if code not in (0, 5):  # 5: nothing was collected
         raise RuntimeError(f"{summary} (exit status {code}; see {log.name})")
@@ -145,6 +136,7 @@ def make(measurement: Measurement, records: Records) -> None:
     """Measures, and puts what came of it on record."""
     began = time.monotonic()
     record = {"fingerprint": records.fingerprints[measurement.sources], "ours": measurement.ours}
+    torch.manual_seed(0)  # the same numbers, whatever was measured before
     try:
         record["result"] = measurement.measure()
     except Exception as error:
@@ -157,10 +149,8 @@ def make(measurement: Measurement, records: Records) -> None:
     print(f"{time.monotonic() - BEGAN:6.1f} s  {measurement.name}: {report.headline(record)}", file=sys.stderr)
 
 
-def device_works(setting: Setting) -> bool:
+def device_works() -> bool:
     """Gives back what the last measurement held. False after an illegal access, from which a process never recovers."""
-    if setting.dry:
-        return True
     torch.compiler.reset()  # each measurement compiles for itself: no leftovers, no limit on recompilations
     gc.collect()
     try:
@@ -183,12 +173,9 @@ def main() -> int:
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")
-
-    def left() -> float:
-        return options.seconds - (time.monotonic() - BEGAN)
-
     if options.dry:
         torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
+
     setting = TOY if options.dry else REAL
     usual, kept = ROOT / ("runs/gpu-dry" if options.dry else "runs/gpu"), RESULTS / "gpu"
     folder = kept if options.write else Path(os.environ.get("OUT") or usual)
@@ -201,6 +188,9 @@ def main() -> int:
             shutil.copy(earlier / log.name, log)
     if options.fresh is not None:
         records.measurements = {name: r for name, r in records.measurements.items() if options.fresh not in name}
+
+    def left() -> float:
+        return options.seconds - (time.monotonic() - BEGAN)
 
     todo = plan(setting, lambda: run_tests(log, left, setting.dry))
     known = {name: record["fingerprint"] for name, record in records.measurements.items()}
@@ -217,7 +207,7 @@ def main() -> int:
         records.not_reached.remove(each.name)
         records.save()
         report.write(records, folder)
-        if not device_works(setting):
+        if not (setting.dry or device_works()):
             print("the device is out of order after this; starting again for the rest", file=sys.stderr, flush=True)
             arguments = ["--seconds", f"{max(left(), 0):.0f}", "--price-per-gpu-hour", str(records.price)]
             os.environ["OUT"] = str(folder)
@@ -232,7 +222,7 @@ def main() -> int:
         print("the same command goes on with what is left")
     print(folder / "gpu.md")
     if not options.dry:
-        print("\n".join(["", *report.goal_lines(records)]))
+        print("\n".join(report.goal_lines(records)))
     for name, reason in (broken := records.failures(ours=True)).items():
         print(f"FAILED {name}: {reason} (--fresh {name} tries again)", file=sys.stderr)
     return 1 if broken else 0

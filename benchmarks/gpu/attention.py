@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.setting import DTYPE, Setting, pairs
+from benchmarks.gpu.setting import DTYPE, Setting
 from minisobert import ops
-from minisobert.ops import Documents, Dropout
+from minisobert.ops import Dropout
 
 BACKWARD = 2.5  # backward's products for each of forward's: q kᵀ again, dP, dV, dQ and dK for two
 
@@ -34,9 +34,8 @@ def flops(pairs: int, heads: int, width: int) -> float:
 class Case:
     def __init__(self, setting: Setting, lengths: str, dropout: float):
         self.setting, self.lengths, self.dropout = setting, lengths, dropout
-        bounds, real = setting.bounds(lengths, setting.tokens, seed=0)
-        self.pairs = pairs(bounds, real)
-        self.documents = Documents.from_bounds(bounds, setting.device)
+        batch = setting.micro_batch(lengths, setting.tokens, seed=0)
+        self.documents, self.pairs = batch.documents, batch.attention_pairs
         # (R, row) int32: for each token its document, by where that begins
         self.document = self.documents.start.unflatten(0, (-1, setting.row_tokens))
 
@@ -49,8 +48,8 @@ class Case:
 
 
 def minisobert(case: Case):
-    dropout = Dropout.for_step(case.dropout, 0, 0, 1, case.setting.device)
-    dropout = dropout and dropout.at(0, "attention")
+    step = Dropout.for_step(case.dropout, 0, 0, 1, case.setting.device)
+    dropout = step and step.at(0, "attention")
     return None, lambda q, k, v, mask=None: ops.attention(q, k, v, case.documents, dropout)
 
 
@@ -102,28 +101,22 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def takes(lengths: str, dropout: float, name: str) -> bool:
+def takes(name: str, lengths: str, dropout: float) -> bool:
     """Whether an implementation can be asked for this at all."""
-    if name == "sdpa-flash":
-        return lengths == "rows"
-    return dropout == 0 or name not in ("varlen", "flex")
+    return lengths == "rows" if name == "sdpa-flash" else not dropout or name not in ("varlen", "flex")
 
 
 def measure(setting: Setting, width: int, lengths: str, dropout: float, name: str) -> dict:
     case, heads = Case(setting, lengths, dropout), setting.heads[width]
-    torch.manual_seed(0)
     qkv = torch.randn(setting.tokens, heads, 3, width, dtype=DTYPE, device=setting.device, requires_grad=True)
-    gradient = torch.randn(setting.tokens, heads, width, dtype=DTYPE, device=setting.device)
     build, run = IMPLEMENTATIONS[name](case)
     mask = build and build()
     # with dropout each draws a mask of its own: nothing to compare
     ours = minisobert(case)[1] if name != "minisobert" and not dropout else None
-    result = timing.measure(partial(run, mask=mask), ours, list(qkv.unbind(2)), [gradient])
+    result = timing.measure(partial(run, mask=mask), ours, list(qkv.unbind(2)))
     work = flops(case.pairs, heads, width)
     return result | {
         "build_seconds": timing.seconds(build, setting.device) if build else 0.0,
         "forward_tflops": work / result["forward_seconds"] / 1e12,
         "backward_tflops": BACKWARD * work / result["backward_seconds"] / 1e12,
-        "documents": len(case.documents),
-        "pairs": case.pairs,
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from minisobert.files import write_json
+
 ROOT = Path(__file__).parents[2]
 PRESENTATION = {"report.py", "plots.py"}  # a reworded table is no reason to measure again
 MODEL = "minisobert/**/*.py"
@@ -25,20 +26,18 @@ BENCHMARKS = (MODEL, "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.p
 TESTS = (MODEL, "tests/gpu/**/*.py", "tests/*.py")  # the last: conftest and tolerances
 
 
-def sources(*patterns: str) -> str:
-    """A hash of the files."""
-    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in PRESENTATION})
-    return _hash("".join(f"{path.relative_to(ROOT)} {_hash(path.read_bytes())}\n" for path in paths).encode())
+def fingerprint(patterns: tuple[str, ...], *about) -> str:
+    """A hash of the files, and of what else decides about a result."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in PRESENTATION}):
+        digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _output_of(*command: str) -> str | None:
+def _output_of(command: str) -> str | None:
     """The first line of what a command prints; None where it cannot be run."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
@@ -46,11 +45,11 @@ def _output_of(*command: str) -> str | None:
 
 def machine(device: torch.device) -> dict:
     on_gpu = device.type == "cuda"
-    commit = _output_of("git", "rev-parse", "--short", "HEAD")
-    changed = " and uncommitted changes" if commit and _output_of("git", "status", "--porcelain") else ""
+    commit = _output_of("git rev-parse --short HEAD")
+    changed = " and uncommitted changes" if commit and _output_of("git status --porcelain") else ""
     return {
         "chip": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "driver": _output_of("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_gpu else None,
         "CUDA": torch.version.cuda,
         "torch": torch.__version__,
         **{name: version(name) if find_spec(name) else None for name in ("triton", "transformers")},
@@ -69,9 +68,8 @@ class Records:
         self.machine = machine(device)
         self.measurements: dict[str, dict] = {}
         self.not_reached: list[str] = []
-        common = [self.dry, *(self.machine[name] for name in ("chip", "torch", "triton", "transformers"))]
-        of = {patterns: json.dumps([sources(*patterns), *common]) for patterns in (BENCHMARKS, TESTS)}
-        self.fingerprints = {patterns: _hash(text.encode()) for patterns, text in of.items()}
+        about = [self.dry, *(self.machine[name] for name in ("chip", "torch", "triton", "transformers"))]
+        self.fingerprints = {patterns: fingerprint(patterns, *about) for patterns in (BENCHMARKS, TESTS)}
 
     def load(self, path: Path) -> None:
         """Takes over what an earlier run measured, if with one of the fingerprints of this one."""
@@ -82,20 +80,21 @@ class Records:
 
     def save(self) -> None:
         names = ("dry", "price", "machine", "not_reached", "measurements")
-        text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(text + "\n")
-        os.replace(beside, self.path)
+        write_json(self.path, {name: getattr(self, name) for name in names})
 
-    def results(self, *name) -> dict[tuple[str, ...], dict]:
-        """Of what was measured under names that begin so: the rest of the name → result."""
-        begin = tuple(map(str, name))
-        split = {tuple(key.split("/")): r["result"] for key, r in self.measurements.items() if "result" in r}
-        return {key[len(begin) :]: result for key, result in split.items() if key[: len(begin)] == begin}
+    def results(self, stage: str) -> dict[tuple[str, ...], dict]:
+        """The rest of the name → result, by size and dropout, "rows" before "posts"; then in the order of the plan."""
+
+        def order(name: tuple[str, ...]) -> list:
+            return [(part == "posts", float(part) if part[0].isdigit() else 0, part) for part in name[:-1]]
+
+        done = [(name.split("/"), r["result"]) for name, r in self.measurements.items() if "result" in r]
+        found = {tuple(rest): result for (first, *rest), result in done if first == stage}
+        return {name: found[name] for name in sorted(found, key=order)}
 
     def get(self, *name) -> dict:
         """The result of the measurement of this name; empty where there is none."""
-        return self.results(*name).get((), {})
+        return self.measurements.get("/".join(map(str, name)), {}).get("result", {})
 
     def failures(self, ours: bool) -> dict[str, str]:
         """Name and reason. ours: those that are to be mended here, an unexpected result among them."""

@@ -68,22 +68,26 @@ class Goal:
 
 def goals(records: Records) -> Iterator[Goal]:
     """What the project wants of an H200, and what was measured."""
-    norms = dict(against_copy(records))
+
+    def attention(lengths: str, dropout: float, name: str = "minisobert") -> dict:
+        return records.get("attention", 64, lengths, dropout, name)
+
+    norms = {name: result for name, result in against_copy(records) if name[2:] == ("0.0", "minisobert")}
     for direction, goal, reach in (("forward", 350, 420), ("backward", 230, 300)):
-        rows, posts, rows_dropped, posts_dropped = (
-            records.get("attention", 64, lengths, dropout, "minisobert").get(f"{direction}_tflops")
-            for dropout, lengths in product(DROPOUTS, LENGTHS)
-        )
+        speed = {case: attention(*case).get(f"{direction}_tflops") for case in product(LENGTHS, DROPOUTS)}
+        rows = speed["rows", 0.0]
         yield Goal(f"attention d = 64, rows, {direction}: TFLOP/s", goal, reach, rows)
-        yield Goal(f"the same on posts, {direction}: of the rate on rows", 0.8, None, ratio(posts, rows))
-        for lengths, slower, faster in (("rows", rows_dropped, rows), ("posts", posts_dropped, posts)):
-            share = ratio(slower, faster)
+        yield Goal(f"the same on posts, {direction}: of the rate on rows", 0.8, None, ratio(speed["posts", 0.0], rows))
+        for lengths in LENGTHS:
+            share = ratio(speed[lengths, 0.1], speed[lengths, 0.0])
             yield Goal(f"dropout 0.1, {lengths}, {direction}: of the rate without", 0.6, None, share)
         for width in (768, 1_536):
             share = norms.get(("add_norm", str(width), "0.0", "minisobert"), {}).get(f"{direction}_share")
             yield Goal(f"layer norm, {width:,} wide, {direction}: of copy bandwidth", 0.85, None, share)
-    flex, ours = (records.get("attention", 64, "posts", 0.0, name) for name in ("flex", "minisobert"))
-    totals = [sum(r.get(f"{part}_seconds", 0) for part in (*DIRECTIONS, "build")) for r in (flex, ours)]
+    totals = (
+        sum(attention("posts", 0.0, name).get(f"{part}_seconds", 0) for part in (*DIRECTIONS, "build"))
+        for name in ("flex", "minisobert")
+    )
     yield Goal("attention on posts, beside FlexAttention and its mask: times as fast", 1.5, None, ratio(*totals))
     for preset, lengths, goal, reach, cheap, cheaper in (
         ("base", "rows", 475e3, 600e3, 47, 37),
@@ -105,15 +109,28 @@ def cost(tokens_per_second: float, price: float) -> float:
     return dollars(TOKENS / tokens_per_second, 1, price)
 
 
-def against_copy(records: Records) -> list[tuple[tuple[str, ...], dict]]:
+def against_copy(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
     """((operation, width or "", dropout or "", implementation), result with shares of copy bandwidth) pairs."""
-    bandwidth, found = records.get("ceilings", "copy").get("bytes_per_second"), []
+    bandwidth = records.get("ceilings", "copy").get("bytes_per_second")
     for operation in ("add_norm", "bias_gelu", "cross_entropy"):
         for (*size, name), result in records.results(operation).items():
-            width, dropout = (*size, "", "")[:2]
             shares = {f"{d}_share": ratio(result[f"{d}_bytes_per_second"], bandwidth) for d in DIRECTIONS}
-            found.append(((operation, width, dropout, name), result | shares))
-    return sorted(found, key=lambda pair: (pair[0][0], int(pair[0][1] or 0), pair[0][2]))
+            yield (operation, *(*size, "", "")[:2], name), result | shares
+
+
+def in_training(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """((preset, documents, dropout, implementation), result beside ours) pairs."""
+    speed = "micro_batch_tokens_per_second"
+    for (*case, name), result in records.results("training").items():
+        if name == "minisobert":
+            yield (*case, name), result | {"dollars": cost(result["tokens_per_second"], records.price)}
+        else:
+            ours = records.get("training", *case, "minisobert")
+            more = {
+                "times": ratio(ours.get(speed), result[speed]),
+                "padding_share": 1 - result["real_tokens"] / result["padded_tokens"],
+            }
+            yield (*case, f"{name} ({result['attends']}{', compiled' * result['compiled']})"), result | more
 
 
 def write(records: Records, folder: Path) -> None:
@@ -128,9 +145,11 @@ def write(records: Records, folder: Path) -> None:
         f"{about['date']}, commit {about['commit'] or 'unknown'}. bf16 throughout. Times are medians of several calls, "
         "by CUDA events, with a cold L2. *Differs*: how far results and gradients are from minisobert's, relative, by "
         "root mean square; in training, nats between the first losses. With dropout each draws its own mask.",
+        *goal_lines(records),
+        *_trouble(records),
+        *_tests(records),
+        *_measured(records),
     ]
-    for stage in (goal_lines, _trouble, _tests, _ceilings, _attention, _rowwise, _training, _profile):
-        lines += ["", *part] if (part := stage(records)) else []
     (folder / "gpu.md").write_text("\n".join(lines) + "\n")
 
 
@@ -139,7 +158,7 @@ def _section(title: str, text: str, names: list[str], columns: dict[str, str], r
     {heading: field}. Nothing where there are no results."""
     rows = [[*name, *(cell(field, result.get(field)) for field in columns.values())] for name, result in results]
     head, _, *body = table([*names, *columns], rows)
-    lines = [f"## {title}", "", text.strip(), "", head, "|---" * len(names) + "|--:" * len(columns) + "|", *body]
+    lines = ["", f"## {title}", "", text.strip(), "", head, "|---" * len(names) + "|--:" * len(columns) + "|", *body]
     return lines if rows else []
 
 
@@ -157,72 +176,48 @@ def _trouble(records: Records) -> list[str]:
         for reason in dict.fromkeys(failures.values()):
             names = ", ".join(f"`{name}`" for name in failures if failures[name] == reason)
             lines.append(f"- {names}: {reason}")
-    if records.not_reached:
-        count = len(records.not_reached)
+    if count := len(records.not_reached):
         lines += ["", "## Not reached", "", f"{count} measurements; the same command goes on with them.", ""]
         lines += [f"- `{name}`" for name in records.not_reached]
-    return lines[1:]
+    return lines
 
 
 def _tests(records: Records) -> list[str]:
     if not (result := records.get("tests")):
         return []
     told = "" if result["ran"] else " No test ran: they need a CUDA device."
-    return ["## Tests", "", f"`pytest tests/gpu`: {result['summary']}. The log is `tests.log`.{told}"]
+    return ["", "## Tests", "", f"`pytest tests/gpu`: {result['summary']}. The log is `tests.log`.{told}"]
 
 
-def _ceilings(records: Records) -> list[str]:
-    text = "A copy, read and written, and bf16 matrix products: a square one, and those of each model's forward pass."
-    columns = {"shape (m, n, k)": "shape", "ms": "seconds", "TFLOP/s": "tflops", "TB/s": "bytes_per_second"}
-    found = [((" ".join(name),), result) for name, result in records.results("ceilings").items()]
-    return _section("Ceilings", text, [""], columns, found)
-
-
-def _attention(records: Records) -> list[str]:
-    columns = {
+def _measured(records: Records) -> Iterator[str]:
+    """A table for each stage."""
+    yield from _section(
+        "Ceilings",
+        "A copy, read and written, and bf16 matrix products: a square one, and those of each model's forward pass.",
+        [""],
+        {"shape (m, n, k)": "shape", "ms": "seconds", "TFLOP/s": "tflops", "TB/s": "bytes_per_second"},
+        [((" ".join(name),), result) for name, result in records.results("ceilings").items()],
+    )
+    yield from _section("Attention", attention.__doc__, ["d", "documents", "dropout", ""], {
         "forward ms": "forward_seconds", "forward TFLOP/s": "forward_tflops", "backward ms": "backward_seconds",
         "backward TFLOP/s": "backward_tflops", "build ms": "build_seconds", "differs": "difference",
-    }  # fmt: skip
-    found = records.results("attention").items()
-    found = sorted(found, key=lambda pair: (int(pair[0][0]), pair[0][1] != "rows", pair[0][2]))
-    return _section("Attention", attention.__doc__, ["d", "documents", "dropout", ""], columns, found)
-
-
-def _rowwise(records: Records) -> list[str]:
-    columns = {
+    }, records.results("attention").items())  # fmt: skip
+    yield from _section("What memory bounds", rowwise.__doc__, ["", "width", "dropout", ""], {
         "forward ms": "forward_seconds", "forward of copy": "forward_share", "backward ms": "backward_seconds",
         "backward of copy": "backward_share", "differs": "difference",
-    }  # fmt: skip
-    return _section("What memory bounds", rowwise.__doc__, ["", "width", "dropout", ""], columns, against_copy(records))
-
-
-def _training(records: Records) -> list[str]:
-    found, speed = [], "micro_batch_tokens_per_second"
-    for (preset, lengths, dropout, name), result in records.results("training").items():
-        more = {}
-        if name == "minisobert":
-            more["dollars"] = cost(result["tokens_per_second"], records.price)
-        else:
-            ours = records.get("training", preset, lengths, dropout, "minisobert")
-            more["times"] = ratio(ours.get(speed), result[speed])
-            more["padding_share"] = 1 - result["real_tokens"] / result["padded_tokens"]
-            name = f"{name} ({result['attends']}{', compiled' * result['compiled']})"
-        found.append(((preset, dropout, lengths, name), result | more))
-    found.sort(key=lambda pair: (*pair[0][:2], pair[0][2] != "rows"))
-    columns = {
+    }, against_copy(records))  # fmt: skip
+    yield from _section("Training", training.__doc__, ["", "documents", "dropout", ""], {
         "step, tokens/s": "tokens_per_second", "MFU": "mfu",
         f"27 B tokens at ${records.price:g} per GPU-hour, dollars": "dollars", "optimizer ms": "optimizer_seconds",
-        "micro-batch": "micro_batch_tokens", "ms": "micro_batch_seconds", "tokens/s": speed, "times as fast": "times",
-        "padding": "padding_share", "peak GB": "peak_bytes", "differs": "difference",
-    }  # fmt: skip
-    return _section("Training", training.__doc__, ["", "dropout", "documents", ""], columns, found)
-
-
-def _profile(records: Records) -> list[str]:
-    if not (result := records.get("profile")):
-        return []
+        "micro-batch": "micro_batch_tokens", "ms": "micro_batch_seconds", "tokens/s": "micro_batch_tokens_per_second",
+        "times as fast": "times", "padding": "padding_share", "peak GB": "peak_bytes", "differs": "difference",
+    }, in_training(records))  # fmt: skip
+    profile = records.get("profile")
     what = "torch's operations on the CPU" if records.dry else "kernels"
-    text = f"base, posts, dropout 0, forward and backward: {cell('seconds', result['seconds'])} ms in {what}."
-    found = [((f"`{kernel['name'][:90]}`",), kernel) for kernel in result["kernels"]]
-    columns = {"calls": "calls", "ms": "seconds", "share": "share"}
-    return _section("Where a micro-batch's time goes", text, [""], columns, found)
+    yield from _section(
+        "Where a micro-batch's time goes",
+        f"base, posts, dropout 0, forward and backward: {cell('seconds', profile.get('seconds'))} ms in {what}.",
+        [""],
+        {"calls": "calls", "ms": "seconds", "share": "share"},
+        [((f"`{kernel['name'][:90]}`",), kernel) for kernel in profile.get("kernels", [])],
+    )

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.setting import DTYPE, Setting
@@ -48,8 +47,7 @@ def measure_gemm(setting: Setting, preset: str | None = None, product: str | Non
         model, rows, _ = setting.models[preset]
         tokens = rows * setting.row_tokens
         m, n, k = products(model, tokens, int(masking.RATE * tokens))[product]
-    a = torch.randn(m, k, dtype=DTYPE, device=setting.device)
-    b = torch.randn(n, k, dtype=DTYPE, device=setting.device)
+    a, b = (torch.randn(rows, k, dtype=DTYPE, device=setting.device) for rows in (m, n))
     time = seconds(lambda: F.linear(a, b), setting.device)
     return {"seconds": time, "tflops": 2.0 * m * n * k / time / 1e12, "shape": [m, n, k]}
 
@@ -61,18 +59,13 @@ def products(model: ModelConfig, tokens: int, masked: int) -> dict[str, tuple[in
     return dict(zip(PRODUCTS, shapes))
 
 
-def _inputs(setting: Setting, *shapes: tuple[int, ...]) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [torch.randn(shape, dtype=DTYPE, device=setting.device, requires_grad=True) for shape in shapes]
-
-
-def _measure(setting: Setting, name: str, functions: dict[str, Callable], inputs: list[Tensor], results: list[Tensor],
-             moved: tuple[int, int], ours: Callable | None, together: bool = False) -> dict:  # fmt: skip
-    """functions: by name; what is not among them is the eager one, compiled. results: tensors of their shapes. moved:
-    how many tensors as large as inputs[0] have to be read or written, forward and backward. ours: to compare with."""
+def _measure(setting: Setting, name: str, functions: dict[str, Callable], shapes: list[tuple[int, ...]],
+             moved: tuple[int, int], ours: Callable | None = None, together: bool = False) -> dict:  # fmt: skip
+    """functions: by name; what is not among them is the eager one, compiled. shapes: of the inputs. moved: how many
+    tensors as large as the first input have to be read or written, forward and backward. ours: to compare with."""
     function = functions.get(name) or setting.compile(functions[name.replace("compiled", "eager")])
-    gradients = [torch.randn_like(each) for each in results]
-    result = timing.measure(function, None if name == "minisobert" else ours, inputs, gradients, together)
+    inputs = [torch.randn(shape, dtype=DTYPE, device=setting.device, requires_grad=True) for shape in shapes]
+    result = timing.measure(function, None if name == "minisobert" else ours, inputs, together)
     for direction, tensors in zip(("forward", "backward"), moved):
         result[f"{direction}_bytes_per_second"] = tensors * inputs[0].nbytes / result[f"{direction}_seconds"]
     return result
@@ -80,43 +73,36 @@ def _measure(setting: Setting, name: str, functions: dict[str, Callable], inputs
 
 def measure_norm(setting: Setting, width: int, dropout: float, name: str) -> dict:
     """layer_norm is by itself; all others also add bias, branch and residual."""
-    draw = Dropout.for_step(dropout, 0, 0, 1, setting.device)
-    here = draw and draw.at(0, "ffn_output")
+    matrix, vector = (setting.tokens, width), (width,)
+    if name == "layer_norm":
+        alone = {name: lambda x, weight, bias: F.layer_norm(x, vector, weight, bias, EPS)}
+        return _measure(setting, name, alone, [matrix, vector, vector], (2, 3))
+    step = Dropout.for_step(dropout, 0, 0, 1, setting.device)
+    here = step and step.at(0, "ffn_output")
 
     def ours(branch, bias, residual, weight, norm_bias):
         return add_norm(branch, bias, residual, weight, norm_bias, EPS, here)
 
-    def torchs(branch, bias, residual, weight, norm_bias):
+    def eager(branch, bias, residual, weight, norm_bias):
         residual = residual + F.dropout(branch + bias, dropout)
-        return residual, F.layer_norm(residual, (width,), weight, norm_bias, EPS)
+        return residual, F.layer_norm(residual, vector, weight, norm_bias, EPS)
 
-    def layer_norm(x, weight, bias):
-        return F.layer_norm(x, (width,), weight, bias, EPS)
-
-    functions = {"minisobert": ours, "eager": torchs, "layer_norm": layer_norm}
-    matrix, vector = (setting.tokens, width), (width,)
-    if name == "layer_norm":
-        inputs = _inputs(setting, matrix, vector, vector)
-        return _measure(setting, name, functions, inputs, inputs[:1], (2, 3), None)
-    inputs = _inputs(setting, matrix, vector, matrix, vector, vector)
+    functions, shapes = {"minisobert": ours, "eager": eager}, [matrix, vector, matrix, vector, vector]
     compared = None if dropout else ours  # with dropout each draws a mask of its own
-    return _measure(setting, name, functions, inputs, inputs[:1] * 2, (4, 5 if dropout else 4), compared)
+    return _measure(setting, name, functions, shapes, (4, 5 if dropout else 4), compared)
 
 
 def measure_gelu(setting: Setting, width: int, name: str) -> dict:
     functions = {"minisobert": bias_gelu, "eager": lambda x, bias: F.gelu(x + bias)}
-    inputs = _inputs(setting, (setting.tokens, width), (width,))
-    return _measure(setting, name, functions, inputs, inputs[:1], (2, 3), bias_gelu)
+    return _measure(setting, name, functions, [(setting.tokens, width), (width,)], (2, 3), bias_gelu)
 
 
 def measure_cross_entropy(setting: Setting, name: str) -> dict:
-    masked, vocabulary = setting.logits
-    inputs = _inputs(setting, setting.logits)
-    targets = torch.randint(vocabulary, (masked,), device=setting.device)
+    targets = torch.randint(setting.vocabulary, (setting.masked,), device=setting.device)
     functions = {
         "minisobert": lambda logits: cross_entropy(logits.view_as(logits), targets),  # what it overwrites is no leaf
         "eager-bf16": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
         "eager-fp32": lambda logits: F.cross_entropy(logits.float(), targets, reduction="none"),
     }
-    return _measure(setting, name, functions, inputs, [targets.float()], (1, 3),
+    return _measure(setting, name, functions, [(setting.masked, setting.vocabulary)], (1, 3),
                     ours=lambda logits: cross_entropy(logits.clone(), targets), together=True)  # fmt: skip

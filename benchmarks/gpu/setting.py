@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 
-from benchmarks.lengths import packed_rows
+from benchmarks.lengths import draw
 from minisobert.config import PRESETS, ModelConfig
+from minisobert.corpus.loader import MicroBatch, Rows
+from minisobert.corpus.packing import SPECIALS
+from minisobert.corpus.shards import Shards
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID
 
 LENGTHS = ("rows", "posts")  # documents of a whole row each; documents as long as posts are
 DROPOUTS = (0.0, 0.1)
@@ -24,7 +30,8 @@ class Setting:
     tokens: int  # T of attention, layer norm and GELU
     heads: dict[int, int]  # head width → heads
     widths: tuple[int, ...]  # hidden sizes of layer norm; GELU is four times as wide
-    logits: tuple[int, int]  # M masked tokens, V vocabulary
+    masked: int  # rows of cross-entropy's logits
+    vocabulary: int
     gemm: int
     copy_bytes: int
     tokens_per_batch: int
@@ -45,17 +52,19 @@ class Setting:
         functorch_config.donated_buffer = not repeat_backward
         return torch.compile(function, dynamic=False)
 
-    def bounds(self, lengths: str, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """bounds (D+1,) of the documents of so many tokens, and (D,) whether each is real and not padding."""
+    def micro_batch(self, lengths: str, tokens: int, seed: int) -> MicroBatch:
+        """The first rows, so many tokens, of a large epoch of random pieces, packed and masked as pre-training does."""
         rows = tokens // self.row_tokens
-        if lengths == "posts":
-            return packed_rows(rows, self.row_tokens, seed)
-        return np.arange(rows + 1) * self.row_tokens, np.ones(rows, bool)
+        return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed).to(self.device)
 
 
-def pairs(bounds: np.ndarray, real: np.ndarray) -> int:
-    """Pairs of tokens that see each other: the sum of squares of the real documents' lengths."""
-    return int((np.diff(bounds)[real] ** 2).sum())
+@cache  # by far most measurements take the same one
+def _micro_batch(lengths: str, rows: int, row_tokens: int, vocabulary: int, seed: int) -> MicroBatch:
+    drawn = draw(max(20_000, 100 * rows), seed) if lengths == "posts" else np.full(rows, row_tokens)
+    offsets = np.concatenate([[0], np.cumsum(drawn - SPECIALS)])
+    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, vocabulary, offsets[-1], dtype=np.int32)
+    shards = Shards(Path(), {"vocab_size": vocabulary}, tokens, offsets)
+    return Rows(shards, range(len(drawn)), seed, row_tokens).micro_batch(0, rows)
 
 
 REAL = Setting(
@@ -64,27 +73,24 @@ REAL = Setting(
     tokens=131_072,
     heads={64: 12, 96: 16, 128: 12},
     widths=(768, 1_536),
-    logits=(19_660, 50_048),  # 15 % of the tokens
+    masked=19_660,  # 15 % of the tokens
+    vocabulary=50_048,
     gemm=8_192,
     copy_bytes=1 << 32,
     tokens_per_batch=524_288,
     models={"base": (PRESETS["base"], 32, 16), "large": (PRESETS["large"], 16, 8)},
 )
-
-
-def _toy_model(hidden: int) -> ModelConfig:
-    return ModelConfig(layers=2, hidden=hidden, heads=2, ffn=2 * hidden, vocabulary=256, positions=256)
-
-
+_toy_model = ModelConfig(layers=2, hidden=64, heads=2, ffn=128, vocabulary=256, positions=256)
 TOY = Setting(
     device=torch.device("cpu"),
     row_tokens=256,
     tokens=1_024,
     heads={64: 2, 96: 2, 128: 2},
     widths=(64, 96),
-    logits=(77, 256),
+    masked=77,
+    vocabulary=256,
     gemm=128,
     copy_bytes=1 << 20,
     tokens_per_batch=2_048,
-    models={"base": (_toy_model(64), 2, 2), "large": (_toy_model(96), 2, 2)},
+    models={"base": (_toy_model, 2, 2), "large": (replace(_toy_model, hidden=96, ffn=192), 2, 2)},
 )

@@ -67,16 +67,22 @@ def both_ways(function: Callable, inputs: list[Tensor], gradients: list[Tensor])
     return [*results, *torch.autograd.grad(results, inputs, gradients)]
 
 
-def measure(function, ours, inputs: list[Tensor], gradients: list[Tensor], together: bool = False) -> dict:
+def measure(function, ours, inputs: list[Tensor], together: bool = False) -> dict:
     """Forward and backward of function(*inputs), after its results were checked against those of `ours`, or with None
     without a check. together: the backward is timed with a forward before it."""
     device, result = inputs[0].device, {}
+    outputs = function(*inputs)
+    gradients = [torch.randn_like(each) for each in (outputs if isinstance(outputs, tuple) else [outputs])]
+
+    def backward():
+        if together:
+            both_ways(function, inputs, gradients)
+        else:
+            torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
     if ours:
         result["difference"] = check(both_ways(ours, inputs, gradients), both_ways(function, inputs, gradients))
-    outputs = None if together else function(*inputs)
-    forward = seconds(lambda: function(*inputs), device)
-    if together:
-        backward = seconds(lambda: both_ways(function, inputs, gradients), device)
-    else:
-        backward = seconds(lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True), device)
-    return result | {"forward_seconds": forward, "backward_seconds": backward}
+    return result | {
+        "forward_seconds": seconds(lambda: function(*inputs), device),
+        "backward_seconds": seconds(backward, device),
+    }

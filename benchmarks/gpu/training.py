@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks import megatron_bert
-from benchmarks.gpu.setting import DTYPE, Setting, pairs
+from benchmarks.gpu.setting import DTYPE, Setting
 from benchmarks.gpu.timing import Disagreement, seconds
 from minisobert.config import ModelConfig
 from minisobert.corpus.loader import MicroBatch
-from minisobert.corpus.masking import mask_rows
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, PAD
 from minisobert.model import MaskedLM
-from minisobert.ops import Documents, Dropout, cross_entropy, cross_entropy_reference
+from minisobert.ops import Dropout, cross_entropy, cross_entropy_reference
 from minisobert.training import meter
 from minisobert.training.optimizer import Optimizer
 
@@ -40,27 +39,8 @@ SAME_WEIGHTS = 0.01  # nats between mean losses with the same weights: a bf16 lo
 AT_START = 0.5  # nats between the loss of new random weights and ln V, which guessing gives
 
 
-def micro_batch(model: ModelConfig, bounds: np.ndarray, real: np.ndarray, device: torch.device, seed: int):
-    """A MicroBatch of random pieces: the documents of bounds, of which those that are not real are padding."""
-    lengths = np.diff(bounds)
-    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, model.vocabulary, (1, bounds[-1]))
-    tokens[0, ~np.repeat(real, lengths)] = PAD
-    masked, targets = mask_rows(tokens, np.array([seed], np.uint32), model.vocabulary)
-    return MicroBatch(
-        tokens=torch.from_numpy(tokens[0]),
-        positions=torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)),
-        documents=Documents.from_bounds(bounds),
-        masked=torch.from_numpy(masked),
-        targets=torch.from_numpy(targets),
-        real_tokens=int(lengths[real].sum()),
-        attention_pairs=pairs(bounds, real),
-        first_row=0,
-    ).to(device)
-
-
 def new_model(config: ModelConfig, device: torch.device) -> MaskedLM:
     """With weights N(0, 0.02), drawn on the device: `initialise` draws on a CPU, which takes it many seconds."""
-    torch.manual_seed(0)
     with torch.device(device):
         model = MaskedLM(config)
     for parameter in model.parameters():
@@ -69,10 +49,9 @@ def new_model(config: ModelConfig, device: torch.device) -> MaskedLM:
     return model
 
 
-def our_loss(model: MaskedLM, batch: MicroBatch, dropout: Dropout | None) -> Tensor:
-    """The sum over the masked tokens."""
-    logits = model(batch.tokens, batch.positions, batch.documents, batch.masked, dropout)
-    return cross_entropy(logits, batch.targets).sum()
+def our_losses(model: MaskedLM, batch: MicroBatch, dropout: Dropout | None) -> Tensor:
+    """(M,), of the masked tokens."""
+    return cross_entropy(model(batch.tokens, batch.positions, batch.documents, batch.masked, dropout), batch.targets)
 
 
 class Ours:
@@ -84,16 +63,15 @@ class Ours:
         self.optimizer = Optimizer(self.model, DTYPE, betas=(0.9, 0.999), weight_decay=0.01)
         self.tokens = rows * setting.row_tokens
         self.dropout = Dropout.for_step(dropout, 0, 0, self.config.layers, device)
-        bounds = [setting.bounds(lengths, self.tokens, seed) for seed in range(DISTINCT)]
-        self.batches = [micro_batch(self.config, *where, device, seed) for seed, where in enumerate(bounds)]
+        self.batches = [setting.micro_batch(lengths, self.tokens, seed) for seed in range(DISTINCT)]
 
     def micro_batches(self) -> Tensor:
         """Forward and backward of each. Returns the mean loss of the last, in nats."""
         for i, each in enumerate(self.batches):
             dropout = self.dropout and dataclasses.replace(self.dropout, token_offset=i * self.tokens)
-            loss = our_loss(self.model, each, dropout)
-            loss.backward()
-        return loss.detach() / len(each.targets)
+            losses = our_losses(self.model, each, dropout)
+            losses.sum().backward()
+        return losses.detach().mean()
 
 
 def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
@@ -101,44 +79,33 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     if name != "minisobert":
         return measure_peer(setting, preset, lengths, dropout, name)
     ours = Ours(setting, preset, lengths, dropout)
-    config, device = ours.config, setting.device
-    _forget_peak(device)
-    loss, guessing = float(ours.micro_batches()), math.log(config.vocabulary)
+    _forget_peak(setting)
+    loss, guessing = float(ours.micro_batches()), math.log(setting.vocabulary)
     if not abs(loss - guessing) < AT_START:
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
-    masked = sum(len(each.targets) for each in ours.batches)
-    real = sum(each.real_tokens for each in ours.batches) / DISTINCT
-    visible = sum(each.attention_pairs for each in ours.batches) / DISTINCT
-    optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked, 1.0), device, flush=False)
-    micro_batch = seconds(ours.micro_batches, device, flush=False) / DISTINCT
-    flops = meter.training_flops(config, real, visible, masked / DISTINCT)
-    accumulation = setting.tokens_per_batch // ours.tokens
-    step = accumulation * micro_batch + optimizer
-    chip = meter.peak_flops(device)
+    real, pairs, masked = (
+        sum(counts) / DISTINCT
+        for counts in zip(*((each.real_tokens, each.attention_pairs, len(each.masked)) for each in ours.batches))
+    )
+    optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked * DISTINCT, 1.0), setting.device, flush=False)
+    micro_batch = seconds(ours.micro_batches, setting.device, flush=False) / DISTINCT
+    accumulation, chip = setting.tokens_per_batch // ours.tokens, meter.peak_flops(setting.device)
+    per_second = accumulation / (accumulation * micro_batch + optimizer)  # micro-batches
     return {
-        "tokens_per_second": accumulation * real / step,
-        "mfu": accumulation * flops / step / chip if chip else None,
-        "tflops": accumulation * flops / step / 1e12,
-        "peak_bytes": _peak(device),
+        "tokens_per_second": per_second * real,
+        "mfu": per_second * meter.training_flops(ours.config, real, pairs, masked) / chip if chip else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() or None,
         "micro_batch_seconds": micro_batch,
         "micro_batch_tokens_per_second": real / micro_batch,
         "optimizer_seconds": optimizer,
-        "accumulation": accumulation,
         "micro_batch_tokens": ours.tokens,
-        "real_tokens": real,
-        "first_loss": loss,
     }
 
 
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _forget_peak(setting: Setting) -> None:
+    """`torch.cuda.max_memory_allocated` is from here on; without a GPU it is 0."""
+    if not setting.dry:
         torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: torch.device) -> int | None:
-    """The most bytes that tensors held since `_forget_peak`."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
 
 
 def profile(setting: Setting) -> dict:
@@ -147,21 +114,20 @@ def profile(setting: Setting) -> dict:
 
     ours = Ours(setting, "base", "posts", 0.0)
     ours.micro_batches()
-    on_gpu = setting.device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
-        ours.micro_batches()
-        if on_gpu:
-            torch.cuda.synchronize()
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (not setting.dry)]
+    ) as seen:
+        float(ours.micro_batches())  # waits for the device
     # operations on the host carry the time of the kernels they start, which would count it twice
-    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    found = [(getattr(each, time), each) for each in profiler.key_averages() if each.device_type == kind]
-    total = sum(microseconds for microseconds, _ in found)
+    kind, time = ("CPU", "self_cpu_time_total") if setting.dry else ("CUDA", "self_device_time_total")
+    found = [each for each in seen.key_averages() if each.device_type == getattr(torch.autograd.DeviceType, kind)]
+    spent = {each: getattr(each, time) / DISTINCT / 1e6 for each in found}
+    total = sum(spent.values())
     kernels = [
-        {"name": each.key, "calls": each.count / DISTINCT, "seconds": spent / DISTINCT / 1e6, "share": spent / total}
-        for spent, each in sorted(found, key=lambda pair: -pair[0])[:KERNELS]
+        {"name": each.key, "calls": each.count / DISTINCT, "seconds": spent[each], "share": spent[each] / total}
+        for each in sorted(found, key=spent.get, reverse=True)[:KERNELS]
     ]
-    return {"seconds": total / DISTINCT / 1e6, "kernels": kernels}
+    return {"seconds": total, "kernels": kernels}
 
 
 def their_model(name: str, config: ModelConfig, dropout: float, device: torch.device, ours: MaskedLM):
@@ -169,7 +135,6 @@ def their_model(name: str, config: ModelConfig, dropout: float, device: torch.de
     import transformers
 
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
     with torch.device(device):
         if name == "MegatronBert":
             model = megatron_bert.peer(ours, dropout)
@@ -189,57 +154,59 @@ def padded(lengths: np.ndarray) -> int:
     return -(-int(lengths.max()) // PAD_TO) * PAD_TO
 
 
-def median_batch(lengths: np.ndarray, documents: int, seed: int) -> np.ndarray:
-    """Of the documents, shuffled and batched, the lengths in the batch whose share of padding is the median."""
-    shuffled = np.random.default_rng(seed).permutation(lengths)
-    batches = [shuffled[i : i + documents] for i in range(0, len(shuffled) - documents + 1, documents)]
-    return sorted(batches, key=lambda lengths: lengths.mean() / padded(lengths))[len(batches) // 2]
+def median_batch(lengths: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
+    """Of `among`, indices of documents, shuffled and batched by so many: the batch whose share of padding is the
+    median. lengths: of all documents."""
+    among = np.random.default_rng(0).permutation(among)[: len(among) // count * count]
+    share = {tuple(batch): lengths[batch].mean() / padded(lengths[batch]) for batch in among.reshape(-1, count)}
+    return np.array(sorted(share, key=share.get)[len(share) // 2])
 
 
 def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
     (config, rows, documents), device = setting.models[preset], setting.device
-    bounds, real = setting.bounds(lengths, rows * setting.row_tokens, seed=0)
-    lengths = median_batch(np.diff(bounds)[real], documents, seed=0)
-    width, total = padded(lengths), int(lengths.sum())
-    packed = micro_batch(config, np.cumsum([0, *lengths]), np.ones(len(lengths), bool), device, seed=0)
-    ours = new_model(config, device)
-    model = their_model(name, config, dropout, device, ours)
+    packed = setting.micro_batch(lengths, rows * setting.row_tokens, seed=0)
+    bounds = packed.documents.bounds.numpy()
+    length, is_padding = np.diff(bounds), packed.tokens.cpu().numpy()[bounds[:-1]] == PAD
+    chosen = median_batch(length, np.flatnonzero(~is_padding), documents)
+    width, total = padded(length[chosen]), int(length[chosen].sum())
 
     def as_batch(x: Tensor, padding: int) -> Tensor:
-        """(T,) of packed documents as (documents, width)."""
-        x = pad_sequence(x.split(lengths.tolist()), batch_first=True, padding_value=padding)
+        """(T,) of the packed documents as (documents, width) of those chosen."""
+        parts = x.split(length.tolist())
+        x = pad_sequence([parts[i] for i in chosen], batch_first=True, padding_value=padding)
         return F.pad(x, (0, width - x.shape[1]), value=padding)
 
-    targets = torch.full_like(packed.tokens, -100).index_copy(0, packed.masked, packed.targets)
-    inputs = {"input_ids": as_batch(packed.tokens, PAD)}
-    labels = as_batch(targets, -100)
-    if width > lengths.min():
-        inputs["attention_mask"] = as_batch(torch.ones_like(packed.tokens), 0)
-    compiled = setting.compile(model, repeat_backward=False)
+    def at_masked(values: Tensor, elsewhere: int) -> Tensor:
+        """(M,) of the masked tokens as such a batch."""
+        everywhere = values.new_full((len(packed.tokens),), elsewhere)
+        return as_batch(everywhere.index_copy(0, packed.masked, values), elsewhere)
 
-    def forward_and_backward() -> None:
-        compiled(**inputs, labels=labels).loss.backward()
-
+    inputs, labels = {"input_ids": as_batch(packed.tokens.long(), PAD)}, at_masked(packed.targets, -100)
+    if width > length[chosen].min():
+        inputs["attention_mask"] = as_batch(torch.ones_like(packed.tokens, dtype=torch.int64), 0)
+    ours = new_model(config, device)
+    model = their_model(name, config, dropout, device, ours)
     result = {}
     if not dropout:  # with dropout each draws a mask of its own
         with torch.no_grad():
-            expected = float(our_loss(ours.to(DTYPE), packed, None)) / len(packed.targets)
-            logits = model(**inputs).logits[labels >= 0]
-            theirs = float(cross_entropy_reference(logits, packed.targets).mean())  # the class rounds its own to bf16
-            del logits
+            masked = labels >= 0
+            expected = float(at_masked(our_losses(ours.to(DTYPE), packed, None), 0)[masked].mean())
+            # by our function: the class rounds its own to bf16
+            theirs = float(cross_entropy_reference(model(**inputs).logits[masked], labels[masked]).mean())
         tolerance = SAME_WEIGHTS if name == "MegatronBert" else AT_START
         result["difference"] = abs(theirs - expected)
         if not result["difference"] <= tolerance:
             raise Disagreement(f"first loss {theirs:.4f}, minisobert's {expected:.4f}: more than {tolerance} apart")
     del ours
-    _forget_peak(device)
-    time = seconds(forward_and_backward, device, flush=False)
+    _forget_peak(setting)
+    compiled = setting.compile(model, repeat_backward=False)
+    time = seconds(lambda: compiled(**inputs, labels=labels).loss.backward(), device, flush=False)
     return result | {
         "micro_batch_seconds": time,
         "micro_batch_tokens_per_second": total / time,
         "real_tokens": total,
-        "padded_tokens": len(lengths) * width,
-        "peak_bytes": _peak(device),
+        "padded_tokens": documents * width,
+        "peak_bytes": torch.cuda.max_memory_allocated() or None,
         "attends": getattr(model.config, "_attn_implementation", None) or "eager",
         "compiled": not setting.dry,
     }
