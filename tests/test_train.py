@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -16,7 +15,6 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from threading import Timer
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -350,7 +348,7 @@ STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP
     ],
 )
 def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(tmp_path, monkeypatch, capsys, environment, alone):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(os, "isatty", lambda descriptor: False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     argv = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
@@ -374,7 +372,7 @@ def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(tmp_path, mo
 
 
 def test_a_terminal_of_an_interactive_job_is_one_process_whatever_its_variables_say(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", Mock(isatty=lambda: True))
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):

@@ -123,7 +123,7 @@ _TASKS = (
 def check_launch() -> None:
     """Raises ValueError where this is one of several processes that were not started by torchrun: each would believe
     that it is alone. All but the first just leave, with its exit status."""
-    if "WORLD_SIZE" in os.environ or (sys.stdin and sys.stdin.isatty()):
+    if "WORLD_SIZE" in os.environ or os.isatty(0):
         return  # a terminal in a job of several tasks has their variables, and is one process
     for starter, size, rank in _TASKS:
         tasks, which = (int(os.environ.get(name) or otherwise) for name, otherwise in ((size, 1), (rank, 0)))
