@@ -53,10 +53,10 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, all ranks together, while training goes on.
 
         start     every rank copies what it owns, and begins to write it
-        notes     to be summed over the ranks in every step, and the sums handed to `heard`:
-        heard     when all have written, the first rank gives the checkpoint its name
+        flags     this rank's two flags; in each step the caller sums them over all ranks and passes the sums to `advance`
+        advance   when all ranks have written, the first one gives the checkpoint its name
 
-    `start`, `heard` and `wait` are called by all ranks alike, and raise SaveFailed on all where one failed.
+    `start`, `advance` and `wait` are called by all ranks alike, and raise SaveFailed on all where one failed.
     """
 
     def __init__(self, folder: Path, keep: int, mesh: Mesh):
@@ -90,13 +90,13 @@ class Saver:
         self._state = state
 
     @property
-    def notes(self) -> list[int]:
-        """[whether this rank's part is written, whether something failed]"""
+    def flags(self) -> tuple[int, int]:
+        """(whether this rank's part is written, whether something failed)"""
         futures = [future for future in (self._writing, self._publishing) if future]
         failed = any(future.done() and future.exception() for future in futures)
-        return [int(self._writing is None or self._writing.done()), int(failed)]
+        return int(self._writing is None or self._writing.done()), int(failed)
 
-    def heard(self, written: int, failed: int) -> None:
+    def advance(self, written: int, failed: int) -> None:
         if failed:
             self._agree(self._writing or self._publishing)
         if self._writing and written == self.mesh.world:
@@ -108,7 +108,7 @@ class Saver:
         """Until the last checkpoint asked for has its name."""
         if self._writing:
             self._agree(self._writing)
-            self.heard(self.mesh.world, 0)
+            self.advance(self.mesh.world, 0)
         if self.last:
             self._agree(self._publishing)
             self._publishing = None

@@ -176,7 +176,7 @@ def train(
     shown, stopped = "", 0
 
     def tell() -> Tally:
-        written, failed = saver.notes
+        written, failed = saver.flags
         return Tally(signals=stop.received, stopping=int(stop.received > 0), written=written, failed=failed)
 
     def lost() -> str:
@@ -226,7 +226,7 @@ def train(
 
             # one rank may have got a signal, or all: they leave after the same step, with the same number
             stopped = total.signals // max(total.stopping, 1)
-            saver.heard(total.written, total.failed)
+            saver.advance(total.written, total.failed)
             if stopped or passed(config.checkpoint_every_tokens):
                 run.save(saver, optimizer, progress, line.get("validation_loss"))
             if stopped:

@@ -205,7 +205,7 @@ def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path
     saver, w = checkpoint.Saver(tmp_path, 1, Mesh()), torch.zeros(3)
     shapes = {"model": {"w": (3,)}, "optimizer": {}}
     saver.start(1, shapes, [checkpoint.Slice("model", "w", w, [(0, 0, 3)])], state_of(1))
-    assert saver.notes == [0, 0]
+    assert saver.flags == (0, 0)
     w += 1
     go_on.set()
     saver.wait()
