@@ -14,7 +14,6 @@ happens before the host first waits for its GPU, so that a hung process is notic
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager

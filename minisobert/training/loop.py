@@ -120,8 +120,7 @@ def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
     return (
         f"the gradient of {progress.skipped_in_a_row} steps in a row was not finite, the last of them step "
         f"{progress.step} with rows {step.first_row:,} to {step.first_row + step.rows - 1:,}, loss {progress.loss}; "
-        "where it began: "
-        + ("; ".join(found) or "in no rank's own gradient, but in their sum")
+        "where it began: " + ("; ".join(found) or "in no rank's own gradient, but in their sum")
     )
 
 
