@@ -53,7 +53,7 @@ class Saver:
     """Writes the checkpoints of a run, one at a time, all ranks together, while training goes on.
 
         start     every rank copies what it owns, and begins to write it
-        flags     this rank's two flags; in each step the caller sums them over all ranks and passes the sums to `advance`
+        flags     this rank's two flags; each step the caller sums them over all ranks and passes the sums to `advance`
         advance   when all ranks have written, the first one gives the checkpoint its name
 
     `start`, `advance` and `wait` are called by all ranks alike, and raise SaveFailed on all where one failed.
