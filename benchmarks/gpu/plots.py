@@ -60,7 +60,7 @@ FIGURES = {  # by file: bars, title, unit, panels side by side (those below each
 
 def write(records: Records, folder: Path) -> None:
     """Draws what has been measured; no file where that is nothing."""
-    machine = f"{records.machine['chip']}, torch {records.machine['torch']}, {records.machine['date']}"
+    machine = "; ".join(records.machine[name] for name in ("chip", "versions", "date"))
     for file, (bars, title, unit, columns, lines) in FIGURES.items():
         panels = defaultdict(lambda: defaultdict(dict))
         for panel, group, name, *bar in bars(records):
