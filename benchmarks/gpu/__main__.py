@@ -33,7 +33,7 @@ from minisobert.cli import Parser, fail
 TESTS_SHARE = 0.5  # of the time: tests that hang leave the rest for the measurements
 # Seconds that must be left to begin with what torch compiles first. A whole model then has 150 until minute nine.
 COMPILED, COMPILED_MODEL = 25, 120
-FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # a goal's peer; those of our first aim
+FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # peers to have before others
 SECONDS = 510
 
 

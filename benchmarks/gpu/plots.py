@@ -94,7 +94,7 @@ def _draw(axes, groups: dict[str, dict[str, tuple[float, str]]]) -> None:
             bar = axes.bar(at, height, width * 0.92, color=COLORS[name], label=name)
             axes.bar_label(bar, [label], rotation=90, padding=2, fontsize=7.5)
     axes.set_xticks(range(len(groups)), groups)
-    axes.margins(y=0.25)  # room for the labels
+    axes.margins(y=0.35)  # room for the labels
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
