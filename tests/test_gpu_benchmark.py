@@ -59,7 +59,7 @@ def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, 
     failed = {name for name, record in kept["measurements"].items() if "failed" in record}
     assert {name.split("/")[-1] for name in failed} == {"varlen", "flex"}, "these two alone need a GPU"
     peer = kept["measurements"]["training/base/posts/0.0/MegatronBert"]["result"]
-    assert peer["padded_tokens"] > peer["real_tokens"], "padding is on the way"
+    assert 0 < peer["padding_share"] < 1
 
     assert call(monkeypatch, tmp_path, "--dry") == 0
     count = len(kept["measurements"])
@@ -129,7 +129,7 @@ def test_plots_are_drawn_before_a_whole_model_is_compiled(tmp_path, monkeypatch)
         raise Killed
 
     monkeypatch.setattr(training, "measure_peer", measure_peer)
-    monkeypatch.setattr(gpu, "run_tests", lambda *_: {"summary": "none", "ran": False})
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: {"summary": "none"})
     monkeypatch.setattr(gpu, "BEGAN", time.monotonic())  # or pytest's own time would count
     with pytest.raises(Killed):
         call(monkeypatch, tmp_path, "--dry")
@@ -143,7 +143,7 @@ def test_what_the_tests_take_to_be_equal_is_part_of_their_fingerprint(tmp_path, 
     seen = set()
     for text in ("2 * eps", "3 * eps"):
         path.write_text(text)
-        seen.add(records.fingerprint(records.TESTS))
+        seen.add(records.fingerprint())
     assert len(seen) == 2
 
 
@@ -154,7 +154,7 @@ def test_failures_are_told_apart(tmp_path):
     def wrong():
         check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])])
 
-    kept = Records(tmp_path, TOY.device, price=3.0)
+    kept = Records(tmp_path, TOY.device)
     for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
         gpu.make(gpu.Measurement(name, measure, ours), kept)
     assert kept.failures(ours=False) == {"b": "no kernel at all"}
@@ -230,6 +230,6 @@ def test_lengths_are_drawn_as_they_were_counted():
 def test_posts_fill_their_rows_and_rows_are_a_document_each():
     posts, rows = (TOY.micro_batch(lengths, 64 * TOY.row_tokens, seed=0) for lengths in LENGTHS[::-1])
     assert len(posts.tokens) == len(rows.tokens) == 64 * TOY.row_tokens
-    assert 0.98 < posts.real_tokens / len(posts.tokens) < 1, "the rest is padding"
+    assert 0.98 < posts.real_tokens / len(posts.tokens) <= 1, "the rest is padding"
     assert rows.documents.bounds.diff().tolist() == [TOY.row_tokens] * 64 and rows.real_tokens == len(rows.tokens)
     assert rows.attention_pairs == 64 * TOY.row_tokens**2

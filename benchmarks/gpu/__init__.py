@@ -1,6 +1,6 @@
 """What a GPU makes of this project: `python -m benchmarks.gpu`, under nine minutes on one H100 or H200.
 
-setting.py    sizes and device of a run: the real ones, and toy ones that walk every stage on a CPU
+setting.py    sizes, device and documents of a run: the real ones, and toy ones that walk every stage on a CPU
 timing.py     how long functions take on the device, and whether two compute the same
 attention.py  attention beside SDPA, FlexAttention and varlen_attn
 rowwise.py    copies and matrix products (the ceilings); layer norm, GELU and cross-entropy beside torch's

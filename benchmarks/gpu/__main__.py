@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.gpu import BEGAN, attention, plots, report, rowwise, training
-from benchmarks.gpu.records import BENCHMARKS, ROOT, TESTS, Records
+from benchmarks.gpu.records import ROOT, Records
 from benchmarks.gpu.setting import DROPOUTS, LENGTHS, REAL, TOY, Setting
 from benchmarks.gpu.timing import Disagreement
 from minisobert.cli import Parser, fail
@@ -33,6 +33,7 @@ from minisobert.cli import Parser, fail
 TESTS_SHARE = 0.5  # of the time: tests that hang leave the rest for the measurements
 # Seconds that must be left to begin with what torch compiles first. A whole model then has 150 until minute nine.
 COMPILED, COMPILED_MODEL = 25, 120
+FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # peers to have before others
 SECONDS = 510
 
 
@@ -42,71 +43,42 @@ class Measurement:
     measure: Callable[[], dict]
     ours: bool  # a failure is a mistake of this project
     needs: float = 4  # seconds that must be left
-    sources: tuple[str, ...] = BENCHMARKS
-
-
-STAGES = {  # what measures; it takes the setting and the rest of a measurement's name
-    "ceilings/copy": rowwise.measure_copy,
-    "ceilings/gemm": rowwise.measure_gemm,
-    "attention": attention.measure,
-    "add_norm": rowwise.measure_norm,
-    "bias_gelu": rowwise.measure_gelu,
-    "cross_entropy": rowwise.measure_cross_entropy,
-    "training": training.measure,
-    "profile": training.profile,
-}
 
 
 def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
-    """Everything, the most valuable first."""
-    (first, *others), presets = setting.heads, list(setting.models)
-    hidden, ffn = setting.widths, [4 * width for width in setting.widths]
-    rivals = ["sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "varlen"]
-    table = [  # the parts of names; of a list, each
-        ["ceilings/copy"],
-        ["ceilings/gemm"],
-        ["attention", first, LENGTHS, DROPOUTS, "minisobert"],
-        ["add_norm", hidden, DROPOUTS, "minisobert"],
-        ["bias_gelu", ffn, "minisobert"],
-        ["cross_entropy", "minisobert"],
-        ["training", presets, LENGTHS, DROPOUTS, "minisobert"],
-        ["profile"],
-        ["attention", first, LENGTHS, DROPOUTS, rivals],
-        ["attention", first, LENGTHS, 0.0, "flex"],
-        ["ceilings/gemm", presets, rowwise.PRODUCTS],
-        ["add_norm", hidden, DROPOUTS, "eager"],
-        ["add_norm", hidden, 0.0, "layer_norm"],
-        ["bias_gelu", ffn, "eager"],
-        ["cross_entropy", ["eager-bf16", "eager-fp32"]],
-        ["attention", others, LENGTHS, DROPOUTS, "minisobert"],
-        ["training", "base", "posts", 0.0, training.PEERS],
-        ["attention", others, LENGTHS, DROPOUTS, rivals],
-        ["add_norm", hidden, DROPOUTS, "compiled"],
-        ["bias_gelu", ffn, "compiled"],
-        ["cross_entropy", "compiled-fp32"],
-        ["attention", others, LENGTHS, 0.0, "flex"],
-        ["training", "large", "posts", 0.0, training.PEERS],
-        ["training", presets, LENGTHS, DROPOUTS, training.PEERS],
+    """Everything, the most valuable first: tests, what is ours, the peers that need no compiler, those that do."""
+    presets, implementations = list(setting.models), list(attention.IMPLEMENTATIONS)
+    hidden, ffn = zip(*((model.hidden, model.ffn) for model, *_ in setting.models.values()))
+    table = [  # stage, what measures it, and its arguments, the other parts of names; of several, each
+        ("ceilings/copy", rowwise.measure_copy),
+        ("ceilings/gemm", rowwise.measure_gemm),
+        ("attention", attention.measure, setting.heads, LENGTHS, DROPOUTS, implementations),
+        ("add_norm", rowwise.measure_norm, hidden, DROPOUTS, ("minisobert", "eager", "compiled")),
+        ("add_norm", rowwise.measure_norm, hidden, (0.0,), ("layer_norm",)),
+        ("bias_gelu", rowwise.measure_gelu, ffn, ("minisobert", "eager", "compiled")),
+        ("cross_entropy", rowwise.measure_cross_entropy, rowwise.CROSS_ENTROPIES),
+        ("training", training.measure, presets, LENGTHS, DROPOUTS, ("minisobert", *training.PEERS)),
+        ("profile", training.profile),
+        ("ceilings/gemm", rowwise.measure_gemm, presets, rowwise.PRODUCTS),
     ]
-    names = {}  # in this order, each once
-    for row in table:
-        each = product(*(part if isinstance(part, list | tuple) else [part] for part in row))
-        names |= dict.fromkeys(sorted(each, key=lambda name: 0.1 in name))  # first without dropout
-    tests = Measurement("tests", run_tests, ours=True, needs=10, sources=TESTS)
-    possible = (name for name in names if name[0] != "attention" or attention.takes(name[-1], *name[2:4]))
-    return [tests, *(_measurement(setting, *name) for name in possible)]
+    measurements = []
+    for stage, measure, *parts in table:
+        for arguments in product(*parts):
+            if stage == "attention" and not attention.takes(*arguments[1:]):
+                continue
+            name = "/".join(map(str, (stage, *arguments)))
+            ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile"))
+            if stage in ("training", "profile"):
+                needs = 15 if ours else COMPILED_MODEL
+            else:
+                needs = COMPILED if name.endswith("flex") or "compiled" in name else 4
+            measurements.append(Measurement(name, partial(measure, setting, *arguments), ours, needs))
 
+    def order(each: Measurement) -> tuple:
+        compiles = each.needs >= COMPILED and not each.name.startswith(FIRST_COMPILED)
+        return not each.ours, compiles, each.needs, "/0.1/" in each.name
 
-def _measurement(setting: Setting, stage: str, *arguments) -> Measurement:
-    name = "/".join(map(str, (stage, *arguments)))
-    ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile"))
-    if stage == "training":
-        needs = 15 if ours else COMPILED_MODEL
-    elif name.endswith("flex") or "compiled" in name:
-        needs = COMPILED
-    else:
-        needs = 10 if stage == "profile" else 4
-    return Measurement(name, partial(STAGES[stage], setting, *arguments), ours, needs)
+    return [Measurement("tests", run_tests, ours=True, needs=10), *sorted(measurements, key=order)]
 
 
 def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
@@ -129,24 +101,25 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
     summary = next(filter(outcome.search, reversed(lines)), "no outcome")
     if code not in (0, 5):  # 5: nothing was collected
         raise RuntimeError(f"{summary} (exit status {code}; see {log.name})")
-    return {"summary": summary, "ran": "passed" in summary}
+    return {"summary": summary}
 
 
 def make(measurement: Measurement, records: Records) -> None:
     """Measures, and puts what came of it on record."""
     began = time.monotonic()
-    record = {"fingerprint": records.fingerprints[measurement.sources], "ours": measurement.ours}
-    torch.manual_seed(0)  # the same numbers, whatever was measured before
+    record = {"fingerprint": records.fingerprint, "ours": measurement.ours}
     try:
+        torch.manual_seed(0)  # the same numbers, whatever was measured before
         record["result"] = measurement.measure()
     except Exception as error:
         message = " ".join(str(error).split()) or "no message"
         reason = message if type(error) is RuntimeError else f"{type(error).__name__}: {message}"
-        record["failed"] = reason if len(reason) <= 300 else f"{reason[:299]}…"
+        record["failed"] = reason[:300]
         record["ours"] |= isinstance(error, Disagreement)
     record["seconds"] = round(time.monotonic() - began, 2)
     records.measurements[measurement.name] = record
-    print(f"{time.monotonic() - BEGAN:6.1f} s  {measurement.name}: {report.headline(record)}", file=sys.stderr)
+    outcome = f"FAILED, {record['failed'][:100]}" if "failed" in record else f"took {record['seconds']} s"
+    print(f"{time.monotonic() - BEGAN:6.1f} s  {measurement.name}: {outcome}", file=sys.stderr)
 
 
 def device_works() -> bool:
@@ -156,6 +129,7 @@ def device_works() -> bool:
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     except RuntimeError:
         return False
     return True
@@ -164,7 +138,6 @@ def device_works() -> bool:
 def main() -> int:
     parser = Parser(prog="benchmarks.gpu", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="X", help=f"to end after (default {SECONDS})")
-    parser.add_argument("--price-per-gpu-hour", type=float, default=3.0, metavar="X", help="dollars (default 3)")
     parser.add_argument("--fresh", nargs="?", const="", metavar="PART",
                         help="measure anew: all, or what has PART in its name")  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
@@ -181,7 +154,7 @@ def main() -> int:
     folder = kept if options.write else Path(os.environ.get("OUT") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "tests.log"
-    records = Records(folder, setting.device, options.price_per_gpu_hour)
+    records = Records(folder, setting.device)
     for earlier in (folder,) if options.dry else (folder, usual, kept):
         records.load(earlier / "gpu.json")
         if (earlier / log.name).exists() and not log.exists():
@@ -193,8 +166,7 @@ def main() -> int:
         return options.seconds - (time.monotonic() - BEGAN)
 
     todo = plan(setting, lambda: run_tests(log, left, setting.dry))
-    known = {name: record["fingerprint"] for name, record in records.measurements.items()}
-    missing = [each for each in todo if known.get(each.name) != records.fingerprints[each.sources]]
+    missing = [each for each in todo if each.name not in records.measurements]
     records.not_reached = [each.name for each in missing]
     drawn = False
     for each in missing:
@@ -209,9 +181,9 @@ def main() -> int:
         report.write(records, folder)
         if not (setting.dry or device_works()):
             print("the device is out of order after this; starting again for the rest", file=sys.stderr, flush=True)
-            arguments = ["--seconds", f"{max(left(), 0):.0f}", "--price-per-gpu-hour", str(records.price)]
             os.environ["OUT"] = str(folder)
-            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments])
+            again = ["-m", "benchmarks.gpu", "--seconds", f"{max(left(), 0):.0f}"]
+            os.execv(sys.executable, [sys.executable, *again])
 
     records.save()
     report.write(records, folder)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.setting import DTYPE, Setting
@@ -54,8 +55,6 @@ def minisobert(case: Case):
 
 
 def sdpa(backend: str, case: Case):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     def mask() -> Tensor:
         return (case.document[:, :, None] == case.document[:, None, :])[:, None]
 
@@ -101,7 +100,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def takes(name: str, lengths: str, dropout: float) -> bool:
+def takes(lengths: str, dropout: float, name: str) -> bool:
     """Whether an implementation can be asked for this at all."""
     return lengths == "rows" if name == "sdpa-flash" else not dropout or name not in ("varlen", "flex")
 

@@ -60,7 +60,7 @@ FIGURES = {  # by file: bars, title, unit, panels side by side (those below each
 
 def write(records: Records, folder: Path) -> None:
     """Draws what has been measured; no file where that is nothing."""
-    machine = f"{records.machine['chip']}, torch {records.machine['torch']}, {records.machine['date']}"
+    machine = "; ".join(records.machine[name] for name in ("chip", "versions", "date"))
     for file, (bars, title, unit, columns, lines) in FIGURES.items():
         panels = defaultdict(lambda: defaultdict(dict))
         for panel, group, name, *bar in bars(records):
@@ -94,7 +94,7 @@ def _draw(axes, groups: dict[str, dict[str, tuple[float, str]]]) -> None:
             bar = axes.bar(at, height, width * 0.92, color=COLORS[name], label=name)
             axes.bar_label(bar, [label], rotation=90, padding=2, fontsize=7.5)
     axes.set_xticks(range(len(groups)), groups)
-    axes.margins(y=0.25)  # room for the labels
+    axes.margins(y=0.35)  # room for the labels
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -21,40 +21,40 @@ from minisobert.files import write_json
 
 ROOT = Path(__file__).parents[2]
 PRESENTATION = {"report.py", "plots.py"}  # a reworded table is no reason to measure again
-MODEL = "minisobert/**/*.py"
-BENCHMARKS = (MODEL, "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py")
-TESTS = (MODEL, "tests/gpu/**/*.py", "tests/*.py")  # the last: conftest and tolerances
+SOURCES = ("minisobert/**/*.py", "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py",
+           "tests/gpu/*.py", "tests/conftest.py", "tests/against_reference.py")  # fmt: skip
 
 
-def fingerprint(patterns: tuple[str, ...], *about) -> str:
-    """A hash of the files, and of what else decides about a result."""
+def fingerprint(*about) -> str:
+    """A hash of the sources, and of what else decides about a result."""
     digest = hashlib.sha256(json.dumps(about).encode())
-    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in PRESENTATION}):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.name not in PRESENTATION):
         digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _output_of(command: str) -> str | None:
-    """The first line of what a command prints; None where it cannot be run."""
+def _output_of(command: str) -> str:
+    """The first line of what a command prints; empty where it cannot be run."""
     try:
-        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split("\n")[0].strip()
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device) -> dict[str, str]:
     on_gpu = device.type == "cuda"
-    commit = _output_of("git rev-parse --short HEAD")
-    changed = " and uncommitted changes" if commit and _output_of("git status --porcelain") else ""
+    versions = {
+        "driver": _output_of("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_gpu else "",
+        "CUDA": torch.version.cuda,
+        **{name: version(name) for name in ("torch", "triton", "transformers") if find_spec(name)},
+        "Python": platform.python_version(),
+    }
+    changed = " and uncommitted changes" if _output_of("git status --porcelain") else ""
     return {
         "chip": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "driver": _output_of("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_gpu else None,
-        "CUDA": torch.version.cuda,
-        "torch": torch.__version__,
-        **{name: version(name) if find_spec(name) else None for name in ("triton", "transformers")},
-        "Python": platform.python_version(),
-        "commit": f"{commit}{changed}" if commit else None,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
+        "commit": (_output_of("git rev-parse --short HEAD") or "unknown") + changed,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -63,23 +63,22 @@ class Records:
     """measurements: by name, parts with slashes between them: {"fingerprint", "seconds" that it took, "ours" (whether a
     failure is a mistake of this project), "result" or "failed"}."""
 
-    def __init__(self, folder: Path, device: torch.device, price: float):
-        self.path, self.dry, self.price = folder / "gpu.json", device.type != "cuda", price
+    def __init__(self, folder: Path, device: torch.device):
+        self.path, self.dry = folder / "gpu.json", device.type != "cuda"
         self.machine = machine(device)
         self.measurements: dict[str, dict] = {}
         self.not_reached: list[str] = []
-        about = [self.dry, *(self.machine[name] for name in ("chip", "torch", "triton", "transformers"))]
-        self.fingerprints = {patterns: fingerprint(patterns, *about) for patterns in (BENCHMARKS, TESTS)}
+        self.fingerprint = fingerprint(self.dry, self.machine["chip"], self.machine["versions"])
 
     def load(self, path: Path) -> None:
-        """Takes over what an earlier run measured, if with one of the fingerprints of this one."""
+        """Takes over what an earlier run with the same fingerprint measured."""
         if path.is_file():
             for name, record in json.loads(path.read_text())["measurements"].items():
-                if record["fingerprint"] in self.fingerprints.values():
+                if record["fingerprint"] == self.fingerprint:
                     self.measurements.setdefault(name, record)
 
     def save(self) -> None:
-        names = ("dry", "price", "machine", "not_reached", "measurements")
+        names = ("dry", "machine", "not_reached", "measurements")
         write_json(self.path, {name: getattr(self, name) for name in names})
 
     def results(self, stage: str) -> dict[tuple[str, ...], dict]:

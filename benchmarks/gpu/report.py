@@ -15,13 +15,14 @@ from minisobert.training.meter import dollars
 
 DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"
 TOKENS = 27e9  # of a whole pre-training
-GOALS_PRICE = 3.0  # dollars per GPU-hour
+PRICE = 3.0  # dollars per GPU-hour
 DIRECTIONS = ("forward", "backward")
+UNITS = {"bytes": 1e9, "bytes_per_second": 1e12, "seconds": 1e-3}  # GB, TB/s, ms; by what a field's name ends in
 
 
-def number(value: float, digits: int = 3) -> str:
-    """With so many significant digits."""
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+def number(value: float) -> str:
+    """With three significant digits, or more before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(field: str, value) -> str:
@@ -32,21 +33,8 @@ def cell(field: str, value) -> str:
         return " × ".join(f"{n:,}" for n in value)
     if field.endswith(("share", "mfu")):
         return f"{value:.1%}"
-    if field.endswith("bytes"):
-        return number(value / 1e9)  # GB
-    if field.endswith("bytes_per_second"):
-        return number(value / 1e12)  # TB/s
-    if field.endswith("seconds"):
-        return number(value * 1e3)  # ms
-    return number(value, 2 if field == "difference" else 3)
-
-
-def headline(record: dict) -> str:
-    """A record in a few words, for whoever watches the run."""
-    if "failed" in record:
-        return f"FAILED, {record['failed'][:100]}"
-    shown = {field: value for field, value in record["result"].items() if isinstance(value, float | str)}
-    return ", ".join(f"{field} {value if isinstance(value, str) else number(value)}" for field, value in shown.items())
+    unit = next((UNITS[end] for end in UNITS if field.endswith(end)), 1)
+    return number(value / unit)
 
 
 @dataclass(frozen=True)
@@ -68,26 +56,23 @@ class Goal:
 
 def goals(records: Records) -> Iterator[Goal]:
     """What the project wants of an H200, and what was measured."""
-
-    def attention(lengths: str, dropout: float, name: str = "minisobert") -> dict:
-        return records.get("attention", 64, lengths, dropout, name)
-
-    norms = {name: result for name, result in against_copy(records) if name[2:] == ("0.0", "minisobert")}
+    copied = records.get("ceilings", "copy").get("bytes_per_second")
     for direction, goal, reach in (("forward", 350, 420), ("backward", 230, 300)):
-        speed = {case: attention(*case).get(f"{direction}_tflops") for case in product(LENGTHS, DROPOUTS)}
-        rows = speed["rows", 0.0]
+        rows, dropped_rows, posts, dropped_posts = (
+            records.get("attention", 64, lengths, dropout, "minisobert").get(f"{direction}_tflops")
+            for lengths, dropout in product(LENGTHS, DROPOUTS)
+        )
         yield Goal(f"attention d = 64, rows, {direction}: TFLOP/s", goal, reach, rows)
-        yield Goal(f"the same on posts, {direction}: of the rate on rows", 0.8, None, ratio(speed["posts", 0.0], rows))
-        for lengths in LENGTHS:
-            share = ratio(speed[lengths, 0.1], speed[lengths, 0.0])
-            yield Goal(f"dropout 0.1, {lengths}, {direction}: of the rate without", 0.6, None, share)
+        yield Goal(f"the same on posts, {direction}: of the rate on rows", 0.8, None, ratio(posts, rows))
+        for lengths, dropped, full in (("rows", dropped_rows, rows), ("posts", dropped_posts, posts)):
+            what = f"dropout 0.1, {lengths}, {direction}: of the rate without"
+            yield Goal(what, 0.6, None, ratio(dropped, full))
         for width in (768, 1_536):
-            share = norms.get(("add_norm", str(width), "0.0", "minisobert"), {}).get(f"{direction}_share")
-            yield Goal(f"layer norm, {width:,} wide, {direction}: of copy bandwidth", 0.85, None, share)
-    totals = (
-        sum(attention("posts", 0.0, name).get(f"{part}_seconds", 0) for part in (*DIRECTIONS, "build"))
-        for name in ("flex", "minisobert")
-    )
+            speed = records.get("add_norm", width, 0.0, "minisobert").get(f"{direction}_bytes_per_second")
+            what = f"layer norm, {width:,} wide, {direction}: of copy bandwidth"
+            yield Goal(what, 0.85, None, ratio(speed, copied))
+    flex, ours = (records.get("attention", 64, "posts", 0.0, name) for name in ("flex", "minisobert"))
+    totals = (sum(r.get(f"{part}_seconds", 0) for part in (*DIRECTIONS, "build")) for r in (flex, ours))
     yield Goal("attention on posts, beside FlexAttention and its mask: times as fast", 1.5, None, ratio(*totals))
     for preset, lengths, goal, reach, cheap, cheaper in (
         ("base", "rows", 475e3, 600e3, 47, 37),
@@ -96,17 +81,17 @@ def goals(records: Records) -> Iterator[Goal]:
     ):
         speed = records.get("training", preset, lengths, 0.0, "minisobert").get("tokens_per_second")
         yield Goal(f"training {preset}, {lengths}: tokens/s", goal, reach, speed)
-        what = f"27 B tokens, {preset}, {lengths}, at ${GOALS_PRICE:.0f} per hour: dollars"
-        yield Goal(what, cheap, cheaper, speed and cost(speed, GOALS_PRICE), at_most=True)
+        what = f"27 B tokens, {preset}, {lengths}, at ${PRICE:.0f} per hour: dollars"
+        yield Goal(what, cheap, cheaper, speed and cost(speed), at_most=True)
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def cost(tokens_per_second: float, price: float) -> float:
+def cost(tokens_per_second: float) -> float:
     """Dollars for a whole pre-training on one GPU."""
-    return dollars(TOKENS / tokens_per_second, 1, price)
+    return dollars(TOKENS / tokens_per_second, 1, PRICE)
 
 
 def against_copy(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -119,35 +104,31 @@ def against_copy(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
 
 
 def in_training(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """((preset, documents, dropout, implementation), result beside ours) pairs."""
+    """((preset, documents, dropout, implementation), result with dollars, or beside ours) pairs."""
     speed = "micro_batch_tokens_per_second"
     for (*case, name), result in records.results("training").items():
         if name == "minisobert":
-            yield (*case, name), result | {"dollars": cost(result["tokens_per_second"], records.price)}
+            more = {"dollars": cost(result["tokens_per_second"])}
         else:
-            ours = records.get("training", *case, "minisobert")
-            more = {
-                "times": ratio(ours.get(speed), result[speed]),
-                "padding_share": 1 - result["real_tokens"] / result["padded_tokens"],
-            }
-            yield (*case, f"{name} ({result['attends']}{', compiled' * result['compiled']})"), result | more
+            more = {"times": ratio(records.get("training", *case, "minisobert").get(speed), result[speed])}
+            name = f"{name} ({result['attends']}{', compiled' * (not records.dry)})"
+        yield (*case, name), result | more
 
 
 def write(records: Records, folder: Path) -> None:
     about = records.machine
-    versions = [f"{name} {about[name]}" for name in ("driver", "CUDA", "torch", "triton", "transformers", "Python")
-                if about[name]]  # fmt: skip
     lines = [
         "# Kernels and training on one GPU (`make gpu`)",
         "",
         *[DRY, ""] * records.dry,
-        f"{about['chip']}; {', '.join(versions)}.",
-        f"{about['date']}, commit {about['commit'] or 'unknown'}. bf16 throughout. Times are medians of several calls, "
+        f"{about['chip']}; {about['versions']}.",
+        f"{about['date']}, commit {about['commit']}. bf16 throughout. Times are medians of several calls, "
         "by CUDA events, with a cold L2. *Differs*: how far results and gradients are from minisobert's, relative, by "
         "root mean square; in training, nats between the first losses. With dropout each draws its own mask.",
+        "",
+        f"`pytest tests/gpu`: {records.get('tests').get('summary', 'no outcome')}. The log is `tests.log`.",
         *goal_lines(records),
         *_trouble(records),
-        *_tests(records),
         *_measured(records),
     ]
     (folder / "gpu.md").write_text("\n".join(lines) + "\n")
@@ -182,13 +163,6 @@ def _trouble(records: Records) -> list[str]:
     return lines
 
 
-def _tests(records: Records) -> list[str]:
-    if not (result := records.get("tests")):
-        return []
-    told = "" if result["ran"] else " No test ran: they need a CUDA device."
-    return ["", "## Tests", "", f"`pytest tests/gpu`: {result['summary']}. The log is `tests.log`.{told}"]
-
-
 def _measured(records: Records) -> Iterator[str]:
     """A table for each stage."""
     yield from _section(
@@ -208,7 +182,7 @@ def _measured(records: Records) -> Iterator[str]:
     }, against_copy(records))  # fmt: skip
     yield from _section("Training", training.__doc__, ["", "documents", "dropout", ""], {
         "step, tokens/s": "tokens_per_second", "MFU": "mfu",
-        f"27 B tokens at ${records.price:g} per GPU-hour, dollars": "dollars", "optimizer ms": "optimizer_seconds",
+        f"27 B tokens at ${PRICE:.0f} per GPU-hour, dollars": "dollars", "optimizer ms": "optimizer_seconds",
         "micro-batch": "micro_batch_tokens", "ms": "micro_batch_seconds", "tokens/s": "micro_batch_tokens_per_second",
         "times as fast": "times", "padding": "padding_share", "peak GB": "peak_bytes", "differs": "difference",
     }, in_training(records))  # fmt: skip

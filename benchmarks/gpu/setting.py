@@ -29,8 +29,6 @@ class Setting:
     row_tokens: int
     tokens: int  # T of attention, layer norm and GELU
     heads: dict[int, int]  # head width → heads
-    widths: tuple[int, ...]  # hidden sizes of layer norm; GELU is four times as wide
-    masked: int  # rows of cross-entropy's logits
     vocabulary: int
     gemm: int
     copy_bytes: int
@@ -72,25 +70,21 @@ REAL = Setting(
     row_tokens=2_048,
     tokens=131_072,
     heads={64: 12, 96: 16, 128: 12},
-    widths=(768, 1_536),
-    masked=19_660,  # 15 % of the tokens
     vocabulary=50_048,
     gemm=8_192,
     copy_bytes=1 << 32,
     tokens_per_batch=524_288,
     models={"base": (PRESETS["base"], 32, 16), "large": (PRESETS["large"], 16, 8)},
 )
-_toy_model = ModelConfig(layers=2, hidden=64, heads=2, ffn=128, vocabulary=256, positions=256)
+_toy_model = ModelConfig(layers=2, hidden=64, heads=2, ffn=256, vocabulary=256, positions=256)
 TOY = Setting(
     device=torch.device("cpu"),
     row_tokens=256,
     tokens=1_024,
     heads={64: 2, 96: 2, 128: 2},
-    widths=(64, 96),
-    masked=77,
     vocabulary=256,
     gemm=128,
     copy_bytes=1 << 20,
     tokens_per_batch=2_048,
-    models={"base": (_toy_model, 2, 2), "large": (replace(_toy_model, hidden=96, ffn=192), 2, 2)},
+    models={"base": (_toy_model, 2, 2), "large": (replace(_toy_model, hidden=96, ffn=384), 2, 2)},
 )

@@ -79,7 +79,6 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     if name != "minisobert":
         return measure_peer(setting, preset, lengths, dropout, name)
     ours = Ours(setting, preset, lengths, dropout)
-    _forget_peak(setting)
     loss, guessing = float(ours.micro_batches()), math.log(setting.vocabulary)
     if not abs(loss - guessing) < AT_START:
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
@@ -102,21 +101,11 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     }
 
 
-def _forget_peak(setting: Setting) -> None:
-    """`torch.cuda.max_memory_allocated` is from here on; without a GPU it is 0."""
-    if not setting.dry:
-        torch.cuda.reset_peak_memory_stats()
-
-
 def profile(setting: Setting) -> dict:
     """Where a micro-batch's time goes: the kernels that take most of it (on a CPU: torch's operations)."""
-    from torch.profiler import ProfilerActivity
-
     ours = Ours(setting, "base", "posts", 0.0)
     ours.micro_batches()
-    with torch.profiler.profile(
-        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (not setting.dry)]
-    ) as seen:
+    with torch.profiler.profile() as seen:
         float(ours.micro_batches())  # waits for the device
     # operations on the host carry the time of the kernels they start, which would count it twice
     kind, time = ("CPU", "self_cpu_time_total") if setting.dry else ("CUDA", "self_device_time_total")
@@ -149,26 +138,17 @@ def their_model(name: str, config: ModelConfig, dropout: float, device: torch.de
     return model.to(device, DTYPE).train()
 
 
-def padded(lengths: np.ndarray) -> int:
-    """The width of a batch of documents."""
-    return -(-int(lengths.max()) // PAD_TO) * PAD_TO
-
-
-def median_batch(lengths: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
-    """Of `among`, indices of documents, shuffled and batched by so many: the batch whose share of padding is the
-    median. lengths: of all documents."""
-    among = np.random.default_rng(0).permutation(among)[: len(among) // count * count]
-    share = {tuple(batch): lengths[batch].mean() / padded(lengths[batch]) for batch in among.reshape(-1, count)}
-    return np.array(sorted(share, key=share.get)[len(share) // 2])
-
-
 def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
     (config, rows, documents), device = setting.models[preset], setting.device
     packed = setting.micro_batch(lengths, rows * setting.row_tokens, seed=0)
     bounds = packed.documents.bounds.numpy()
     length, is_padding = np.diff(bounds), packed.tokens.cpu().numpy()[bounds[:-1]] == PAD
-    chosen = median_batch(length, np.flatnonzero(~is_padding), documents)
-    width, total = padded(length[chosen]), int(length[chosen].sum())
+    # Shuffled and batched as in a run of theirs; the batch whose share of padding is the median
+    shuffled = np.random.default_rng(0).permutation(np.flatnonzero(~is_padding))
+    batches = shuffled[: len(shuffled) // documents * documents].reshape(-1, documents)
+    totals, widths = length[batches].sum(1), -(-length[batches].max(1) // PAD_TO) * PAD_TO
+    median = np.argsort(totals / widths)[len(batches) // 2]
+    chosen, total, width = batches[median], int(totals[median]), int(widths[median])
 
     def as_batch(x: Tensor, padding: int) -> Tensor:
         """(T,) of the packed documents as (documents, width) of those chosen."""
@@ -198,15 +178,12 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
         if not result["difference"] <= tolerance:
             raise Disagreement(f"first loss {theirs:.4f}, minisobert's {expected:.4f}: more than {tolerance} apart")
     del ours
-    _forget_peak(setting)
     compiled = setting.compile(model, repeat_backward=False)
     time = seconds(lambda: compiled(**inputs, labels=labels).loss.backward(), device, flush=False)
     return result | {
         "micro_batch_seconds": time,
         "micro_batch_tokens_per_second": total / time,
-        "real_tokens": total,
-        "padded_tokens": documents * width,
+        "padding_share": 1 - total / (documents * width),
         "peak_bytes": torch.cuda.max_memory_allocated() or None,
         "attends": getattr(model.config, "_attn_implementation", None) or "eager",
-        "compiled": not setting.dry,
     }
