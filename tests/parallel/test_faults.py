@@ -324,13 +324,20 @@ class TakesLongToGo:
         time.sleep(1.1)
 
 
+def name_of(thread: str) -> str:
+    try:
+        return Path(f"/proc/self/task/{thread}/comm").read_text()
+    except OSError:  # it has just ended
+        return ""
+
+
 def train_and_leave(argv: list[str], prepare: Callable[[int], None] | None) -> None:
     """Ends as a script does. The processes of multiprocessing end at once, without taking the interpreter down."""
     a_store_that_takes_its_time()
     if prepare:
         prepare(int(os.environ["RANK"]))
     status = train.main(argv)
-    threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    threads = [name_of(thread) for thread in os.listdir("/proc/self/task")]
     print(f"{sum('gloo' in name for name in threads)} threads of gloo", flush=True)
     sys.modules["takes_long_to_go"] = TakesLongToGo()
     ctypes.pythonapi.Py_Exit(status)
