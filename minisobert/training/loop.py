@@ -263,7 +263,8 @@ class StopSignals:
         os.set_blocking(self._wakeup, False)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def _listen(self) -> None:
@@ -293,6 +294,9 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)
+        # It may hold the last reference to what `lost` knows, tensors among it. A thread that lets go of a tensor while
+        # the interpreter is being taken down aborts the process
+        self._thread.join()
 
 
 def _ignore(number: int, frame) -> None:
