@@ -22,7 +22,7 @@ from minisobert.config import PRESETS, TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import Shards, open_shards
 from minisobert.plot import plot, read_metrics
-from minisobert.training.meter import training_flops
+from minisobert.training.meter import attention_pairs, training_flops
 from minisobert.training.run import open_run
 
 OUT = Path("runs/demo")
@@ -101,7 +101,9 @@ def affordable_tokens(shards: Shards) -> int:
     rows = Rows(shards, shards.training_documents, 1, TrainConfig.row_tokens)
     lengths = rows.packing.chunk_length.astype(np.int64) + 2
     model = PRESETS["tiny"]
-    per_epoch = training_flops(model, int(lengths.sum()), int((lengths**2).sum()), masked=int(0.15 * lengths.sum()))
+    per_epoch = training_flops(
+        model, int(lengths.sum()), attention_pairs(model, lengths), masked=int(0.15 * lengths.sum())
+    )
     return int(FLOPS / per_epoch * len(rows)) * TrainConfig.row_tokens
 
 

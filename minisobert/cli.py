@@ -33,15 +33,17 @@ def option(
     most: float | None = None,
     resumable: bool = False,
     metavar: str = "PATH",
+    shown: str = "",
 ):
     """A field of a config: its default, its line of --help, and what it may be.
 
     group: the heading under which --help lists it. The bounds: least <= value <= most and above < value < below.
     resumable: whether a resumed run may change it. metavar: what --help calls the value of a text.
+    shown: what --help calls the default, where that is None because the config settles it.
     """
     bounds = {"at least": least, "more than": above, "less than": below, "at most": most}
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "metavar": metavar}
-    return dataclasses.field(default=default, metadata={**metadata, "bounds": bounds})
+    return dataclasses.field(default=default, metadata={**metadata, "bounds": bounds, "shown": shown})
 
 
 _WITHIN = {
@@ -202,7 +204,8 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
             group.add_argument(flag(f.name), action="store_true", help=help.replace("%", "%%"))
             continue
         several = kind == tuple[str, ...]
-        default = f"{f.default:,}" if kind is int and f.default >= 10_000 else f.default
+        default = f"{f.default:,}" if kind is int and (f.default or 0) >= 10_000 else f.default
+        default = f.metadata["shown"] or default
         shown = "" if default in ("", ()) else f" (default {default})"
         group.add_argument(
             flag(f.name),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from minisobert.cli import check_options, nearest, option, whole_number, words
+from minisobert.cli import check_options, flag, nearest, number, option, whole_number, words
 
 MOST_TOKENS = 1 << 24  # of a batch: above it, columns of neighbouring heads would share their dropout hashes
 
@@ -23,31 +23,74 @@ class ModelConfig:
     layers: int
     hidden: int
     heads: int
-    ffn: int
+    ffn: int  # features between the two matrices of the MLP
     vocabulary: int = 50_048  # a multiple of 128, whatever the layout: 50,000 pieces and rows that no id uses
-    positions: int = 2_048
+    positions: int = 2_048  # longest document; megatron-bert has a table of them
     norm_eps: float = 1e-5  # Megatron-LM's; the released SOBert configs say 1e-12
     gelu: str = "erf"  # or "tanh", the form that Megatron-LM fuses
+    architecture: str = "megatron-bert"  # or "modernbert"
+    # modernbert alone: every global_every-th layer attends to whole documents, the others at most `window` tokens away
+    global_every: int = 3
+    window: int = 64
+    rope_base: float = 160_000.0  # of the global layers
+    local_rope_base: float = 10_000.0
 
     def __post_init__(self):
-        for name in ("layers", "hidden", "heads", "ffn", "vocabulary", "positions"):
+        for name in ("layers", "hidden", "heads", "ffn", "vocabulary", "positions", "global_every", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hidden % self.heads:
-            divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
-            choices = words(nearest(divisors, self.heads))
-            raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads; choose {choices}")
+        divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
+        if self.is_modern:  # rotary positions turn pairs of features
+            divisors = [n for n in divisors if self.hidden // n % 2 == 0]
+        if self.heads not in divisors:
+            even = " of even width, which rotary positions need" if self.is_modern else ""
+            choices = f"choose {words(nearest(divisors, self.heads))}" if divisors else "choose an even hidden"
+            raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads{even}; {choices}")
+
+    @property
+    def is_modern(self) -> bool:
+        return self.architecture == "modernbert"
 
     @property
     def head_width(self) -> int:
         return self.hidden // self.heads
 
+    def window_of(self, layer: int) -> int | None:
+        """How far from a query the keys may be that it sees in this layer; None: as far as its document goes."""
+        return self.window if self.is_modern and layer % self.global_every else None
+
+    def rope_base_of(self, layer: int) -> float:
+        return self.rope_base if self.window_of(layer) is None else self.local_rope_base
+
+
+_modern = partial(ModelConfig, positions=8_192, architecture="modernbert")
 
 PRESETS = {
     "tiny": ModelConfig(layers=2, hidden=128, heads=2, ffn=512),
     "base": ModelConfig(layers=12, hidden=768, heads=12, ffn=3_072),
     "large": ModelConfig(layers=24, hidden=1_536, heads=16, ffn=6_144),
+    "modern-tiny": _modern(layers=2, hidden=128, heads=2, ffn=352),
+    "modern-small": _modern(layers=10, hidden=384, heads=6, ffn=576),
+    "modern-base": _modern(layers=22, hidden=768, heads=12, ffn=1_152),
+    "modern-large": _modern(layers=28, hidden=1_024, heads=16, ffn=2_624),
 }
+
+# What the options of a recipe are where nothing else is said. The paper's, with Megatron-LM's BERT where it is silent
+PAPER = {
+    "dropout": 0.1, "optimizer": "adamw", "learning_rate": 1e-4, "muon_learning_rate": 1e-3, "beta2": 0.999,
+    "mask_rate": 0.15, "schedule": "linear", "warmup_fraction": 0.01, "decay_fraction": 0.2,
+    "final_learning_rate_fraction": 0.1,
+}  # fmt: skip
+MODERN = {
+    **PAPER, "dropout": 0.0, "optimizer": "muon", "learning_rate": 1e-3, "muon_learning_rate": 2e-3, "beta2": 0.98,
+    "mask_rate": 0.3, "schedule": "wsd", "final_learning_rate_fraction": 0.0,
+}  # fmt: skip
+RECIPES = {
+    **dict.fromkeys(PRESETS, PAPER), **dict.fromkeys(("modern-small", "modern-base", "modern-large"), MODERN),
+    "modern-tiny": {**MODERN, "learning_rate": 4e-3, "muon_learning_rate": 8e-3, "warmup_fraction": 0.1},
+}  # fmt: skip
+SIZES = ("layers", "hidden", "heads", "ffn")
+MODERN_SIZES = ("global_every", "window", "rope_base", "local_rope_base")
 
 
 def padded_vocabulary(vocab_size: int) -> int:
@@ -62,6 +105,7 @@ class Step(NamedTuple):
     rows: int
     tokens: int  # row positions: rows × row_tokens
     accumulation: int
+    mask_rate: float  # share of the tokens that are to be guessed
 
 
 def _two_numbers(text: str) -> tuple[str, str]:
@@ -77,8 +121,16 @@ def _is_number(text: str) -> bool:
     return False
 
 
+def _of_preset(name: str, help: str, **more):
+    """An option whose default the preset decides."""
+    paper, modern = PAPER[name], MODERN[name]
+    shown = f"{paper}" if paper == modern else f"{paper}, of modern presets {RECIPES['modern-tiny'][name]} to {modern}"
+    return option(None, help, shown=shown, group="recipe", **more)
+
+
 _data = partial(option, group="data")
 _model = partial(option, group="model")
+_size = partial(option, None, shown="the preset's", group="model")
 _recipe = partial(option, group="recipe")
 _layout = partial(option, group="layout, which changes no result", resumable=True)
 _run = partial(option, group="run", resumable=True)
@@ -97,11 +149,25 @@ class TrainConfig:
     verify: bool = _data(False, "check the checksums of the data before training", resumable=True)
     row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
 
-    preset: str = _model("base", "size of the model", choices=tuple(PRESETS))
+    preset: str = _model("base", "model and recipe, of which every number is an option too", choices=tuple(PRESETS))
+    layers: int = _size(help="blocks", least=1)
+    hidden: int = _size(help="width of the hidden states", least=1)
+    heads: int = _size(help="attention heads", least=1)
+    ffn: int = _size(help="features inside the MLP of a block", least=1)
+    global_every: int = _size(
+        help="of modern presets: every N-th block attends to whole documents, the others to a window", least=1
+    )
+    window: int = _size(
+        help="of modern presets: how many tokens away, to either side, the keys in such a window may be", least=1
+    )
+    rope_base: float = _size(
+        help="of modern presets: base of the rotary positions in blocks that attend to whole documents", above=1
+    )
+    local_rope_base: float = _size(help="the same in blocks that attend to a window", above=1)
     gelu: str = _model("erf", "form of the GELU: exact (erf), or the approximation that Megatron-LM fuses (tanh)",
                        choices=("erf", "tanh"))  # fmt: skip
-    dropout: float = _model(
-        0.1, "dropout rate of embeddings, attention probabilities and the branches of a block", least=0, below=1
+    dropout: float = _of_preset(
+        "dropout", "dropout rate of embeddings, attention probabilities and the branches of a block", least=0, below=1
     )
 
     seed: int = _recipe(1, "seed of initial weights, shuffling, masking and dropout", least=0)
@@ -111,24 +177,48 @@ class TrainConfig:
         "", "a growing batch instead of --tokens-per-batch: 0:131072,1e9:524288 uses 131,072 tokens until 1e9 have "
         "been read, then 524,288", metavar="AT:N,…",
     )  # fmt: skip
-    learning_rate: float = _recipe(1e-4, "peak learning rate", above=0, below=math.inf)
-    warmup_fraction: float = _recipe(
-        0.01, "fraction of --train-tokens during which the learning rate rises from 0", least=0, below=1
+    optimizer: str = _of_preset(
+        "optimizer", "AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest",
+        choices=("adamw", "muon"),
+    )  # fmt: skip
+    learning_rate: float = _of_preset("learning_rate", "peak learning rate of AdamW", above=0, below=math.inf)
+    muon_learning_rate: float = _of_preset(
+        "muon_learning_rate", "peak learning rate of Muon, whose steps are as large as AdamW's at the same rate",
+        above=0, below=math.inf,
+    )  # fmt: skip
+    schedule: str = _of_preset(
+        "schedule", "learning rate after the warm-up: linear decay, or stable until a final decay by 1 - sqrt (wsd)",
+        choices=("linear", "wsd"),
+    )  # fmt: skip
+    warmup_fraction: float = _of_preset(
+        "warmup_fraction", "fraction of --train-tokens during which the learning rate rises from 0", least=0, below=1
     )
-    final_learning_rate_fraction: float = _recipe(
-        0.1, "learning rate at the end of the linear decay, as a fraction of the peak", least=0, most=1
+    decay_fraction: float = _of_preset(
+        "decay_fraction", "fraction of --train-tokens that the final decay of --schedule wsd takes", above=0, most=1
     )
+    final_learning_rate_fraction: float = _of_preset(
+        "final_learning_rate_fraction", "learning rate at the end of the decay, as a fraction of the peak", least=0,
+        most=1,
+    )  # fmt: skip
+    mask_rate: float = _of_preset("mask_rate", "share of the tokens that are masked in training", above=0, most=1)
+    mask_schedule: str = _recipe(
+        "", "a mask rate that changes linearly during training instead of --mask-rate: 0.3:0.15 falls from 0.3 to 0.15",
+        metavar="FROM:TO",
+    )  # fmt: skip
     weight_decay: float = _recipe(0.01, "weight decay of all parameters but biases and layer norms", least=0)
     beta1: float = _recipe(0.9, "decay of Adam's running mean of the gradients", least=0, below=1)
-    beta2: float = _recipe(0.999, "decay of Adam's running mean of the squared gradients", least=0, below=1)
+    muon_momentum: float = _recipe(0.95, "decay of Muon's running mean of the gradients", least=0, below=1)
+    beta2: float = _of_preset("beta2", "decay of Adam's running mean of the squared gradients", least=0, below=1)
     clip: float = _recipe(1.0, "gradients with a larger norm are scaled down to this norm", above=0, below=math.inf)
     loss_average: str = _recipe(
         "token", "average the loss over all masked tokens of a batch, or like Megatron-LM over the means of "
         "micro-batches", choices=("token", "micro-batch"),
     )  # fmt: skip
     precision: str = _recipe(
-        "auto", "precision of weights and activations, with fp32 master weights; auto is bf16 on GPUs and fp32 on CPUs",
-        choices=("auto", "fp32", "bf16"),
+        "auto",
+        "precision of weights and activations, with fp32 master weights; auto is bf16 on GPUs and fp32 on CPUs; "
+        "bf16-products, on CPUs that have them, rounds only what goes into matrix products",
+        choices=("auto", "fp32", "bf16", "bf16-products"),
     )  # fmt: skip
 
     micro_batch_rows: int = _layout(8, "rows in one forward pass of one process", least=1)
@@ -155,13 +245,33 @@ class TrainConfig:
     mfu: float = _plan(0.4, "fraction of a GPU's FLOP/s that --plan assumes training to use", above=0, most=1)
 
     def __post_init__(self):
+        self._settle()
         check_options(self)
+        model = PRESETS[self.preset]
+        others = [name for name in MODERN_SIZES if getattr(self, name) != getattr(model, name)]
+        if others and not model.is_modern:
+            raise ValueError(f"{flag(others[0])} is for modern presets, and --preset is {self.preset}; leave it out")
+        self._sized()  # fits together
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"--warmup-fraction {self.warmup_fraction:g} and --decay-fraction {self.decay_fraction:g} are more "
+                "than the whole run together; choose fractions whose sum is at most 1"
+            )
+        self.mask_rate_after(0)
         if (largest := max(size for _, size in self.batch_ramp)) > MOST_TOKENS:
             raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
-        if self.row_tokens > (positions := PRESETS[self.preset].positions):
+        if not model.is_modern and self.row_tokens > model.positions:
             raise ValueError(
-                f"--row-tokens is {self.row_tokens:,}; {self.preset} has {positions:,} positions, choose that or less"
+                f"--row-tokens is {self.row_tokens:,}; {self.preset} has a table of {model.positions:,} positions, "
+                "choose that or less, or a modern preset, which has no table"
             )
+
+    def _settle(self) -> None:
+        """Gives every option that was left out what the preset says."""
+        if self.preset in PRESETS:
+            for name, value in {**dataclasses.asdict(PRESETS[self.preset]), **RECIPES[self.preset]}.items():
+                if getattr(self, name, value) is None:
+                    object.__setattr__(self, name, value)
 
     @property
     def batch_ramp(self) -> list[tuple[int, int]]:
@@ -194,11 +304,33 @@ class TrainConfig:
         """The steps that are left after `consumed` row positions. `check` must have found that batches divide."""
         for before, tokens in self.batch_sizes(consumed):
             accumulation = self.accumulation(tokens, data_parallel)
-            yield Step(before // self.row_tokens, tokens // self.row_tokens, tokens, accumulation)
+            rows, mask_rate = tokens // self.row_tokens, self.mask_rate_after(before)
+            yield Step(before // self.row_tokens, rows, tokens, accumulation, mask_rate)
+
+    def mask_rate_after(self, consumed: int) -> float:
+        """Of the step that follows `consumed` row positions. A function of the place in the data and not, as the
+        learning rate, of what was trained on: masks are made ahead, when nobody knows of a step yet to be skipped."""
+        if not self.mask_schedule:
+            return self.mask_rate
+        try:
+            first, last = (number(text) for text in self.mask_schedule.split(":"))
+        except ValueError:
+            first = last = 0
+        if not (0 < first <= 1 and 0 < last <= 1):
+            raise ValueError(
+                f"--mask-schedule is {self.mask_schedule!r}; it must be the first and the last rate, each more than 0 "
+                "and at most 1: 0.3:0.15"
+            )
+        return first + (last - first) * min(consumed / self.train_tokens, 1)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The preset's model for a tokenizer of vocab_size pieces."""
-        return dataclasses.replace(PRESETS[self.preset], vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
+        """The model for a tokenizer of vocab_size pieces."""
+        model = dataclasses.replace(self._sized(), vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
+        return dataclasses.replace(model, positions=self.row_tokens) if model.is_modern else model
+
+    def _sized(self) -> ModelConfig:
+        sizes = {name: getattr(self, name) for name in (*SIZES, *MODERN_SIZES)}
+        return dataclasses.replace(PRESETS[self.preset], **sizes)
 
     def accumulation(self, tokens_per_batch: int, data_parallel: int, most: float = math.inf) -> int:
         """Micro-batches of each process in one step.

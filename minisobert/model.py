@@ -1,10 +1,17 @@
-"""The encoder: Megatron-LM's BERT on flat, packed tokens.
+"""The encoder on flat, packed tokens, in two architectures: Megatron-LM's BERT and ModernBERT (Warner et al. 2024).
 
 Hidden states are (T, h): the T tokens of several documents, one after the other, without a batch dimension or padding.
 The residual stream and its layer-normed copy travel together, because `ops.add_norm` computes both. The norm after a
 block's MLP therefore belongs to the next block, and is passed in.
 
     T tokens   h hidden   H heads   d = h / H head width   f FFN width   V vocabulary   M masked tokens
+
+                      megatron-bert                      modernbert
+    embeddings        word + position + token type       word, then layer norm
+    positions         a table                            rotary, on q and k
+    attention         to the whole document              two layers of three: to a window
+    MLP               GELU, h → f → h                    gated GELU, h → 2f, f → h
+    biases            everywhere                         of the decoder alone
 
 No process group is known here. Under tensor parallelism `parallel/` replaces whole linears by their slices.
 """
@@ -19,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisobert.config import ModelConfig
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, drop
+from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, drop, gated_gelu, rotary, rotation
 
 
 class Linear(nn.Linear):
@@ -29,34 +36,47 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight)
 
 
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden, config.norm_eps, bias=not config.is_modern)
+
+
 class Embeddings(nn.Module):
-    """Word + position + token type (always 0 here), then dropout; no layer norm."""
+    """Words with what an architecture adds to them, then dropout. The token type is always 0 here."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.word = nn.Embedding(config.vocabulary, config.hidden)
-        self.position = nn.Embedding(config.positions, config.hidden)
-        self.token_type = nn.Embedding(2, config.hidden)
+        if config.is_modern:
+            self.norm = layer_norm(config)
+        else:
+            self.position = nn.Embedding(config.positions, config.hidden)
+            self.token_type = nn.Embedding(2, config.hidden)
 
     def forward(self, tokens: Tensor, positions: Tensor, dropout: Dropout | None) -> Tensor:
-        x = self.word(tokens) + self.position(positions) + self.token_type.weight[0]
-        return drop(x, dropout)
+        x = self.word(tokens)
+        if hasattr(self, "norm"):
+            return drop(self.norm(x), dropout)
+        return drop(x + self.position(positions) + self.token_type.weight[0], dropout)
 
 
 class Block(nn.Module):
     """Attention and an MLP, each a branch of the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        h, f = config.hidden, config.ffn
-        self.config = config
-        self.attention_norm = nn.LayerNorm(h, config.norm_eps)
+        h, f, biases = config.hidden, config.ffn, not config.is_modern
+        self.config, self.window, self.rope_base = config, config.window_of(layer), config.rope_base_of(layer)
+        # modernbert's embeddings are normalised already when they come to the first block
+        self.attention_norm = nn.Identity() if config.is_modern and layer == 0 else layer_norm(config)
         # One matrix for query, key and value; its 3h outputs are (H, 3, d), so that a slice of them is whole heads.
-        self.qkv = nn.Linear(h, 3 * h)
-        self.attention_output = Linear(h, h)
-        self.ffn_norm = nn.LayerNorm(h, config.norm_eps)
-        self.ffn_input = Linear(h, f)
-        self.ffn_output = Linear(f, h)
+        self.qkv = nn.Linear(h, 3 * h, biases)
+        self.attention_output = Linear(h, h, biases)
+        self.ffn_norm = layer_norm(config)
+        if config.is_modern:
+            self.gated_ffn_input = Linear(h, 2 * f, biases)
+        else:
+            self.ffn_input = Linear(h, f, biases)
+        self.ffn_output = Linear(f, h, biases)
 
     def forward(
         self,
@@ -64,14 +84,20 @@ class Block(nn.Module):
         normed: Tensor,  # (T, h): attention_norm(residual)
         next_norm: nn.LayerNorm,
         documents: Documents,
+        rotations: dict[float, Tensor],  # rotary base → (2, T, d/2); without rotary positions empty
         dropout_at,  # site → Dropout | None
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width)).unbind(2)  # each (T, H, d)
-        context = attention(q, k, v, documents, dropout_at("attention")).flatten(1)  # (T, h)
+        qkv = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width))  # (T, H, 3, d)
+        qkv = rotary(qkv, rotations[self.rope_base]) if rotations else qkv
+        q, k, v = qkv.unbind(2)  # each (T, H, d)
+        context = attention(q, k, v, documents, dropout_at("attention"), self.window).flatten(1)  # (T, h)
         residual, normed = _add_norm(
             self.attention_output, context, residual, self.ffn_norm, dropout_at("attention_output")
         )
-        inner = bias_gelu(self.ffn_input(normed), self.ffn_input.bias, self.config.gelu)  # (T, f)
+        if self.config.is_modern:
+            inner = gated_gelu(self.gated_ffn_input(normed), self.config.gelu)  # (T, f)
+        else:
+            inner = bias_gelu(self.ffn_input(normed), self.ffn_input.bias, self.config.gelu)  # (T, f)
         return _add_norm(self.ffn_output, inner, residual, next_norm, dropout_at("ffn_output"))
 
 
@@ -83,8 +109,9 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.hidden, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = layer_norm(config)
+        self.config = config
         self.recompute = False  # whether the backward computes each block again from its two inputs, kept alone
 
     def forward(
@@ -98,8 +125,10 @@ class Encoder(nn.Module):
         norms = [block.attention_norm for block in self.blocks] + [self.final_norm]
         residual = self.embeddings(tokens, positions, dropout_at(0, "embedding"))
         normed = norms[0](residual)
+        bases = {block.rope_base for block in self.blocks} if self.config.is_modern else ()
+        rotations = {base: rotation(positions, self.config.head_width, base) for base in bases}
         for i, block in enumerate(self.blocks):
-            arguments = residual, normed, norms[i + 1], documents, partial(dropout_at, i)
+            arguments = residual, normed, norms[i + 1], documents, rotations, partial(dropout_at, i)
             if self.recompute and torch.is_grad_enabled():
                 # no generator to rewind: the same masks come from the same hashes
                 residual, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -119,20 +148,30 @@ class Decoder(nn.Module):
         return F.linear(x, word_embeddings, self.bias)
 
 
-class MaskedLMHead(nn.Module):
-    """Dense → GELU → layer norm → decoder. Meant for the masked rows alone."""
+class Head(nn.Module):
+    """Dense → GELU → layer norm: what stands between a final state and a decision about it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gelu = config.gelu
-        self.dense = Linear(config.hidden, config.hidden)
-        self.norm = nn.LayerNorm(config.hidden, config.norm_eps)
+        self.dense = Linear(config.hidden, config.hidden, bias=not config.is_modern)
+        self.norm = layer_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(M, h) → (M, h)."""
+        return self.norm(bias_gelu(self.dense(hidden), self.dense.bias, self.gelu))
+
+
+class MaskedLMHead(Head):
+    """Head → decoder. Meant for the masked rows alone."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
         self.decoder = Decoder(config.vocabulary)
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """hidden: (M, h), word_embeddings: (V, h). Returns logits (M, V)."""
-        x = self.norm(bias_gelu(self.dense(hidden), self.dense.bias, self.gelu))
-        return self.decoder(x, word_embeddings)
+        return self.decoder(super().forward(hidden), word_embeddings)
 
 
 class Model(nn.Module):
@@ -187,14 +226,22 @@ class MaskedLM(Model):
 class Classifier(Model):
     """The encoder with a classifier of single states: what fine-tuning trains.
 
-    pooled: the states, first tokens of documents, go through Megatron-BERT's pooler, a dense layer and tanh, before
-    they are classified. Without it, final states are classified as they are.
+    In between is what Hugging Face's classes of the two architectures have there. modernbert: the head, whose weights
+    pre-training has made. megatron-bert: where the states are first tokens of documents (pooled), the pooler, a dense
+    layer and tanh, which begins at random; for other states nothing.
     """
 
     def __init__(self, config: ModelConfig, classes: int, pooled: bool):
         super().__init__(config)
-        self.pooler = nn.Linear(config.hidden, config.hidden) if pooled else None
+        self.head = Head(config) if config.is_modern else None
+        self.pooler = nn.Linear(config.hidden, config.hidden) if pooled and not config.is_modern else None
         self.classifier = nn.Linear(config.hidden, classes)
+
+    def start_from(self, trained: MaskedLM) -> None:
+        """Takes over all that pre-training has made and this model has."""
+        self.encoder.load_state_dict(trained.encoder.state_dict())
+        if self.head is not None:
+            self.head.load_state_dict({name: trained.mlm_head.state_dict()[name] for name in self.head.state_dict()})
 
     def forward(
         self,
@@ -209,6 +256,8 @@ class Classifier(Model):
         dropout: with keys for one layer more than the encoder has; the last are the head's.
         """
         x = self.encoder(tokens, positions, documents, dropout).index_select(0, places)
+        if self.head is not None:
+            x = self.head(x)
         if self.pooler is not None:
             x = self.pooler(x).tanh()
         return self.classifier(drop(x, dropout and dropout.at(self.config.layers, "embedding")))

@@ -47,7 +47,7 @@ def measure_gemm(setting: Setting, preset: str | None = None, product: str | Non
     if preset:
         model, rows, _ = setting.models[preset]
         tokens = rows * setting.row_tokens
-        m, n, k = products(model, tokens, int(masking.RATE * tokens))[product]
+        m, n, k = products(model, tokens, int(masking.EVALUATION_RATE * tokens))[product]
     a, b = (torch.randn(rows, k, dtype=DTYPE, device=setting.device) for rows in (m, n))
     time = seconds(lambda: F.linear(a, b), setting.device)
     return {"seconds": time, "tflops": 2.0 * m * n * k / time / 1e12, "shape": [m, n, k]}
@@ -99,7 +99,7 @@ def measure_gelu(setting: Setting, width: int, name: str) -> dict:
 
 
 def measure_cross_entropy(setting: Setting, name: str) -> dict:
-    logits = (int(masking.RATE * setting.tokens), setting.vocabulary)
+    logits = (int(masking.EVALUATION_RATE * setting.tokens), setting.vocabulary)
     targets = torch.randint(setting.vocabulary, logits[:1], device=setting.device)
     functions = {
         "minisobert": lambda logits: cross_entropy(logits.view_as(logits), targets),  # what it overwrites is no leaf

@@ -84,7 +84,9 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
     real, pairs, masked = (
         sum(counts) / DISTINCT
-        for counts in zip(*((each.real_tokens, each.attention_pairs, len(each.masked)) for each in ours.batches))
+        for counts in zip(
+            *((b.real_tokens, meter.attention_pairs(ours.config, b.lengths), len(b.masked)) for b in ours.batches)
+        )
     )
     optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked * DISTINCT, 1.0), setting.device, flush=False)
     micro_batch = seconds(ours.micro_batches, setting.device, flush=False) / DISTINCT

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minisobert import hashing
-from minisobert.corpus.masking import mask_rows
+from minisobert.corpus.masking import EVALUATION_RATE, mask_rows
 from minisobert.corpus.packing import SPECIALS, Epoch, Packing
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import CLS, PAD, SEP
@@ -34,9 +34,13 @@ class MicroBatch:
     documents: Documents  # padding at the end of a row is a document too
     masked: Tensor  # (M,) int64, indices into tokens
     targets: Tensor  # (M,) int64, what stood there
-    real_tokens: int  # all but padding
-    attention_pairs: int  # (query, key) pairs: the sum of the documents' squared lengths, padding left out
+    lengths: np.ndarray  # (documents,) int64: tokens of each, padding left out
     first_row: int  # of the global order
+
+    @property
+    def real_tokens(self) -> int:
+        """All but padding."""
+        return int(self.lengths.sum())
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
@@ -63,7 +67,7 @@ class Rows:
         """Rows in an epoch."""
         return len(self.packing)
 
-    def micro_batch(self, first_row: int, rows: int) -> MicroBatch:
+    def micro_batch(self, first_row: int, rows: int, mask_rate: float = EVALUATION_RATE) -> MicroBatch:
         """Rows first_row, …, first_row + rows - 1; they may span two epochs.
 
         An example: one row of 10 tokens that holds two documents, of 3 and of 2 tokens. In tokens.bin their ids a b c
@@ -106,15 +110,14 @@ class Rows:
 
         coordinates = zip(epochs.tolist(), row_in_epoch.tolist())
         keys = np.array([hashing.key(self.seed, self.purpose, *at) for at in coordinates], dtype=np.uint32)
-        masked, targets = mask_rows(tokens.reshape(rows, width), keys, self.shards.vocab_size)
+        masked, targets = mask_rows(tokens.reshape(rows, width), keys, self.shards.vocab_size, mask_rate)
         return MicroBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(positions.astype(np.int32)),
             Documents.from_bounds(bounds),
             torch.from_numpy(masked),
             torch.from_numpy(targets),
-            real_tokens=int(lengths.sum()),
-            attention_pairs=int((lengths**2).sum()),
+            lengths=lengths,
             first_row=first_row,
         )
 
@@ -125,8 +128,9 @@ class Rows:
         return self._epochs[epoch]
 
 
-def prefetch(rows: Rows, spans: Iterable[tuple[int, int]], device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches of (first row, rows) spans, on the device. A background thread makes a few of them ahead."""
+def prefetch(rows: Rows, spans: Iterable[tuple], device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches of (first row, rows) or (first row, rows, mask rate) spans, on the device. A background thread
+    makes a few of them ahead."""
     pool, pending = ThreadPoolExecutor(1, thread_name_prefix="loader"), deque()
     try:
         for span in spans:

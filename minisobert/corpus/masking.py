@@ -1,7 +1,8 @@
-"""Which tokens a masked language model has to guess (Devlin et al. 2019): 15 % of the real ones, each by itself.
+"""Which tokens a masked language model has to guess (Devlin et al. 2019): a share of the real ones, each by itself.
 
 Of those chosen, 80 % become [MASK], 10 % a random piece, 10 % stay. Every choice is a hash of (row key, place in the
-row), and a row key is one of (seed, epoch, row), so any rank makes the same masks and nothing is stored.
+row), and a row key is one of (seed, epoch, row), so any rank makes the same masks and nothing is stored. What is masked
+at a lower rate is masked at a higher one too.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import numpy as np
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK
 from minisobert.hashing import lowbias32
 
-RATE = 0.15
+EVALUATION_RATE = 0.15  # whatever training masks, so that held-out losses can be compared
 TO_MASK, TO_RANDOM = 0.8, 0.1  # the rest stays as it is
 
 
-def mask_rows(tokens: np.ndarray, row_keys: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks `tokens` (rows, row_tokens) in place. row_keys: (rows,) uint32. Specials and padding are never chosen.
+def mask_rows(
+    tokens: np.ndarray, row_keys: np.ndarray, vocab_size: int, rate: float = EVALUATION_RATE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks `tokens` (rows, row_tokens) in place. row_keys: (rows,) uint32; rate: from 0 to 1. Specials and padding are
+    never chosen.
 
     Returns (M,) int64 indices into the flat tokens and (M,) int64, what stood there. M may be 0.
     """
@@ -26,7 +30,7 @@ def mask_rows(tokens: np.ndarray, row_keys: np.ndarray, vocab_size: int) -> tupl
     place = np.arange(3 * tokens.shape[1], dtype=np.uint32).reshape(3, -1)
     chosen_by, fate_by, piece_by = lowbias32(place)
 
-    chosen = lowbias32(row_keys[:, None] ^ chosen_by) < _share(RATE)
+    chosen = lowbias32(row_keys[:, None] ^ chosen_by) < np.uint64(round(rate * 2**32))  # up to 2**32, which is all
     chosen &= tokens >= FIRST_ORDINARY_ID
     row, column = np.nonzero(chosen)
     targets = tokens[row, column].astype(np.int64)

@@ -97,7 +97,7 @@ class Start:
 
     def __init__(self, config: FineTuneConfig):
         """Raises ValueError where there is no such model, or its tokenizer is another's."""
-        self.config, self.encoder = config, None
+        self.config, self.trained = config, None
         source, _, preset = config.model.partition(":")
         if source == "random":
             if preset not in PRESETS:
@@ -120,13 +120,13 @@ class Start:
             if config.tokenizer:
                 raise ValueError("--tokenizer is for random:PRESET; a run has its own")
             trained = open_run(config.model)
-            self.encoder, self.tokenizer = trained.model.encoder, trained.tokenizer
+            self.trained, self.tokenizer = trained.model, trained.tokenizer
             self.model_config = trained.model.config
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
         model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
-        if self.encoder is not None:
-            model.encoder.load_state_dict(self.encoder.state_dict())
+        if self.trained is not None:
+            model.start_from(self.trained)
         network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)
         return fit(network, data, self.config, seed, score)
 

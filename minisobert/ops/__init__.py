@@ -12,6 +12,8 @@ from minisobert.ops.cross_entropy import (
     cross_entropy_reference,
 )
 from minisobert.ops.dropout import Dropout, drop, drop_reference
+from minisobert.ops.gated_gelu import gated_gelu, gated_gelu_reference
+from minisobert.ops.rotary import rotary, rotary_reference, rotation
 
 __all__ = [
     "Documents",
@@ -30,4 +32,9 @@ __all__ = [
     "cross_entropy_reference",
     "drop",
     "drop_reference",
+    "gated_gelu",
+    "gated_gelu_reference",
+    "rotary",
+    "rotary_reference",
+    "rotation",
 ]

@@ -22,27 +22,28 @@ from minisobert.ops.dropout import Dropout, drop_reference
 
 def add_norm_reference(
     branch: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    residual = residual + drop_reference(branch + bias, dropout)
+    residual = residual + drop_reference(branch if bias is None else branch + bias, dropout)
     return residual, F.layer_norm(residual, weight.shape, weight, norm_bias, eps)
 
 
 def add_norm(
     branch: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """branch, residual: (T, h); bias (of the linear that made the branch), weight, norm_bias: (h,).
+    The biases may be None.
 
     Returns the new residual and its normal form, both (T, h). Raises ValueError on other shapes.
     """
@@ -51,7 +52,7 @@ def add_norm(
             f"branch is {tuple(branch.shape)}, residual {tuple(residual.shape)}; both must be (tokens, hidden)"
         )
     for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
-        if vector.shape != branch.shape[1:]:
+        if vector is not None and vector.shape != branch.shape[1:]:
             raise ValueError(f"{name} is {tuple(vector.shape)}; it must be ({branch.shape[1]},), the width of branch")
     implementation = add_norm_reference
     if dispatch.takes_kernel(branch):

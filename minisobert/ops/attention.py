@@ -1,4 +1,5 @@
-"""Attention over packed documents: every token sees all tokens of its own document and no others.
+"""Attention over packed documents: every token sees all tokens of its own document, or those that are at most a window
+away, and no others.
 
 For one head, with s = 1/sqrt(d), and each document by itself (keep is a dropout mask, or 1):
 
@@ -9,7 +10,8 @@ For one head, with s = 1/sqrt(d), and each document by itself (keep is a dropout
                 dQ = s dS K                        dK = s dSᵀ Q
 
 Vaswani et al. 2017; the backward form with D is FlashAttention's (Dao et al. 2022, appendix B.2).
-Dimensions: T tokens, H heads, d head width, D documents.
+A window w leaves of P the band |i - j| <= w (Beltagy et al. 2020): Σ n min(n, 2w + 1) scores and not Σ n².
+Dimensions: T tokens, H heads, d head width, D documents, n tokens of one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from minisobert.ops import dispatch
 from minisobert.ops.dropout import Dropout
 
 BLOCK = 1 << 20  # probabilities at a time, 4 MB in fp32
+LEAST_BLOCK = 64  # queries of a block where there is a window: fewer are slower, more waste products on what none sees
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,17 @@ class Documents:
         return int(self.bounds[-1])
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None = None):
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+):
     """Plain PyTorch, document by document: memory and time go with the documents' own sizes, never with T × T."""
+    if window is not None:
+        return _windowed(q, k, v, documents, dropout, window)
     lengths = documents.bounds.diff().tolist()
     # split, not slices: its backward is one concatenation, where a slice's fills T × H × d with zeros per document
     parts = [[x.transpose(0, 1) for x in xs] for xs in zip(*(x.split(lengths) for x in (q, k, v)))]  # (H, n, d) each
@@ -92,10 +104,55 @@ def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, r
     return torch.cat(outputs, 1) * dropout.scale
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None = None) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None, window: int) -> Tensor:
+    """All documents at once, cut into blocks of at least the window, so that a query sees keys of its own block and of
+    the two beside it alone."""
+    tokens, heads, d = q.shape
+    block = min(max(window, LEAST_BLOCK), tokens)
+    blocks = -(-tokens // block)
+    spare = blocks * block - tokens
+
+    def cut(x: Tensor) -> Tensor:
+        """(T, H, …) → (blocks, H, block, …), zeros behind the last token."""
+        padded = torch.cat([x, x.new_zeros(spare, *x.shape[1:])]) if spare else x
+        return padded.unflatten(0, (blocks, block)).transpose(1, 2)
+
+    def around(x: Tensor) -> Tensor:
+        """(blocks, H, block, …) → (blocks, H, 3 block, …): the block before, its own and the one behind."""
+        none = torch.zeros_like(x[:1])
+        return torch.cat([torch.cat([none, x[:-1]]), x, torch.cat([x[1:], none])], 2)
+
+    query = torch.arange(blocks * block, device=q.device)
+    # a query behind the last token sees itself, since a softmax of nothing would be NaN, in its gradient too
+    start, stop = (torch.cat([bound, query[tokens:] + i]) for i, bound in enumerate((documents.start, documents.stop)))
+    first, last = torch.maximum(start, query - window), torch.minimum(stop, query + window + 1)
+    key = query.view(blocks, 1, block)[:, :, :1] - block + torch.arange(3 * block, device=q.device)
+    seen = (key >= first.view(blocks, block, 1)) & (key < last.view(blocks, block, 1))
+    seen = seen[:, None]  # (blocks, 1, block, 3 block)
+    q, k, v = cut(q), around(cut(k)), around(cut(v))
+    if dropout is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    else:
+        rows = cut(dropout.row_hash(0, tokens)[:, None, None])
+        keys = around(cut(dropout.key_hash(heads, 0, tokens).T[:, :, None])).transpose(2, 3)
+        scores = q @ k.transpose(2, 3) * d**-0.5
+        probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out = (probabilities * dropout.keeps(rows, keys).to(v.dtype)) @ v * dropout.scale
+    return out.transpose(1, 2).flatten(0, 1)[:tokens]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides
     (but on a GPU the last is 1).
 
+    window: how far from a query the keys may be that it sees, to either side; None: as far as its document goes.
     dropout drops elements of the probabilities, by (query token, head, key token). Raises ValueError on other shapes.
     """
     if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
@@ -103,9 +160,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
         raise ValueError(f"q, k, v have the shapes {shapes}; all must be the same (tokens, heads, head width)")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be of one floating dtype")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
     if len(q) != documents.tokens:
         raise ValueError(f"q has {len(q):,} tokens, documents {documents.tokens:,}; they must be of the same tokens")
     implementation = attention_reference
     if dispatch.takes_kernel(q):
         from minisobert.ops.kernels.attention import attention as implementation
-    return implementation(q, k, v, documents, dropout)
+    return implementation(q, k, v, documents, dropout, window)

@@ -17,16 +17,18 @@ from minisobert.ops import dispatch
 FORMS = ("erf", "tanh")
 
 
-def bias_gelu_reference(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
-    return F.gelu(x + bias, approximate="tanh" if form == "tanh" else "none")
+def bias_gelu_reference(x: Tensor, bias: Tensor | None, form: str = "erf") -> Tensor:
+    x = x if bias is None else x + bias
+    return F.gelu(x, approximate="tanh" if form == "tanh" else "none")
 
 
-def bias_gelu(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
-    """x: (T, n), bias: (n,), form: "erf" or "tanh". Returns (T, n). Raises ValueError on anything else."""
+def bias_gelu(x: Tensor, bias: Tensor | None, form: str = "erf") -> Tensor:
+    """x: (T, n), bias: (n,) or None, form: "erf" or "tanh". Returns (T, n). Raises ValueError on anything else."""
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
-    if x.dim() != 2 or bias.shape != x.shape[1:]:
-        raise ValueError(f"x is {tuple(x.shape)}, bias {tuple(bias.shape)}; they must be (tokens, n) and (n,)")
+    if x.dim() != 2 or (bias is not None and bias.shape != x.shape[1:]):
+        shape = bias if bias is None else tuple(bias.shape)
+        raise ValueError(f"x is {tuple(x.shape)}, bias {shape}; they must be (tokens, n) and (n,)")
     implementation = bias_gelu_reference
     if dispatch.takes_kernel(x):
         from minisobert.ops.kernels.bias_gelu import bias_gelu as implementation

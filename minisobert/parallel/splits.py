@@ -1,11 +1,13 @@
 """Which parameters are split over tensor-parallel ranks, and along which dimension: one table.
 
     column   W (out, in) and its bias by outputs      each rank makes some of the outputs
+    gated    W (2 out, in) likewise, each half        each rank makes the same outputs of either half
     row      W (out, in) by inputs, bias whole        each rank makes a part of the sum in every output
     vocab    by vocabulary entries                    each rank has some of the words
 
 A column layer followed by a row layer needs no communication between them: what one rank's slice of the first makes is
-what its slice of the second takes. Attention heads (of qkv) and MLP features (of ffn_input) are split so.
+what its slice of the second takes. Attention heads (of qkv) and MLP features (of ffn_input, and of either half of
+gated_ffn_input) are split so.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ SPLITS = {
     r"encoder\.blocks\.\d+\.qkv": "column",
     r"encoder\.blocks\.\d+\.attention_output": "row",
     r"encoder\.blocks\.\d+\.ffn_input": "column",
+    r"encoder\.blocks\.\d+\.gated_ffn_input": "gated",
     r"encoder\.blocks\.\d+\.ffn_output": "row",
     r"mlm_head\.decoder": "vocab",
 }
 # With sequence parallelism these see the tokens of their rank alone: their gradients are summed over the ranks. (A row
 # layer's bias is added after the reduction, to those tokens.)
 BY_TOKENS = (
-    r"encoder\.embeddings\.(position|token_type)\..*|encoder\.blocks\.\d+\.(attention|ffn)_norm\..*"
+    r"encoder\.embeddings\.(position|token_type|norm)\..*|encoder\.blocks\.\d+\.(attention|ffn)_norm\..*"
     r"|encoder\.final_norm\..*|encoder\.blocks\.\d+\.(attention|ffn)_output\.bias"
 )
 
@@ -51,8 +54,10 @@ def summed_over_tokens(parameter: str) -> bool:
 
 
 def slice_of(parameter: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """What one of `ranks` tensor-parallel ranks has of a parameter, a view."""
+    """What one of `ranks` tensor-parallel ranks has of a parameter; a view, but of a gated one."""
     dimension = split_dimension(parameter)
+    if kind(parameter.rpartition(".")[0]) == "gated":
+        return whole.unflatten(0, (2, -1)).chunk(ranks, 1)[rank].flatten(0, 1)
     return whole if dimension is None else whole.chunk(ranks, dimension)[rank]
 
 
@@ -69,11 +74,12 @@ def contiguous_runs(
 
     Yields runs of neighbours: (first in the whole, first among the `count`, how many).
     """
-    if split_dimension(parameter) != 1:
+    is_gated = kind(parameter.rpartition(".")[0]) == "gated"
+    if split_dimension(parameter) != 1 and not is_gated:
         before = rank * math.prod(shape) if split_dimension(parameter) == 0 else 0
         yield before + first, 0, count
         return
-    width = shape[1]  # a rank's part of every row
+    width = math.prod(shape) // 2 if is_gated else shape[1]  # a rank's part of every half, or of every row
     for row in range(first // width, -(-(first + count) // width)):
         start, stop = max(first, row * width), min(first + count, (row + 1) * width)
         yield (row * (ranks - 1) + rank) * width + start, start - first, stop - start

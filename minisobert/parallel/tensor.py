@@ -69,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.mesh, self.by_tokens = mesh, by_tokens
         self.adds_bias = not isinstance(whole, Linear)
-        self.weight, self.bias = own["weight"], own["bias"]
+        self.weight, self.bias = own["weight"], own.get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.adds_bias else None
@@ -82,7 +82,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, whole: Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh, self.reduce = mesh, reduce_scatter_to_sequence_parallel if by_tokens else reduce_from_tensor_parallel
-        self.weight, self.bias = own["weight"], own["bias"]
+        self.weight, self.bias = own["weight"], own.get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduce(F.linear(x, self.weight), self.mesh)
@@ -122,6 +122,7 @@ class VocabularyParallelDecoder(nn.Module):
 PARALLEL = {
     ("column", nn.Linear): ColumnParallelLinear,
     ("column", Linear): ColumnParallelLinear,
+    ("gated", Linear): ColumnParallelLinear,
     ("row", Linear): RowParallelLinear,
     ("vocab", nn.Embedding): VocabularyParallelEmbedding,
     ("vocab", Decoder): VocabularyParallelDecoder,
@@ -147,8 +148,10 @@ def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> Maske
             split = PARALLEL[kind, type(module)](module, own, mesh, sequence_parallel)
             setattr(model.get_submodule(parent), child, split)
     if sequence_parallel:
-        # positions are looked up for the rank's own tokens; what the encoder returns goes to a head on every rank
-        model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
+        # a table of positions is read for the rank's own tokens, while rotary positions turn its own heads' queries and
+        # keys of all tokens; what the encoder returns goes to a head on every rank
+        if hasattr(model.encoder.embeddings, "position"):
+            model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
         model.encoder.register_forward_hook(lambda _, args, hidden: gather_from_sequence_parallel(hidden, mesh))
     return model
 

@@ -14,15 +14,16 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minisobert.config import ModelConfig
-from minisobert.corpus.masking import RATE
+from minisobert.corpus.masking import EVALUATION_RATE
 from minisobert.model import MaskedLM
 from minisobert.parallel import splits
 from minisobert.parallel.data import lay_out
 from minisobert.training.loop import Tally
-from minisobert.training.meter import training_flops
+from minisobert.training.meter import attention_pairs, training_flops
 
 FP32, FP64, INT64 = 4, 8, 8  # bytes
 
@@ -52,7 +53,7 @@ class Layout:
     @property
     def masked(self) -> int:
         """Of these, expected: 15 %, were there no special tokens and no padding, which are never masked."""
-        return round(RATE * self.tokens)
+        return round(EVALUATION_RATE * self.tokens)
 
     @property
     def element(self) -> int:
@@ -243,6 +244,6 @@ def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
     return sum(sent) * (n - 1) // n
 
 
-def flops_per_token(model: ModelConfig, attended: float) -> float:
-    """Of training. attended: tokens that a token attends to, Σ n² / Σ n over documents of n tokens; at most a row."""
-    return training_flops(model, 1, attended, RATE)
+def flops_per_token(model: ModelConfig, length: int, masked: float = EVALUATION_RATE) -> float:
+    """Of training on documents of `length` tokens. masked: the share that goes through the head."""
+    return training_flops(model, 1, attention_pairs(model, np.array([length])) / length, masked)

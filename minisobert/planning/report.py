@@ -12,7 +12,7 @@ from minisobert.cli import nearest, words
 from minisobert.config import PRESETS, ModelConfig, TrainConfig
 from minisobert.parallel.mesh import check_layout, tensor_parallel_sizes
 from minisobert.planning.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
-from minisobert.training.meter import CHIPS, dollars, training_flops
+from minisobert.training.meter import CHIPS, dollars
 
 RESERVED = 2 * 10**9  # bytes of a GPU, for what `forecast.memory` leaves out
 MOST_ROWS = 16  # of a micro-batch: its matrix products fill any GPU, and larger ones take memory alone
@@ -25,17 +25,17 @@ COLUMNS = {
 
 
 def hours(
-    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, attended: float | None = None
+    model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, length: int | None = None
 ) -> float:
-    """Of the whole run. flops: per second and GPU; mfu: the fraction of them that training uses; attended: see
-    `flops_per_token`, by default a whole row.
+    """Of the whole run. flops: per second and GPU; mfu: the fraction of them that training uses; length: of the
+    documents, by default a whole row.
 
     Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
     """
-    attended = attended or config.row_tokens
-    again = training_flops(model, 1, attended, 0) / 3 if layout.recompute else 0
+    length = length or config.row_tokens
+    again = flops_per_token(model, length, masked=0) / 3 if layout.recompute else 0
     tokens = sum(size for _, size in config.batch_sizes())
-    return tokens * (flops_per_token(model, attended) + again) / (layout.gpus * flops * mfu) / 3600
+    return tokens * (flops_per_token(model, length) + again) / (layout.gpus * flops * mfu) / 3600
 
 
 def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int) -> list[Layout]:

@@ -39,7 +39,7 @@ class Tally(NamedTuple):
 
     masked: int = 0  # tokens to guess
     real_tokens: int = 0  # all but padding
-    attention_pairs: int = 0  # (query, key) pairs: the sum of the documents' squared lengths
+    attention_pairs: int = 0  # (query, key) pairs that see each other, of all layers together
     signals: int = 0  # the number of the signal that asked this process to stop, or 0
     stopping: int = 0  # 1 where there was one
     written: int = 0  # 1 where this process has written its part of a checkpoint
@@ -85,7 +85,7 @@ def train_step(
         loss_sum += loss.detach()
         masked += len(batch.targets)
         real_tokens += batch.real_tokens
-        attention_pairs += batch.attention_pairs
+        attention_pairs += meter.attention_pairs(model.config, batch.lengths)
 
     # The hosts know these numbers without having waited for a device. The ranks of a tensor group read the same rows,
     # and each of them counts them
@@ -97,8 +97,9 @@ def train_step(
 
     tokens = progress.schedule_tokens + step.tokens
     rate = learning_rate(
-        tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction
-    )
+        tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction,
+        config.decay_fraction if config.schedule == "wsd" else None,
+    )  # fmt: skip
     norm, applied = optimizer.step(rate, divisor, config.clip)
     progress.step += 1
     progress.consumed_tokens += step.tokens
@@ -238,11 +239,12 @@ def train(
     return stopped
 
 
-def _share(steps: Iterable[Step], config: TrainConfig, mesh: Mesh) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of each of this rank's micro-batches."""
+def _share(steps: Iterable[Step], config: TrainConfig, mesh: Mesh) -> Iterator[tuple[int, int, float]]:
+    """(first row, rows, mask rate) of each of this rank's micro-batches."""
     for step in steps:
         last = step.first_row + step.rows
-        yield from spans(step.first_row, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
+        for span in spans(step.first_row, last, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel):
+            yield *span, step.mask_rate
 
 
 class StopSignals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minisobert.config import ModelConfig
@@ -30,16 +31,29 @@ CHIPS = {
 }
 
 
+def attention_pairs(config: ModelConfig, lengths: np.ndarray) -> int:
+    """(query, key) pairs that see each other in documents of these lengths, of all layers together: n² of a document of
+    n tokens, or with a window what the band leaves of that."""
+    windows = [config.window_of(layer) for layer in range(config.layers)]
+    return sum(windows.count(window) * _pairs(lengths, window) for window in set(windows))
+
+
+def _pairs(lengths: np.ndarray, window: int | None) -> int:
+    n = lengths.astype(np.int64)
+    w = n - 1 if window is None else np.minimum(n - 1, window)
+    return int((n * (2 * w + 1) - w * (w + 1)).sum())
+
+
 def training_flops(config: ModelConfig, tokens: int, attention_pairs: int, masked: int) -> float:
     """Multiplications and additions of the matrix products of one forward and backward pass, recomputation not counted.
 
-    tokens: real ones; attention_pairs: Σ n² over the documents, of n tokens; masked: tokens through the head.
+    tokens: real ones; attention_pairs: of all layers; masked: tokens through the head.
     A product with an (m, n) matrix takes 2mn per token forward, and twice that backward (Kaplan et al. 2020).
     """
     h, f = config.hidden, config.ffn
-    per_layer = tokens * 2 * (4 * h * h + 2 * h * f) + attention_pairs * 2 * 2 * h
+    of_layer = tokens * 2 * (4 * h * h + (3 if config.is_modern else 2) * h * f)
     head = masked * 2 * (h * h + h * config.vocabulary)
-    return 3.0 * (config.layers * per_layer + head)
+    return 3.0 * (config.layers * of_layer + attention_pairs * 2 * 2 * h + head)
 
 
 def peak_flops(device: torch.device) -> float | None:

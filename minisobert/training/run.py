@@ -75,9 +75,9 @@ class Run:
     def _identity_of(self, path: Path) -> dict:
         """The run that a checkpoint is of. A field that is newer than the checkpoint had its default."""
         run = checkpoint.read_state(path)["run"]
-        for part, config in (("train", TrainConfig), ("model", ModelConfig)):
-            defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in self.identity[part]}
-            run[part] = {**defaults, **run.get(part, {})}
+        defaults = dataclasses.asdict(TrainConfig(preset=run["train"]["preset"]))
+        run["train"] = {**{name: defaults[name] for name in self.identity["train"]}, **run["train"]}
+        run["model"] = {**{f.name: f.default for f in dataclasses.fields(ModelConfig)}, **run.get("model", {})}
         return run
 
     def _is_ours(self) -> bool:

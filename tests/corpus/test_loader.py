@@ -58,7 +58,7 @@ def test_positions_restart_in_every_document_and_rows_are_full_width(rows):
     assert (batch.positions.numpy() == expected).all()
     real = [n for n, first in zip(batch.documents.bounds.diff().tolist(), batch.documents.bounds) if
             batch.tokens[first] != PAD]  # fmt: skip
-    assert batch.real_tokens == sum(real) and batch.attention_pairs == sum(n * n for n in real)
+    assert batch.real_tokens == sum(real) and batch.lengths.tolist() == real
 
 
 def same(a, b) -> bool:
@@ -118,8 +118,7 @@ def test_an_error_in_the_background_reaches_the_reader(rows):
         list(prefetch(rows, [(0, -1)], CPU))
 
 
-def test_the_example_of_micro_batch_is_what_it_makes(monkeypatch):
-    monkeypatch.setattr("minisobert.corpus.masking.RATE", 0.0)
+def test_the_example_of_micro_batch_is_what_it_makes():
     a, b, c, d, e = ids = np.arange(5) + FIRST_ORDINARY_ID
     tokens = np.zeros(75, np.uint16)
     tokens[[70, 71, 72, 20, 21]] = ids
@@ -128,8 +127,8 @@ def test_the_example_of_micro_batch_is_what_it_makes(monkeypatch):
     two = rows.packing.chunk_start != 22  # the two documents of the example, without what lies between them
     rows.packing.chunk_start, rows.packing.chunk_length = rows.packing.chunk_start[two], rows.packing.chunk_length[two]
     rows.packing._starts, rows.packing._slots = np.array([0, 2]), np.array([1, 0])  # the longer one first
-    batch = rows.micro_batch(0, 1)
+    batch = rows.micro_batch(0, 1, mask_rate=0.0)
     assert batch.tokens.tolist() == [CLS, a, b, c, SEP, CLS, d, e, SEP, PAD]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0]
     assert batch.documents.bounds.tolist() == [0, 5, 9, 10]
-    assert (batch.real_tokens, batch.attention_pairs) == (9, 5 * 5 + 4 * 4)
+    assert (batch.real_tokens, batch.lengths.tolist()) == (9, [5, 4])

@@ -63,7 +63,7 @@ def packed(batch: megatron.MicroBatch, first_row: int) -> MicroBatch:
     return MicroBatch(
         batch.tokens[real], torch.cat([torch.arange(n) for n in lengths]),
         Documents.from_bounds([0, *batch.lengths.cumsum(0).tolist()]), masked, batch.labels[real][masked],
-        real_tokens=sum(lengths), attention_pairs=sum(n * n for n in lengths), first_row=first_row,
+        lengths=batch.lengths.numpy(), first_row=first_row,
     )  # fmt: skip
 
 

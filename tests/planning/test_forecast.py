@@ -235,7 +235,7 @@ def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts():
         step = Step(layout, 0.1, bounds=(0,))  # with dropout attention is matrix products, which the profiler knows
         with FlopCounterMode(display=False) as counter:
             step.loss().backward()
-        seconds = 3600 * planning.hours(SMALL, config, layout, flops=1e9, mfu=0.5, attended=40)
+        seconds = 3600 * planning.hours(SMALL, config, layout, flops=1e9, mfu=0.5, length=40)
         assert seconds == pytest.approx(100 * counter.get_total_flops() / 0.5e9)
     assert planning.hours(SMALL, config, Layout(4, 2), 1e9, 0.5) == pytest.approx(
         planning.hours(SMALL, config, Layout(), 1e9, 0.5) / 8

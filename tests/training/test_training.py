@@ -12,6 +12,7 @@ import threading
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -371,7 +372,7 @@ def test_flops_are_those_that_the_profiler_of_torch_counts():
     with FlopCounterMode(display=False) as counter:
         logits = model(torch.ones(40, dtype=torch.int64), torch.arange(40), documents, masked, dropout)
         cross_entropy(logits, masked).sum().backward()
-    ours = meter.training_flops(config, 40, sum(n * n for n in lengths), len(masked))
+    ours = meter.training_flops(config, 40, meter.attention_pairs(config, np.array(lengths)), len(masked))
     assert ours == counter.get_total_flops()
 
 

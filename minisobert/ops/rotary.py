@@ -1,0 +1,52 @@
+"""Rotary positions: queries and keys are turned by angles that grow with their positions (Su et al. 2021).
+
+The two halves of a head are pairs (a_i, b_i), i < d/2, each turned in its plane by an angle of its own speed:
+
+    angle   θ(t, i) = t base^(-2i/d)
+    forward     a' = a cos θ - b sin θ              b' = b cos θ + a sin θ
+    backward    da = da' cos θ + db' sin θ          db = db' cos θ - da' sin θ        (the inverse rotation)
+
+so that q·k depends on how far the two tokens are apart and not on where they stand (`docs/rotary.md`). The form with
+halves, and not with neighbouring features, is that of Hugging Face's models. Values pass through.
+
+Dimensions: T tokens, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minisobert.ops import dispatch
+
+
+def rotation(positions: Tensor, width: int, base: float) -> Tensor:
+    """(2, T, width / 2) fp32: cos and sin of the angles. positions: (T,) integers, 0 at the start of each document."""
+    # in fp32 as released models were trained: at position 2,048 rounding has moved an angle by up to 1e-4
+    speeds = base ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[:, None].float() * speeds
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotary_reference(qkv: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation[:, :, None, None]  # (T, 1, 1, d/2) each
+    a, b = qkv[:, :, :2].chunk(2, -1)  # (T, H, 2, d/2) each
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(qkv.dtype)
+    return torch.cat([turned, qkv[:, :, 2:]], 2)
+
+
+def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """Turns q and k. qkv: (T, H, 3, d), of one floating dtype; rotation: (2, T, d/2), by `rotation`.
+
+    Returns (T, H, 3, d); on a GPU it is the memory of qkv. Raises ValueError on other shapes.
+    """
+    tokens, _, three, width = qkv.shape if qkv.dim() == 4 else (0, 0, 0, 0)
+    if three != 3 or width % 2 or rotation.shape != (2, tokens, width // 2):
+        raise ValueError(
+            f"qkv is {tuple(qkv.shape)}, rotation {tuple(rotation.shape)}; they must be (tokens, heads, 3, an even "
+            "head width) and (2, tokens, half the head width)"
+        )
+    implementation = rotary_reference
+    if dispatch.takes_kernel(qkv):
+        from minisobert.ops.kernels.rotary import rotary as implementation
+    return implementation(qkv, rotation)
