@@ -72,10 +72,13 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     parameters = sum(p.numel() for p in model.parameters())
     model = tensor.shard(model, mesh, config.sequence_parallel).to(mesh.device)
     model.encoder.recompute = config.recompute
+    if config.precision == "bf16-products":
+        torch.set_float32_matmul_precision("medium")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and mesh.device.type == "cuda")
     optimizer = Optimizer(
         model, torch.bfloat16 if bf16 else torch.float32, (config.beta1, config.beta2), config.weight_decay, mesh,
         sharded=config.shard_optimizer, sequence_parallel=config.sequence_parallel,
+        momentum=config.muon_momentum if config.optimizer == "muon" else None,
     )  # fmt: skip
     progress = run.restore(optimizer, mesh)
 
@@ -83,7 +86,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     run.begin(progress.step, mesh)
     if mesh.is_first:
         print(
-            f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else 'fp32'}, {mesh.data_parallel} × "
+            f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else config.precision.replace('auto', 'fp32')}, {mesh.data_parallel} × "
             f"{mesh.tensor_parallel} {mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"

@@ -20,7 +20,7 @@ its share of the optimizer state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -149,11 +149,17 @@ class Gradients:
 
     def gather_parameters(self) -> None:
         """Puts the parameters together again of which each rank has new values for its shares."""
-        weights, mesh = self.flat.weights, self.mesh
-        works = []
-        for bucket in self.flat.buckets if self.sharded and mesh.data_parallel > 1 else ():
-            own = weights[bucket.share(mesh.data_rank, mesh.data_parallel)]
-            whole = weights[bucket.start : bucket.stop]
+        self._gather(self.flat.weights, self.flat.buckets)
+
+    def gather(self, wanted: Callable[[str], bool]) -> None:
+        """Puts together the buckets of gradients that hold a wanted parameter, of which each rank has its shares."""
+        self._gather(self.flat.gradients, [b for b in self.flat.buckets if any(map(wanted, b.names))])
+
+    def _gather(self, buffer: Tensor, buckets: list[Bucket]) -> None:
+        mesh, works = self.mesh, []
+        for bucket in buckets if self.sharded and mesh.data_parallel > 1 else ():
+            own = buffer[bucket.share(mesh.data_rank, mesh.data_parallel)]
+            whole = buffer[bucket.start : bucket.stop]
             works.append(all_gather_into(whole, own, group=mesh.data_group, async_op=True))
         for work in works:
             work.wait()

@@ -96,11 +96,14 @@ def train_step(
     divisor = max(divisor, 1)  # nothing to guess in a whole batch: loss and gradient are 0
 
     tokens = progress.schedule_tokens + step.tokens
-    rate = learning_rate(
-        tokens, config.train_tokens, config.learning_rate, config.warmup_fraction, config.final_learning_rate_fraction,
-        config.decay_fraction if config.schedule == "wsd" else None,
+    rate, muon_rate = (
+        learning_rate(
+            tokens, config.train_tokens, peak, config.warmup_fraction, config.final_learning_rate_fraction,
+            config.decay_fraction if config.schedule == "wsd" else None,
+        )
+        for peak in (config.learning_rate, config.muon_learning_rate)
     )  # fmt: skip
-    norm, applied = optimizer.step(rate, divisor, config.clip)
+    norm, applied = optimizer.step(rate, divisor, config.clip, muon_rate)
     progress.step += 1
     progress.consumed_tokens += step.tokens
     progress.schedule_tokens = tokens if applied else progress.schedule_tokens

@@ -1,11 +1,16 @@
-"""AdamW on fp32 master weights of what this rank owns: everything, or with a sharded optimizer a share of every bucket.
+"""AdamW, or Muon and AdamW, on fp32 master weights of what this rank owns: everything, or a share of every bucket.
 
 In fp32 the masters are the parameters themselves. In bf16 they are copies, because a step of 1e-4 on a weight of 0.02
 is lost in bf16's 8 bits; after every step the parameters are set to the rounded masters.
+
+Muon needs whole matrices, and a share ends anywhere. So the gradients' buffer, of which every rank has all, is where
+shares of the momentum come together and where a rank orthogonalises the matrices of which it owns some part: with a
+sharded optimizer the ranks divide that work between them, and no state is kept twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +19,11 @@ from torch import Tensor, nn
 from minisobert.parallel import splits
 from minisobert.parallel.data import FlatParameters, Gradients, OverlappedGradients
 from minisobert.parallel.mesh import Mesh
+from minisobert.training import muon
 from minisobert.training.checkpoint import FILES, Slice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WORKSPACE = 1 << 24  # elements of the matrices that are orthogonalised together
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Part:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, not on biases and layer norms.
+    """AdamW (Loshchilov and Hutter 2019), and with a momentum Muon for what `muon.is_matrix` says.
+
+    Weight decay is on matrices alone, not on biases and layer norms.
 
     gradients: where backward passes add to, until `step` sums them over ranks, scales, applies and zeroes them.
     """
@@ -46,8 +55,10 @@ class Optimizer:
         sharded: bool = False,
         sequence_parallel: bool = False,
         eps: float = 1e-8,
+        momentum: float | None = None,
     ):
-        """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were."""
+        """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were.
+        momentum: Muon's; None: AdamW for all parameters."""
         self.mesh, self.sharded = mesh or Mesh(), sharded
         self.flat = flat = FlatParameters(model, dtype, self.mesh, sequence_parallel)
         owned = list(flat.owned(self.mesh.data_rank, self.mesh.data_parallel) if sharded else flat.owned(0, 1))
@@ -61,16 +72,20 @@ class Optimizer:
         kind = OverlappedGradients if self.mesh.world > 1 else Gradients
         self.gradients = kind(flat, self.mesh, sharded)
 
-        decays = [flat.parameters[part.name].dim() > 1 for part in self.parts]
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.config = getattr(model, "config", None)
+        of_adam = [part for part in self.parts if not self._is_muons(part.name)]
         groups = [
-            {"params": [p.master for p, d in zip(self.parts, decays) if d == wanted], "weight_decay": decay}
-            for wanted, decay in ((True, weight_decay), (False, 0.0))
+            {"params": [p.master for p in of_adam if (flat.parameters[p.name].dim() > 1) == d], "weight_decay": decay}
+            for d, decay in ((True, weight_decay), (False, 0.0))
         ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.state: dict[Tensor, dict[str, Tensor]] = self.adam.state
         for part in self.parts:
             part.master.grad = flat.gradients[part.place]
-            moments = {name: torch.zeros_like(part.master) for name in MOMENTS}
-            self.adam.state[part.master] = {"step": torch.zeros((), device=part.master.device), **moments}
+            self.state[part.master] = {name: torch.zeros_like(part.master) for name in self._moments(part.name)}
+        for part in of_adam:
+            self.state[part.master]["step"] = torch.zeros((), device=part.master.device)
         # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so
         # that the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel
         # where the optimizer is not sharded
@@ -80,6 +95,13 @@ class Optimizer:
         if not sharded:
             self._weights /= self.mesh.data_parallel
 
+    def _is_muons(self, name: str) -> bool:
+        return self.momentum is not None and muon.is_matrix(name)
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        """What is kept of a parameter between steps: Muon has no squares."""
+        return MOMENTS[:1] if self._is_muons(name) else MOMENTS
+
     def norm(self) -> float:
         """Of the summed gradient of the whole model, the same on all ranks."""
         gradients = [part.master.grad for part in self.parts]
@@ -88,7 +110,9 @@ class Optimizer:
         return self.mesh.sum_over_all((norms.square() * self._weights).sum()).sqrt().item()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, count: float, clip: float) -> tuple[float, bool]:
+    def step(
+        self, learning_rate: float, count: float, clip: float, muon_learning_rate: float = 0.0
+    ) -> tuple[float, bool]:
         """Divides the sum of the gradients of all ranks by count, clips its norm and applies it.
 
         Returns (norm before clipping, applied). A gradient that is not finite is not applied: nothing changes on any
@@ -101,10 +125,33 @@ class Optimizer:
             self.flat.gradients *= min(clip / (norm + 1e-6), 1.0) / count
             for group in self.adam.param_groups:
                 group["lr"] = learning_rate
+            self._muon_step(muon_learning_rate)
             self.adam.step()
             self._round_masters()
         self.flat.gradients.zero_()
         return norm, applied
+
+    def _muon_step(self, learning_rate: float) -> None:
+        parts = [part for part in self.parts if self._is_muons(part.name)]
+        if self.momentum is None:
+            return
+        for part in parts:
+            gradient, mean = part.master.grad, self.state[part.master]["exp_avg"]
+            mean.lerp_(gradient, 1 - self.momentum)
+            gradient.lerp_(mean, self.momentum)
+        self.gradients.gather(self._is_muons)
+        # in the order of the parts, which is the same on the ranks of a tensor group: they meet in every iteration
+        whole = {
+            part.name: muon.matrices(part.name, self.flat.gradient(part.name), self.config.head_width) for part in parts
+        }
+        for views in _alike(list(whole.values())):
+            stacked = torch.cat([view.reshape(len(view), -1, view.shape[-1]) for view in views])
+            for view, direction in zip(views, muon.orthogonalise(stacked, self.mesh).split(len(views[0]))):
+                view.copy_(direction.view(view.shape))
+        for part in parts:
+            rows, columns = whole[part.name][0].flatten(0, -2).shape
+            size = muon.AS_ADAMW * max(rows * self.mesh.tensor_parallel, columns) ** 0.5
+            part.master.mul_(1 - learning_rate * self.weight_decay).add_(part.master.grad, alpha=-learning_rate * size)
 
     def not_finite(self) -> list[str | None]:
         """After a step that was not applied: of each rank the first of its own gradients that is not finite."""
@@ -121,14 +168,13 @@ class Optimizer:
                 self.flat.weights[part.place].copy_(part.master)
         self.gradients.gather_parameters()
 
-    @staticmethod
-    def checkpoint_names(parameter: str) -> list[tuple[str, str]]:
-        """(file of a checkpoint, name in it) of a parameter's master and its two moments."""
-        return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in MOMENTS)]
+    def checkpoint_names(self, parameter: str) -> list[tuple[str, str]]:
+        """(file of a checkpoint, name in it) of a parameter's master and its moments."""
+        return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in self._moments(parameter))]
 
     def tensors(self, part: Part) -> list[Tensor]:
-        """The same of a part: three tensors, (n,) each."""
-        return [part.master, *(self.adam.state[part.master][moment] for moment in MOMENTS)]
+        """The same of a part: tensors of (n,) each."""
+        return [part.master, *(self.state[part.master][moment] for moment in self._moments(part.name))]
 
     def whole_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """The shape of each unsharded tensor of a checkpoint, by file and name."""
@@ -159,5 +205,18 @@ class Optimizer:
             for (file, name), tensor in zip(self.checkpoint_names(part.name), self.tensors(part)):
                 mine = splits.slice_of(part.name, files[file][name], mesh.tensor_rank, mesh.tensor_parallel)
                 tensor.copy_(mine.flatten()[part.first : part.first + len(tensor)])
-            self.adam.state[part.master]["step"].fill_(steps)
+            if "step" in self.state[part.master]:
+                self.state[part.master]["step"].fill_(steps)
         self._round_masters()
+
+
+def _alike(views: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of matrices of one shape, of at most WORKSPACE elements unless it is one: a product of many is as fast as
+    one large one, and they take one all-reduce."""
+    of_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for view in views:
+        group = of_shape.setdefault(tuple(view.shape), [])
+        group.append(view)
+        if (len(group) + 1) * view.numel() > WORKSPACE:
+            yield of_shape.pop(tuple(view.shape))
+    yield from of_shape.values()
