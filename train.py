@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data, and whether everything fits together: before any process waits for another and anything is written
     meshes.check_launch()
+    meshes.check_precision(config.precision)
     world = meshes.from_torchrun("WORLD_SIZE", 1)
     shards = open_shards(config.data, verify=config.verify)
     model_config = config.model_config(shards.vocab_size)
@@ -72,12 +73,13 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     parameters = sum(p.numel() for p in model.parameters())
     model = tensor.shard(model, mesh, config.sequence_parallel).to(mesh.device)
     model.encoder.recompute = config.recompute
-    if config.precision == "bf16-products":
+    automatic = "bf16" if mesh.device.type == "cuda" else "fp32"
+    precision = automatic if config.precision == "auto" else config.precision
+    if precision == "bf16-products":
         torch.set_float32_matmul_precision("medium")
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and mesh.device.type == "cuda")
     optimizer = Optimizer(
-        model, torch.bfloat16 if bf16 else torch.float32, (config.beta1, config.beta2), config.weight_decay, mesh,
-        sharded=config.shard_optimizer, sequence_parallel=config.sequence_parallel,
+        model, torch.bfloat16 if precision == "bf16" else torch.float32, (config.beta1, config.beta2),
+        config.weight_decay, mesh, sharded=config.shard_optimizer, sequence_parallel=config.sequence_parallel,
         momentum=config.muon_momentum if config.optimizer == "muon" else None,
     )  # fmt: skip
     progress = run.restore(optimizer, mesh)
@@ -86,8 +88,8 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     run.begin(progress.step, mesh)
     if mesh.is_first:
         print(
-            f"{config.preset}: {parameters:,} parameters, {'bf16' if bf16 else config.precision.replace('auto', 'fp32')}, {mesh.data_parallel} × "
-            f"{mesh.tensor_parallel} {mesh.device.type}; "
+            f"{config.preset}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
+            f"{mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"
             + (f"; going on after step {progress.step:,}" if progress.step else ""),

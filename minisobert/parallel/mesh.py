@@ -138,6 +138,15 @@ def check_launch() -> None:
             )
 
 
+def check_precision(precision: str) -> None:
+    """Raises ValueError where the device has no such products."""
+    if precision == "bf16-products":
+        if torch.cuda.is_available():
+            raise ValueError("--precision bf16-products is for CPUs; choose bf16, which GPUs are fastest in")
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ValueError("--precision bf16-products: this CPU has no bf16 instructions; choose fp32")
+
+
 def _divided(model: ModelConfig, world: int, row_tokens: int) -> dict[str, int]:
     """All that tensor parallelism splits; tokens with sequence parallelism, which any layout may add."""
     return {

@@ -1,0 +1,252 @@
+"""What each part of the modern recipe is worth: `python -m benchmarks.recipe --data NAME=SHARDS [NAME=SHARDS …]`.
+
+Trains two-layer models of each arm to the end of its schedule, first one seed at each of RATES times the arm's learning
+rates, then the other SEEDS at the best of them. Losses are those of held-out rows with 15 % masked, whatever training
+masks. A run that is finished is not made again, so an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import RESULTS, machine, parser, shards, show
+from minisobert.cli import flag, table
+from minisobert.config import RECIPES
+from minisobert.corpus.shards import Shards
+from minisobert.plot import moving_mean, pyplot
+from minisobert.training.run import read_metrics
+
+RATES = (0.5, 1.0, 2.0, 4.0)  # times an arm's own
+SEEDS = (1, 2, 3)
+ROW = 2_048  # tokens of a batch too: the most steps that a budget pays for
+# What the demo always gave the paper's model instead of the paper's own: a small model, few tokens, no repetition
+SMALL = {"dropout": 0.0, "warmup_fraction": 0.1, "beta2": 0.98}
+PAPER_RATE, PAPER_MUON = 1e-3, 4e-3  # of AdamW, where the demo had it, and of Muon beside it
+
+
+@dataclass(frozen=True)
+class Arm:
+    """options: of train.py; expected: what was predicted before it first ran."""
+
+    name: str
+    options: dict
+    expected: str
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """AdamW's and Muon's, which are scaled together."""
+        recipe = RECIPES[self.options["preset"]] | self.options
+        return recipe["learning_rate"], recipe["muon_learning_rate"]
+
+
+TINY = {"preset": "tiny", **SMALL, "learning_rate": PAPER_RATE, "muon_learning_rate": PAPER_MUON}
+MODERN = {"preset": "modern-tiny"}
+PAPER = Arm("paper's recipe, own rate", TINY, "")
+BEST = Arm("modern", MODERN, "")
+# From the paper's recipe to the modern one, a part at a time
+STEPS = (
+    PAPER,
+    Arm("+ 30 % masks", {**TINY, "mask_rate": 0.3}, "a little: the plateau is left sooner"),
+    Arm("+ Muon", {**TINY, "mask_rate": 0.3, "optimizer": "muon", "schedule": "wsd",
+                   "final_learning_rate_fraction": 0.0, "learning_rate": 4e-3}, "0.5 nats"),
+    Arm("modern architecture, AdamW", {**MODERN, "optimizer": "adamw"}, "0.5 nats: rotary positions"),
+    BEST,
+)  # fmt: skip
+# The modern recipe without one part, or with another
+WITHOUT = (
+    Arm("15 % masks", {**MODERN, "mask_rate": 0.15}, "0.4 worse"),
+    Arm("masks from 40 to 15 %", {**MODERN, "mask_schedule": "0.4:0.15"}, "no difference"),
+    Arm("no window", {**MODERN, "global_every": 1}, "0.2 worse"),
+    Arm("one rate for both optimizers", {**MODERN, "learning_rate": 8e-3, "muon_learning_rate": 8e-3}, "none"),
+    Arm("linear decay", {**MODERN, "schedule": "linear"}, "0.1 worse"),
+    Arm("no weight decay", {**MODERN, "weight_decay": 0.0}, "none: too few steps"),
+    Arm("dropout 0.1", {**MODERN, "dropout": 0.1}, "0.3 worse"),
+    Arm("two rows a step", {**MODERN, "tokens_per_batch": 2 * ROW}, "0.5 worse: half the steps"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    scale: float  # of the rates
+    seed: int
+    loss: float  # held out, in nats
+    right: float
+    cpu_seconds: float
+
+
+def run(data: Shards, arm: Arm, scale: float, seed: int, tokens: int, out: Path) -> Finished:
+    """One training in a process of its own, with one thread."""
+    adam, muon = arm.rates
+    options = {
+        "tokens_per_batch": ROW, "micro_batch_rows": 1, **arm.options, "learning_rate": adam * scale,
+        "muon_learning_rate": muon * scale, "seed": seed, "train_tokens": tokens, "row_tokens": ROW,
+        "eval_rows": 32, "eval_every_tokens": max(tokens // 10, ROW), "checkpoint_every_tokens": tokens,
+    }  # fmt: skip
+    name = "".join(c if c.isalnum() else "-" for c in f"{arm.name} {tokens} x{scale:g} seed{seed}")
+    folder = out / name
+    done = folder / "finished.json"
+    if not (done.exists() and json.loads(done.read_text())["options"] == options):
+        words = [word for key, value in options.items() for word in (flag(key), str(value))]
+        command = [sys.executable, "train.py", "--data", str(data.folder), "--out", str(folder), "--fresh", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        errors = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise ValueError(f"{' '.join(command)} failed: {errors[-500:]}")
+        for checkpoint in (folder / "checkpoints").glob("*/*"):
+            checkpoint.unlink()  # a hundred runs of 20 MB; their curves are what stays
+        done.write_text(json.dumps({"options": options, "cpu_seconds": usage.ru_utime + usage.ru_stime}))
+    last = read_metrics(folder)[-1]
+    return Finished(
+        folder, scale, seed, last["validation_loss"] or math.inf, last["validation_accuracy"],
+        json.loads(done.read_text())["cpu_seconds"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: Arm
+    tokens: int
+    tried: list[Finished]  # at each rate, with the first seed
+    best: list[Finished]  # with each seed, at the best rate
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(each.loss for each in self.best)
+
+    def cells(self, corpus: Corpus) -> list[str]:
+        deviation = f" ± {statistics.stdev(each.loss for each in self.best):.2f}" if len(self.best) > 1 else ""
+        right = statistics.mean(each.right for each in self.best)
+        return [
+            self.arm.name, f"{self.tokens / 1e6:.2f}", ", ".join(f"{each.loss:.2f}" for each in self.tried),
+            " / ".join(f"{rate * self.best[0].scale:g}" for rate in self.arm.rates), f"{self.loss:.2f}{deviation}",
+            f"{corpus.bits_per_byte(self.loss):.2f}", f"{right:.1%}",
+            f"{statistics.mean(each.cpu_seconds for each in self.best):.0f}", self.arm.expected,
+        ]  # fmt: skip
+
+
+COLUMNS = (
+    "arm", "million positions", "loss at each rate, one seed", "best rates: AdamW / Muon", "held-out loss, nats",
+    "bits per byte", "right", "CPU s", "expected",
+)  # fmt: skip
+
+
+class Corpus:
+    def __init__(self, name: str, data: Shards):
+        self.name, self.data = name, data
+        counts = np.bincount(data.tokens, minlength=data.vocab_size)
+        share = counts[counts > 0] / counts.sum()
+        self.entropy = float(-(share * np.log(share)).sum())
+        held_out = data.validation_documents
+        first, last = data.offsets[held_out.start], data.offsets[held_out.stop]
+        tokenizer = data.tokenizer()
+        texts = (data.tokens[data.offsets[i] : data.offsets[i + 1]] for i in held_out)
+        self.bytes_per_piece = sum(len(tokenizer.decode(ids).encode()) for ids in texts) / (last - first)
+
+    def bits_per_byte(self, nats: float) -> float:
+        return nats / math.log(2) / self.bytes_per_piece
+
+
+def measure(corpus: Corpus, arms: list[tuple[Arm, int]], out: Path, jobs: int) -> list[Result]:
+    """Of each arm, with so many tokens."""
+    with ThreadPoolExecutor(jobs) as pool:
+
+        def submit(arm: Arm, tokens: int, scale: float, seed: int):
+            return pool.submit(run, corpus.data, arm, scale, seed, tokens, out / corpus.name)
+
+        tried = [[submit(arm, tokens, scale, SEEDS[0]) for scale in RATES] for arm, tokens in arms]
+        results = []
+        for (arm, tokens), futures in zip(arms, tried):
+            finished = [future.result() for future in futures]
+            best = min(finished, key=lambda each: each.loss)
+            others = [submit(arm, tokens, best.scale, seed) for seed in SEEDS[1:]]
+            results.append((arm, tokens, finished, best, others))
+        return [Result(a, n, f, [b, *(each.result() for each in o)]) for a, n, f, b, o in results]
+
+
+def draw(results: list[Result], corpus: Corpus, path: Path) -> None:
+    """The curves of one seed at the best rate of each arm, over positions and over CPU seconds."""
+    plt = pyplot()
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for i, result in enumerate(results):
+        run, lines = result.best[0], read_metrics(result.best[0].folder)
+        positions = [line["positions"] for line in lines]
+        held_out = [(n, line["validation_loss"]) for n, line in zip(positions, lines) if "validation_loss" in line]
+        loss = moving_mean([line["loss"] for line in lines], max(len(lines) // 50, 1))
+        label = f"{result.arm.name}, {result.tokens / 1e6:.1f} M"
+        for axes, unit in zip(both, (1e-6, run.cpu_seconds / positions[-1])):
+            axes.plot([n * unit for n in positions], loss, color=f"C{i}", alpha=0.3, linewidth=1)
+            axes.plot([n * unit for n, _ in held_out], [y for _, y in held_out], "o-", color=f"C{i}", markersize=3,
+                      linewidth=1.2, label=label)  # fmt: skip
+    for axes, unit in zip(both, ("million row positions", "CPU seconds, one thread")):
+        axes.axhline(corpus.entropy, color="black", linewidth=1, linestyle=":", label="unigram entropy")
+        axes.set(xlabel=unit)
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel="masked-LM loss (nats): held out; pale: training", title=corpus.name)
+    both[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def named(text: str) -> tuple[str, Shards]:
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SHARDS, as in standard-library=runs/demo/data")
+    return name, shards(folder)
+
+
+def main() -> None:
+    command = parser("recipe", __doc__)
+    command.add_argument("--data", type=named, nargs="+", required=True, metavar="NAME=SHARDS", help="corpora")
+    command.add_argument("--out", type=Path, default=Path("runs/recipe"), metavar="PATH", help="folder of the runs")
+    command.add_argument("--tokens", type=int, default=1_024_000, metavar="N", help="row positions of most arms")
+    command.add_argument(
+        "--long", type=int, default=3_072_000, metavar="N", help="of the paper's recipe, to be reached"
+    )
+    command.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time")
+    command.add_argument("--ablations", action="store_true", help="take parts out of the modern recipe as well")
+    options = command.parse_args()
+    lines = [
+        "# The modern recipe beside the paper's", "",
+        f"`python -m benchmarks.recipe` on {machine('torch', 'numpy')}. Two layers of 128; one row of {ROW:,} "
+        f"positions a step; {len(RATES)} rates for each arm, {len(SEEDS)} seeds at the best: mean ± standard deviation.",
+    ]  # fmt: skip
+    for name, data in options.data:
+        corpus = Corpus(name, data)
+        tenth = options.long // 10 // ROW * ROW
+        race = measure(corpus, [(PAPER, options.long), (BEST, tenth)], options.out, options.jobs)
+        steps = measure(corpus, [(arm, options.tokens) for arm in STEPS], options.out, options.jobs)
+        lines += [
+            "", f"## {name}", "",
+            f"{data.meta['documents']:,} documents, {len(data.tokens):,} pieces, unigram entropy {corpus.entropy:.2f}.",
+            "", f"A tenth of the tokens: {race[1].loss - race[0].loss:+.2f} nats beside the paper's recipe, with "
+            f"{tenth / options.long:.3f} of its positions and "
+            f"{race[1].best[0].cpu_seconds / race[0].best[0].cpu_seconds:.3f} of its CPU seconds.", "",
+            *table(COLUMNS, [result.cells(corpus) for result in (*race, *steps)]),
+        ]  # fmt: skip
+        if options.ablations:
+            without = measure(corpus, [(arm, options.tokens) for arm in WITHOUT], options.out, options.jobs)
+            lines += ["", "The modern recipe with one thing changed:", ""]
+            lines += table(COLUMNS, [result.cells(corpus) for result in (steps[-1], *without)])
+        picture = RESULTS / "recipe" / f"{name}.png" if options.write else options.out / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw([*race, *steps], corpus, picture)
+        lines += ["", f"![loss over positions and seconds](recipe/{name}.png)"]
+    show(lines, "recipe", options.write)
+
+
+if __name__ == "__main__":
+    main()

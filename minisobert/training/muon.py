@@ -1,0 +1,71 @@
+"""Muon (Jordan et al. 2024) for the matrices of the blocks: a step along the orthogonal matrix nearest to the momentum.
+
+    momentum    M ← μ M + (1-μ) G                   U = μ M + (1-μ) G                        (Nesterov)
+    direction   O = U (UᵀU)^(-1/2), nearly          W ← W - rate (0.2 sqrt(max(m, n)) O + decay W)
+
+All singular values of O are about 1: directions that few tokens ask for move as far as those that all ask for.
+An m × n matrix of that kind has elements of sqrt(1 / max(m, n)) on average, and AdamW makes steps of about 0.2: the
+factor makes both as large, so that they can share a rate and a weight decay (Liu et al. 2025, "Moonlight").
+
+O comes from five Newton-Schulz iterations X ← a X + b X XᵀX + c X (XᵀX)², which push singular values in (0, 1] to
+between 0.7 and 1.2. The polynomial is written with the Gram matrix XᵀX of the side that is never split over
+tensor-parallel ranks, h × h for every matrix of a block:
+
+    G = Σ over ranks XᵢᵀXᵢ        Xᵢ ← Xᵢ (a + b G + c G²)
+
+A rank has some rows Xᵢ of X, or of Xᵀ, and one all-reduce of G an iteration makes it work on the whole matrix
+(`docs/muon.md`). The first G also gives the norm: ‖X‖² is its trace.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from minisobert.parallel.mesh import Mesh
+
+MATRICES = r"encoder\.blocks\.\d+\.(qkv|attention_output|ffn_input|gated_ffn_input|ffn_output)\.weight"
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Jordan's, steepest at 0
+AS_ADAMW = 0.2  # root mean square of AdamW's steps, in learning rates
+
+
+def is_matrix(parameter: str) -> bool:
+    """Whether Muon steps the parameter of this dotted name: embeddings, head, norms and biases are AdamW's."""
+    return re.fullmatch(MATRICES, parameter) is not None
+
+
+def matrices(name: str, weight: Tensor, head_width: int) -> Tensor:
+    """A view (k, …, h) of the k matrices in a weight, h the side that no rank splits; rows are what lies between.
+
+    qkv counts as three matrices, one for each of what it makes. As one, queries, keys and values would share singular
+    vectors, though nothing in the model does; as heads, a matrix of d rows could turn at most d directions of h.
+    """
+    layer = name.split(".")[-2]
+    if layer == "qkv":
+        return weight.unflatten(0, (-1, 3, head_width)).transpose(0, 1)  # (3, H, d, h)
+    if layer == "gated_ffn_input":
+        return weight.unflatten(0, (2, -1))  # (2, f, h)
+    return weight.mT[None] if layer.endswith("_output") else weight[None]
+
+
+@torch.no_grad()
+def orthogonalise(x: Tensor, mesh: Mesh) -> Tensor:
+    """(k, m, h) of k matrices, of whose rows this rank has m. Returns the same of the matrices' orthogonal factors.
+
+    fp32 products on a CPU; on a GPU bf16 ones, whose errors are far below what five iterations leave.
+    """
+    a, b, c = COEFFICIENTS
+    gram = mesh.sum_over_slices(_product(x.mT, x))
+    norm_squared = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-30)  # of a matrix of zeros: stays
+    x, gram = x * norm_squared.rsqrt(), gram / norm_squared
+    for i in range(ITERATIONS):
+        if i:
+            gram = mesh.sum_over_slices(_product(x.mT, x))
+        x = a * x + _product(x, b * gram + c * _product(gram, gram))
+    return x
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    return (x.bfloat16() @ y.bfloat16()).float() if x.is_cuda else x @ y
