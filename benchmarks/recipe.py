@@ -222,7 +222,7 @@ def main() -> None:
     lines = [
         "# The modern recipe beside the paper's", "",
         f"`python -m benchmarks.recipe` on {machine('torch', 'numpy')}. Two layers of 128; one row of {ROW:,} "
-        f"positions a step; {len(RATES)} rates for each arm, {len(SEEDS)} seeds at the best: mean ± standard deviation.",
+        f"positions a step; {len(RATES)} rates for each arm, {len(SEEDS)} seeds at the best: mean ± deviation.",
     ]  # fmt: skip
     for name, data in options.data:
         corpus = Corpus(name, data)

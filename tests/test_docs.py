@@ -63,3 +63,15 @@ def test_ring_all_reduce(n):
     ended, sent = code("data-parallel.md")["ring_all_reduce"](buffers)
     check([torch.cat(parts) for parts in ended], [sum(buffers)] * n)
     assert sent == 2 * (n - 1) * 5
+
+
+@pytest.mark.parametrize("rows", [[40], [10, 30], [8, 8, 8, 8, 8]])
+def test_orthogonalising_slices_is_orthogonalising_the_whole(rows):
+    whole = random(sum(rows), 16, seed=0).detach()
+    together = torch.cat(code("muon.md")["orthogonalise_slices"](whole.split(rows)))
+    a, sigma, b = torch.linalg.svd(whole, full_matrices=False)
+    sigma = sigma / whole.norm()
+    for _ in range(5):
+        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    check([together], [a @ sigma.diag() @ b])
+    assert 0.6 < sigma.min() < sigma.max() < 1.25
