@@ -137,7 +137,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     (q, k, v), documents = qkv([0, 192], 1, 64, torch.float16)
     partial, rest = qkv([0, 190], 1, 64, torch.float16)
     expected, expected_partial = attention(q, k, v, documents), attention(*partial, rest)
-    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens: (rows, rows))
+    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens, window: (rows, rows))
     assert torch.equal(attention(q, k, v, documents), expected)
     assert not torch.equal(attention(*partial, rest), expected_partial)
 
