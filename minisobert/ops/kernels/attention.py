@@ -316,7 +316,7 @@ class _Attention(torch.autograd.Function):
                 _hashes[triton.cdiv(tokens, block), heads](
                     rows, keys, key, token_offset, dropout.head_offset, tokens, MOST_TOKENS, block, **options(warps)
                 )
-            grid, meta = _launch(tiles.FORWARD_DROPOUT if threshold else tiles.FORWARD, q, threshold)
+            grid, meta = _launch(tiles.FORWARD_SMALL if threshold or window else tiles.FORWARD, q, threshold)
             scale = math.log2(math.e) / math.sqrt(d)
             _forward[grid](
                 q, k, v, out, lse, start, stop, rows, keys, tokens, window, *_strides(q, k, v, out), scale, rescale,
