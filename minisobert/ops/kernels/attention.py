@@ -81,13 +81,15 @@ def _stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: 
     lo, hi = tl.load(start + first), tl.load(stop + last)
     one_document = tl.load(start + last) == lo
     if window is None:
-        return lo, lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo), hi
-    begin, end = tl.maximum(lo, last - window), tl.minimum(hi, first + window + 1)  # what first and last row both see
-    lo, hi = tl.maximum(lo, first - window), tl.minimum(hi, last + window + 1)
-    full = lo + tl.cdiv(begin - lo, VISITED) * VISITED
-    # without a whole step in the middle all that there is must be the last stretch, the only one that may end in a part
-    some = one_document & (full + VISITED <= end)
-    return lo, tl.where(some, full, lo), tl.where(some, full + (end - full) // VISITED * VISITED, lo), hi
+        full, rest = lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo)
+    else:
+        begin, end = tl.maximum(lo, last - window), tl.minimum(hi, first + window + 1)  # what first and last both see
+        lo, hi = tl.maximum(lo, first - window), tl.minimum(hi, last + window + 1)
+        full = lo + tl.cdiv(begin - lo, VISITED) * VISITED
+        # without a whole step in the middle all is the last stretch, the only one that need not be whole steps
+        some = one_document & (full + VISITED <= end)
+        full, rest = tl.where(some, full, lo), tl.where(some, full + (end - full) // VISITED * VISITED, lo)
+    return lo, full, rest, hi
 
 
 @triton.jit
