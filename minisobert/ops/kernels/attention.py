@@ -318,7 +318,8 @@ class _Attention(torch.autograd.Function):
                 _hashes[triton.cdiv(tokens, block), heads](
                     rows, keys, key, token_offset, dropout.head_offset, tokens, MOST_TOKENS, block, **options(warps)
                 )
-            grid, meta = _launch(tiles.FORWARD_SMALL if threshold or window else tiles.FORWARD, q, threshold)
+            table = tiles.FORWARD_WINDOW if window else tiles.FORWARD_DROPOUT if threshold else tiles.FORWARD
+            grid, meta = _launch(table, q, threshold)
             scale = math.log2(math.e) / math.sqrt(d)
             _forward[grid](
                 q, k, v, out, lse, start, stop, rows, keys, tokens, window, *_strides(q, k, v, out), scale, rescale,
@@ -344,7 +345,8 @@ class _Attention(torch.autograd.Function):
             _delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
             )
-            grid, meta = _launch(tiles.KEY_GRADIENT, q, ctx.threshold, held="KEYS", visited="QUERIES")
+            table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
+            grid, meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
             _key_gradient[grid](
                 q, k, v, do, dk, dv, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
                 scale, factor, ctx.rescale, **meta,

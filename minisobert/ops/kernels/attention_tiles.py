@@ -13,9 +13,9 @@ FORWARD = {
     (4, 64): [(32, 16, 4, 2)] * 3,
     (4, 128): [(16, 16, 4, 2)] * 3,
 }
-# Dropout and windows take registers, and tiles of 128 rows would spill. For a window w a smaller tile is also better
-# in itself: it visits its own rows and 2w more, where each row sees 2w + 1.
-FORWARD_SMALL = {**FORWARD, (2, 32): [(64, 64, 4, 3)] * 3, (2, 64): [(64, 64, 4, 3)] * 3}
+FORWARD_DROPOUT = {**FORWARD, (2, 32): [(64, 64, 4, 3)] * 3, (2, 64): [(64, 64, 4, 3)] * 3}
+# A window takes registers too, and favours small tiles: one of r rows visits r + 2w where a row sees 2w + 1
+FORWARD_WINDOW = {**FORWARD_DROPOUT, (2, 64): [(64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)]}
 QUERY_GRADIENT = {
     (2, 32): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
     (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
@@ -32,4 +32,5 @@ KEY_GRADIENT = {
     (4, 64): [(32, 16, 4, 1)] * 3,
     (4, 128): [(32, 16, 8, 2)] * 3,
 }
+KEY_GRADIENT_WINDOW = {**KEY_GRADIENT, (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)]}
 DELTA, HASHES = (2_048, 4), (1_024, 4)  # elements, warps
