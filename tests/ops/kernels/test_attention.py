@@ -43,9 +43,7 @@ def test_output_and_gradients_at_awkward_shapes(bounds, dtype, p):
     [
         (1, LENGTHS, torch.float16, 0.3),
         (5, LENGTHS, torch.float16, 0.0),
-        (64, LENGTHS, torch.float16, 0.0),
         (64, LENGTHS, torch.float16, 0.3),
-        (1_000, LENGTHS, torch.float16, 0.3),
         (5, [0, 40, 130], torch.float32, 0.0),  # exact products take the interpreter long
         (40, [0, 1, 130], torch.float32, 0.3),
     ],
