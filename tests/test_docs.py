@@ -46,6 +46,7 @@ def test_stretches_of_a_window(held, w):
         queries = range(first, first + held)
         views = [{j for j in range(lo, hi) if abs(i - j) <= w} for i in queries]
         begin, full, rest, end = code("attention.md")["stretches"](first, queries[-1], lo, hi, w, step)
+        assert begin <= full <= rest <= end and (full - begin) % step == (rest - full) % step == 0
         assert set(range(begin, end)) == set.union(*views)
         steps = [set(range(n, n + step)) for n in range(begin, end, step)]
         assert set(range(full, rest)) == set().union(*(x for x in steps if x <= set.intersection(*views)))
