@@ -57,6 +57,21 @@ def mask(p: float, site: str, device: str = "cpu", token_offset: int = 0, head_o
     return step and Dropout(p, step.at(1, site).keys, token_offset, head_offset)
 
 
+def attention_by_mask(q, k, v, documents: Documents, dropout: Dropout | None, window: int | None = None) -> Tensor:
+    """The formula of attention, on the whole T × T matrix."""
+    tokens, heads, d = q.shape
+    at = torch.arange(tokens, device=q.device)
+    seen = documents.start[:, None] == documents.start
+    if window is not None:
+        seen &= (at[:, None] - at).abs() <= window
+    scores = torch.einsum("ihd,jhd->hij", q, k) / d**0.5
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    if dropout:
+        keep = dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None, :])
+        probabilities = probabilities.masked_fill(~keep, 0) * dropout.scale
+    return torch.einsum("hij,jhd->ihd", probabilities, v)
+
+
 def compare(
     kernel: Callable,
     reference: Callable,

@@ -38,6 +38,20 @@ def test_attention():
     check((o, dq, dk, dv), (out, *expected))
 
 
+@pytest.mark.parametrize("w", [1, 5, 12, 13, 100])
+@pytest.mark.parametrize("held", [1, 7, 8, 30])
+def test_stretches_of_a_window(held, w):
+    lo, hi, step = 3, 60, 4
+    for first in range(lo, hi - held + 1):
+        queries = range(first, first + held)
+        views = [{j for j in range(lo, hi) if abs(i - j) <= w} for i in queries]
+        begin, full, rest, end = code("attention.md")["stretches"](first, queries[-1], lo, hi, w, step)
+        assert begin <= full <= rest <= end and (full - begin) % step == (rest - full) % step == 0
+        assert set(range(begin, end)) == set.union(*views)
+        steps = [set(range(n, n + step)) for n in range(begin, end, step)]
+        assert set(range(full, rest)) == set().union(*(x for x in steps if x <= set.intersection(*views)))
+
+
 def test_layer_norm():
     branch, r, dr_new, dn = (random(7, 12, seed=seed) for seed in range(4))
     bias, weight, norm_bias = (random(12, seed=seed) for seed in range(4, 7))

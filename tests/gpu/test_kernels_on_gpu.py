@@ -25,12 +25,12 @@ P = [0.0, 0.1]
 POSTS = [0, 1, 130, 700, 2_048, 2_049, 3_000, 4_096]
 
 
-def check_attention(bounds: list[int], heads: int, d: int, dtype: torch.dtype, p: float) -> None:
+def check_attention(bounds: list[int], heads: int, d: int, dtype: torch.dtype, p: float, window=None) -> None:
     parts, documents = qkv(bounds, heads, d, dtype, "cuda")
     dropout = mask(p, "attention", "cuda", token_offset=2_048, head_offset=3)
     compare(
-        lambda *x: attention(*x, documents, dropout),
-        lambda *x: ops.attention_reference(*x, documents, dropout),
+        lambda *x: attention(*x, documents, dropout, window),
+        lambda *x: ops.attention_reference(*x, documents, dropout, window),
         parts,
         # documents of one token: dS is the difference of two sums of d products, dO·v and delta, which are equal. At
         # d = 128 two usual orders of adding leave 14 eps of the largest gradient, as much as all of the tolerance
@@ -51,6 +51,30 @@ def test_attention(d, dtype, p):
 @pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_attention_at_awkward_shapes(bounds, p):
     check_attention(bounds, 2, 64, torch.bfloat16, p)
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+def test_attention_in_windows(d, dtype, p):
+    check_attention(POSTS, 3, d, dtype, p, window=64)
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("window", [1, 5, 64, 1_000])
+def test_attention_in_windows_at_awkward_shapes(window, p):
+    check_attention([0, 1, 64, 128, 193, 322, 622], 2, 64, torch.bfloat16, p, window)
+
+
+def test_tiles_beyond_the_window_are_not_visited():
+    """NaN times a probability of 0 is NaN: no such tile may be loaded, forward or backward."""
+    (parts, documents), window, most = qkv([0, 1_000], 2, 64, torch.bfloat16, "cuda"), 64, 128
+    for x in parts:
+        x[:300] = x[700:] = torch.nan
+    leaves = [x.detach().requires_grad_() for x in parts]
+    out = attention(*leaves, documents, None, window)
+    for x in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))):
+        assert x[300 + window + most - 1 : 700 - window - most + 1].isfinite().all()
 
 
 def test_attention_over_a_million_tokens():
@@ -163,8 +187,16 @@ def all_operations(dtype: torch.dtype):
     def run():
         q, k, v, x, b, r, w, c, logits = leaves = [x.detach().requires_grad_() for x in inputs]
         context = attention(q, k, v, documents, dropouts[0])
+        near = attention(q, k, v, documents, dropouts[0], 64)
         residual, normal = add_norm(x, b, r, w, c, 1e-5, dropouts[1])
-        results = [context, residual, bias_gelu(normal, b), drop(x, dropouts[2]), cross_entropy(logits * 1, targets)]
+        results = [
+            context,
+            near,
+            residual,
+            bias_gelu(normal, b),
+            drop(x, dropouts[2]),
+            cross_entropy(logits * 1, targets),
+        ]
         return [*results, *torch.autograd.grad([y.float().square().sum() for y in results], leaves)]
 
     return run

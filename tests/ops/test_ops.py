@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from against_reference import attention_by_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minisobert.ops import (
     Documents,
@@ -27,28 +30,31 @@ DOCUMENTS = Documents.from_bounds([0, 1, 6, 13])
 DROPOUT = Dropout.for_step(0.3, seed=4, step=2, layers=1).at(0, "attention")
 
 
-def attention_by_mask(q, k, v, documents, dropout):
-    """The formula, on the whole T × T matrix."""
-    tokens, heads, d = q.shape
-    same = documents.start[:, None] == documents.start
-    scores = torch.einsum("ihd,jhd->hij", q, k) / d**0.5
-    probabilities = scores.masked_fill(~same, -torch.inf).softmax(-1)
-    if dropout:
-        keep = dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None, :])
-        probabilities = probabilities.masked_fill(~keep, 0) * dropout.scale
-    return torch.einsum("hij,jhd->ihd", probabilities, v)
-
-
 @pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])
-def test_attention_document_by_document_equals_one_masked_matrix(dropout):
-    q, k, v = (random(13, 2, 8, seed=seed) for seed in range(3))
-    ours, expected = attention(q, k, v, DOCUMENTS, dropout), attention_by_mask(q, k, v, DOCUMENTS, dropout)
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 100, 1_000])
+def test_attention_document_by_document_and_in_windows_equals_one_masked_matrix(window, dropout):
+    documents = Documents.from_bounds([0, 1, 6, 13, 76, 140, 205, 334])
+    q, k, v = (random(334, 2, 8, seed=seed) for seed in range(3))
+    ours = attention(q, k, v, documents, dropout, window)
+    expected = attention_by_mask(q, k, v, documents, dropout, window)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-    into = random(13, 2, 8, seed=9).detach()
+    into = random(334, 2, 8, seed=9).detach()
     for ours_grad, expected_grad in zip(
         torch.autograd.grad(ours, (q, k, v), into), torch.autograd.grad(expected, (q, k, v), into)
     ):
         torch.testing.assert_close(ours_grad, expected_grad, rtol=0, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Inside, `elements` becomes the number of them in the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return results
 
 
 def test_attention_never_makes_a_matrix_of_all_tokens():
@@ -57,6 +63,14 @@ def test_attention_never_makes_a_matrix_of_all_tokens():
     q = torch.randn(40_000, 1, 32)
     dropout = Dropout.for_step(0.1, seed=0, step=0, layers=1).at(0, "attention")
     assert attention(q, q, q, documents).shape == attention(q, q, q, documents, dropout).shape == (40_000, 1, 32)
+
+
+@pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])
+def test_attention_in_windows_never_makes_a_matrix_of_one_long_document(dropout):
+    q, k, v = torch.randn(3, 40_000, 1, 32, requires_grad=True).unbind()
+    with Largest() as largest:
+        attention(q, k, v, Documents.from_bounds([0, 40_000]), dropout, 64).sum().backward()
+    assert 40_000 * 64 < largest.elements <= 40_000 * 3 * 64  # of each query the keys in three blocks of 64
 
 
 @pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])

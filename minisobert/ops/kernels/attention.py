@@ -2,9 +2,9 @@
 
 One program holds a tile of queries (or, for the gradients of keys and values, of keys) and visits tiles of the other
 side, so that no probability ever reaches memory. What a tile may see lies between `start` of its first and `stop` of
-its last token; other tiles are not visited. Inside that range
+its last token, less what is beyond the window of both; other tiles are not visited. Inside that range
 
-    all tokens of the tile are of one document      full tiles need no mask, the document's rest takes a masked one
+    all tokens of the tile are of one document      what every token sees needs no mask, the steps before and behind do
     documents meet inside the tile                  every visit is masked
 
 Softmax is in base 2, since the chip has exp2 and not exp: with c = log2(e) / sqrt(d), p = exp2(c q·k - L), where
@@ -25,40 +25,11 @@ from torch.autograd.function import once_differentiable
 
 from minisobert.config import MOST_TOKENS
 from minisobert.ops.dropout import Dropout
+from minisobert.ops.kernels import attention_tiles as tiles
 from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
 from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = (32, 64, 96, 128)  # 96 runs as 128, the columns behind it zero
-
-# (rows that a program holds, rows of a tile it visits, warps, stages of the pipeline that loads them), by (bytes of an
-# element, padded width), for sm_80 and others, sm_90, sm_100. Chosen by what compiles without spilling and by
-# instructions per score, on no GPU yet.
-FORWARD = {
-    (2, 32): [(128, 64, 4, 3)] * 3,
-    (2, 64): [(128, 64, 4, 3)] * 3,
-    (2, 128): [(64, 64, 4, 3)] * 3,
-    (4, 32): [(32, 16, 4, 2)] * 3,
-    (4, 64): [(32, 16, 4, 2)] * 3,
-    (4, 128): [(16, 16, 4, 2)] * 3,
-}
-FORWARD_DROPOUT = {**FORWARD, (2, 32): [(64, 64, 4, 3)] * 3, (2, 64): [(64, 64, 4, 3)] * 3}
-QUERY_GRADIENT = {
-    (2, 32): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
-    (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
-    (2, 128): [(64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2)],
-    (4, 32): [(32, 16, 4, 2)] * 3,
-    (4, 64): [(32, 16, 4, 2)] * 3,
-    (4, 128): [(16, 16, 4, 2)] * 3,
-}
-KEY_GRADIENT = {
-    (2, 32): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)],
-    (2, 64): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)],
-    (2, 128): [(64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)],
-    (4, 32): [(32, 16, 4, 1)] * 3,
-    (4, 64): [(32, 16, 4, 1)] * 3,
-    (4, 128): [(32, 16, 8, 2)] * 3,
-}
-DELTA, HASHES = (2_048, 4), (1_024, 4)  # elements, warps
 
 # What the kernels take. T tokens, H heads, d head width; strides count elements. A tile is (queries, keys).
 #   q, k, v, out, do           (T, H, d): the inputs, the result and its gradient; of one dtype, the last stride is 1
@@ -69,11 +40,14 @@ DELTA, HASHES = (2_048, 4), (1_024, 4)  # elements, warps
 #   start, stop                (T,) int32: the bounds of each token's document
 #   row_hashes, key_hashes     (T,) and (H, T) int32: of queries and of keys, for the mask; None without dropout
 #   tokens, scale              T; log2(e) / sqrt(d), by which a score becomes an exponent of 2
+#   window                     how far from a query its keys may be. None is compiled in and leaves no code behind;
+#                              a number is read at run time, for the cost of a register, and one kernel serves them all
 #   rescale, factor            1/(1-p); 1/((1-p) sqrt(d))
 #   D, BLOCK_D, QUERIES, KEYS  d and the power of two that it is padded to; the rows of a tile of each side
 #   THRESHOLD, PRECISION       p in 2**32ths, 0 for a kernel without dropout; of products: "ieee" for fp32, or "tf32"
-#   begin, end, row, column    of each row that a loop holds: the bounds of its document; its hash
+#   begin, end, row, column    of each row that a loop holds: the bounds of what it sees; its hash
 #   key_hash, MASKED           key_hashes of one head; whether a row held may not see some token in [lo, hi)
+#   edges                      of the stretches that a program visits, from `_stretches`
 
 
 @triton.jit
@@ -100,19 +74,31 @@ def _store(x, value, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLO
 
 
 @triton.jit
-def _range(start, stop, first, tokens, HELD: tl.constexpr, VISITED: tl.constexpr):
-    """(lo, full, hi): what the HELD rows from `first` on may see is [lo, hi), and in steps of VISITED from lo to full
-    everything in a step is seen by every row."""
+def _stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: tl.constexpr):
+    """(lo, full, rest, hi), the edges of three stretches. What the HELD rows from `first` on may see is [lo, hi), and
+    [full, rest) is whole steps of VISITED in which every row sees everything. Without a window [lo, full) is empty."""
     last = tl.minimum(first + HELD, tokens) - 1
     lo, hi = tl.load(start + first), tl.load(stop + last)
     one_document = tl.load(start + last) == lo
-    return lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo), hi
+    if window is None:
+        full, rest = lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo)
+    else:
+        begin, end = tl.maximum(lo, last - window), tl.minimum(hi, first + window + 1)  # what first and last both see
+        lo, hi = tl.maximum(lo, first - window), tl.minimum(hi, last + window + 1)
+        full = lo + tl.cdiv(begin - lo, VISITED) * VISITED
+        # without a whole step in the middle all is the last stretch, the only one that need not be whole steps
+        some = one_document & (full + VISITED <= end)
+        full, rest = tl.where(some, full, lo), tl.where(some, full + (end - full) // VISITED * VISITED, lo)
+    return lo, full, rest, hi
 
 
 @triton.jit
-def _bounds(start, stop, rows, tokens):
-    """Of each row the bounds of its document; (0, 0) behind the last token."""
-    return tl.load(start + rows, rows < tokens, 0), tl.load(stop + rows, rows < tokens, 0)
+def _bounds(start, stop, rows, tokens, window):
+    """Of each row the bounds of what it sees; an empty range behind the last token."""
+    begin, end = tl.load(start + rows, rows < tokens, 0), tl.load(stop + rows, rows < tokens, 0)
+    if window is not None:
+        begin, end = tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1)
+    return begin, end
 
 
 @triton.jit
@@ -148,17 +134,17 @@ def _attend(
     return out, total, peak
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def _forward(
-    q, k, v, out, lse, start, stop, row_hashes, key_hashes, tokens,
+    q, k, v, out, lse, start, stop, row_hashes, key_hashes, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, rescale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
-    lo, full, hi = _range(start, stop, first, tokens, QUERIES, KEYS)
-    begin, end = _bounds(start, stop, queries, tokens)
+    edges = _stretches(start, stop, first, tokens, window, QUERIES, KEYS)
+    begin, end = _bounds(start, stop, queries, tokens, window)
     qm = _tile(q + head * q_h, first, tokens, q_t, QUERIES, D, BLOCK_D, True)
     row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
     key_hash = key_hashes + head * tokens if THRESHOLD else None
@@ -166,11 +152,11 @@ def _forward(
     total = tl.zeros([QUERIES], tl.float32)
     # below all scores, but finite: where a query sees nothing in the first tiles, -inf - -inf would be NaN
     peak = tl.full([QUERIES], -1e38, tl.float32)
-    for masked in tl.static_range(2):
+    for i in tl.static_range(1 if window is None else 0, 3):
         acc, total, peak = _attend(
             acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
-            full if masked else lo, hi if masked else full, k_t, v_t, scale,
-            D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
+            edges[i], edges[i + 1], k_t, v_t, scale,
+            D, BLOCK_D, KEYS, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
     total = tl.where(queries < tokens, total, 1.0)
     acc *= (rescale / total)[:, None]
@@ -218,17 +204,17 @@ def _visit_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def _query_gradient(
-    q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, tokens,
+    q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
-    lo, full, hi = _range(start, stop, first, tokens, QUERIES, KEYS)
-    begin, end = _bounds(start, stop, queries, tokens)
+    edges = _stretches(start, stop, first, tokens, window, QUERIES, KEYS)
+    begin, end = _bounds(start, stop, queries, tokens, window)
     qm = _tile(q + head * q_h, first, tokens, q_t, QUERIES, D, BLOCK_D, True)
     dom = _tile(do + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True)
     lse_m = tl.load(lse + head * tokens + queries, queries < tokens, 0.0)
@@ -236,11 +222,11 @@ def _query_gradient(
     row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
     key_hash = key_hashes + head * tokens if THRESHOLD else None
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
-    for masked in tl.static_range(2):
+    for i in tl.static_range(1 if window is None else 0, 3):
         acc = _visit_keys(
             acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
-            full if masked else lo, hi if masked else full, k_t, v_t, scale,
-            D, BLOCK_D, KEYS, masked, THRESHOLD, PRECISION,
+            edges[i], edges[i + 1], k_t, v_t, scale,
+            D, BLOCK_D, KEYS, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
     _store(dq + head * out_h, acc * factor, first, tokens, out_t, QUERIES, D, BLOCK_D)
 
@@ -276,28 +262,28 @@ def _visit_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def _key_gradient(
-    q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, tokens,
+    q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor, rescale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     keys = first + tl.arange(0, KEYS)
-    lo, full, hi = _range(start, stop, first, tokens, KEYS, QUERIES)
-    begin, end = _bounds(start, stop, keys, tokens)
+    edges = _stretches(start, stop, first, tokens, window, KEYS, QUERIES)
+    begin, end = _bounds(start, stop, keys, tokens, window)
     kn = _tile(k + head * k_h, first, tokens, k_t, KEYS, D, BLOCK_D, True)
     vn = _tile(v + head * v_h, first, tokens, v_t, KEYS, D, BLOCK_D, True)
     q, do = q + head * q_h, do + head * out_h
     lse, delta = lse + head * tokens, delta + head * tokens
     column = _uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0)) if THRESHOLD else None
     dk_n, dv_n = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
-    for masked in tl.static_range(2):
+    for i in tl.static_range(1 if window is None else 0, 3):
         dk_n, dv_n = _visit_queries(
             dk_n, dv_n, kn, vn, begin, end, column, q, do, lse, delta, row_hashes,
-            full if masked else lo, hi if masked else full, q_t, out_t, scale,
-            D, BLOCK_D, QUERIES, masked, THRESHOLD, PRECISION,
+            edges[i], edges[i + 1], q_t, out_t, scale,
+            D, BLOCK_D, QUERIES, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
     _store(dk + head * out_h, dk_n * factor, first, tokens, out_t, KEYS, D, BLOCK_D)
     _store(dv + head * out_h, dv_n * rescale, first, tokens, out_t, KEYS, D, BLOCK_D)
@@ -318,7 +304,7 @@ def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.con
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor, dropout: Dropout | None) -> Tensor:
+    def forward(ctx, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None) -> Tensor:
         tokens, heads, d = q.shape
         key, token_offset, threshold, rescale = settings(dropout, q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -328,17 +314,19 @@ class _Attention(torch.autograd.Function):
             if threshold:
                 rows = torch.empty(tokens, dtype=torch.int32, device=q.device)
                 keys = torch.empty(heads, tokens, dtype=torch.int32, device=q.device)
-                block, warps = HASHES
+                block, warps = tiles.HASHES
                 _hashes[triton.cdiv(tokens, block), heads](
                     rows, keys, key, token_offset, dropout.head_offset, tokens, MOST_TOKENS, block, **options(warps)
                 )
-            grid, meta = _launch(FORWARD_DROPOUT if threshold else FORWARD, q, threshold)
+            table = tiles.FORWARD_WINDOW if window else tiles.FORWARD_DROPOUT if threshold else tiles.FORWARD
+            grid, meta = _launch(table, q, threshold)
             scale = math.log2(math.e) / math.sqrt(d)
             _forward[grid](
-                q, k, v, out, lse, start, stop, rows, keys, tokens, *_strides(q, k, v, out), scale, rescale, **meta
-            )
+                q, k, v, out, lse, start, stop, rows, keys, tokens, window, *_strides(q, k, v, out), scale, rescale,
+                **meta,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, start, stop, rows, keys)
-        ctx.threshold, ctx.rescale = threshold, rescale
+        ctx.threshold, ctx.rescale, ctx.window = threshold, rescale, window
         return out
 
     @staticmethod
@@ -351,22 +339,24 @@ class _Attention(torch.autograd.Function):
         scale, factor = math.log2(math.e) / math.sqrt(d), ctx.rescale / math.sqrt(d)
         strides = _strides(q, k, v, out)
         with on_device(q):
-            elements, warps = DELTA
+            elements, warps = tiles.DELTA
             padded = triton.next_power_of_2(d)
             block = elements // padded
             _delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
             )
-            grid, meta = _launch(KEY_GRADIENT, q, ctx.threshold, held="KEYS", visited="QUERIES")
+            table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
+            grid, meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
             _key_gradient[grid](
-                q, k, v, do, dk, dv, lse, delta, start, stop, rows, keys, tokens, *strides, scale, factor, ctx.rescale,
-                **meta,
+                q, k, v, do, dk, dv, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
+                scale, factor, ctx.rescale, **meta,
             )  # fmt: skip
-            grid, meta = _launch(QUERY_GRADIENT, q, ctx.threshold)
+            grid, meta = _launch(tiles.QUERY_GRADIENT, q, ctx.threshold)
             _query_gradient[grid](
-                q, k, v, do, dq, lse, delta, start, stop, rows, keys, tokens, *strides, scale, factor, **meta
-            )
-        return dq, dk, dv, None, None, None
+                q, k, v, do, dq, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
+                scale, factor, **meta,
+            )  # fmt: skip
+        return dq, dk, dv, None, None, None, None
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -374,11 +364,11 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _launch(tiles: dict, q: Tensor, threshold: int, held: str = "QUERIES", visited: str = "KEYS"):
+def _launch(table: dict, q: Tensor, threshold: int, held: str = "QUERIES", visited: str = "KEYS"):
     """The grid and the compile-time arguments of a kernel that holds tiles of one side and visits the other."""
     tokens, heads, d = q.shape
     padded = triton.next_power_of_2(d)
-    rows, steps, warps, stages = tiles[q.element_size(), padded][chip_family(q.device)]
+    rows, steps, warps, stages = table[q.element_size(), padded][chip_family(q.device)]
     return (triton.cdiv(tokens, rows), heads), {
         "D": d, "BLOCK_D": padded, held: rows, visited: steps, "THRESHOLD": threshold,
         # exact products in fp32, at a tenth of the speed: who asks for fp32 wants it for comparisons
@@ -387,7 +377,14 @@ def _launch(tiles: dict, q: Tensor, threshold: int, held: str = "QUERIES", visit
     }  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents, dropout: Dropout | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+) -> Tensor:
     """As `ops.attention`. q, k, v: (T, H, d), d in WIDTHS; strides may be any but the last, which is 1.
 
     Raises ValueError on another dtype, device, layout or width.
@@ -396,4 +393,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents, dropout: Dropout | Non
     check_device(q=q, **{"documents.start": documents.start, "documents.stop": documents.stop})
     if q.shape[2] not in WIDTHS:
         raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, WIDTHS))} wide")
-    return _Attention.apply(q, k, v, documents.start, documents.stop, dropout)
+    if window is not None:
+        window = min(window, len(q))  # a larger one sees no more, and position + window must fit 31 bits
+    return _Attention.apply(q, k, v, documents.start, documents.stop, dropout, window)

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from against_reference import DOCUMENTS, TOO_SMALL, compare, interpreted, mask, qkv
+import triton
+import triton.language as tl
+from against_reference import DOCUMENTS, TOO_SMALL, attention_by_mask, compare, interpreted, mask, qkv
 
 from minisobert.ops import Documents, Dropout, attention_reference
 from minisobert.ops.kernels import attention as kernels
@@ -15,6 +17,7 @@ from minisobert.ops.kernels.attention import attention
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.float16, torch.float32]
 P = [0.0, 0.3]
+LENGTHS = [0, 1, 64, 128, 193, 322, 622]  # documents of 1, 63, 64, 65, 129 and 300 tokens
 
 
 def check(parts, documents, dropout):
@@ -33,6 +36,76 @@ def check(parts, documents, dropout):
 def test_output_and_gradients_at_awkward_shapes(bounds, dtype, p):
     parts, documents = qkv(bounds, 1, 64, dtype)
     check(parts, documents, mask(p, "attention", token_offset=2_048, head_offset=3))
+
+
+@pytest.mark.parametrize(
+    ("window", "bounds", "dtype", "p"),
+    [
+        (1, LENGTHS, torch.float16, 0.3),
+        (5, LENGTHS, torch.float16, 0.0),
+        (64, LENGTHS, torch.float16, 0.3),
+        (5, [0, 40, 130], torch.float32, 0.0),  # exact products take the interpreter long
+        (40, [0, 1, 130], torch.float32, 0.3),
+    ],
+    ids=str,
+)
+def test_windows(window, bounds, dtype, p):
+    parts, documents = qkv(bounds, 1, 64, dtype)
+    dropout = mask(p, "attention", token_offset=2_048, head_offset=3)
+    compare(
+        lambda *x: attention(*x, documents, dropout, window),
+        lambda *x: attention_by_mask(*x, documents, dropout, window),
+        parts,
+    )
+
+
+@triton.jit
+def _edges(start, stop, edges, tokens, window, HELD: tl.constexpr, VISITED: tl.constexpr):
+    found = kernels._stretches(start, stop, tl.program_id(0) * HELD, tokens, window, HELD, VISITED)
+    for i in tl.static_range(4):
+        tl.store(edges + tl.program_id(0) * 4 + i, found[i])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 63, 64, 65, 1_000])
+@pytest.mark.parametrize(("held", "visited"), [(16, 16), (32, 16), (64, 64), (128, 64), (128, 32)])
+def test_a_tile_visits_no_step_that_nobody_sees_and_masks_none_that_all_see(held, visited, window):
+    documents = Documents.from_bounds(LENGTHS)
+    at = torch.arange(documents.tokens)
+    seen = documents.start[:, None] == documents.start
+    if window is not None:
+        seen &= (at[:, None] - at).abs() <= window
+    tiles = triton.cdiv(documents.tokens, held)
+    found = torch.empty(tiles, 4, dtype=torch.int32)
+    _edges[(tiles,)](documents.start, documents.stop, found, documents.tokens, window, held, visited)
+    for rows, (lo, full, rest, hi) in zip(seen.split(held), found.tolist(), strict=True):
+        anyone, everyone = rows.any(0), rows.all(0)
+        assert (lo, hi) == (anyone.nonzero().min(), anyone.nonzero().max() + 1)
+        steps = {n for n in range(lo, hi - visited + 1, visited) if everyone[n : n + visited].all()}
+        assert set(range(full, rest, visited)) == steps and (rest - full) % visited == 0
+        assert (
+            steps or full == lo
+        )  # or the first masked stretch, which is made of whole steps, would have to end in a part
+
+
+def test_tiles_beyond_the_window_are_not_visited():
+    """NaN times a probability of 0 is NaN: no such tile may be loaded, forward or backward."""
+    parts, documents = qkv([0, 450], 1, 32, torch.float16)
+    window, most = 5, 128  # and how many tokens a tile may hold
+    for x in parts:
+        x[:60] = x[390:] = torch.nan
+    leaves = [x.detach().requires_grad_() for x in parts]
+    out = attention(*leaves, documents, None, window)
+    near = slice(60 + window + most, 390 - window - most)
+    assert out[:60].isnan().all()
+    for x in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))):
+        assert x[near].isfinite().all() and len(x[near])
+
+
+def test_a_window_larger_than_every_document_is_none():
+    parts, documents = qkv([0, 100, 300], 1, 64, torch.float16)
+    dropout = mask(0.3, "attention")  # with dropout tiles are the same too, and so are the bits
+    for window in (199, 2**31 - 1):
+        assert torch.equal(attention(*parts, documents, dropout, window), attention(*parts, documents, dropout))
 
 
 @pytest.mark.parametrize("p", P)
@@ -137,7 +210,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     (q, k, v), documents = qkv([0, 192], 1, 64, torch.float16)
     partial, rest = qkv([0, 190], 1, 64, torch.float16)
     expected, expected_partial = attention(q, k, v, documents), attention(*partial, rest)
-    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens: (rows, rows))
+    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens, window: (rows, rows))
     assert torch.equal(attention(q, k, v, documents), expected)
     assert not torch.equal(attention(*partial, rest), expected_partial)
 
