@@ -76,9 +76,8 @@ def _forward(
     centred = tl.where(inside, r - mu[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     w = tl.load(weight + column, features, 0.0).to(tl.float32)
-    y = centred * scale[:, None] * w[None, :]
-    if norm_bias is not None:
-        y += tl.load(norm_bias + column, features, 0.0).to(tl.float32)[None, :]
+    c = 0.0 if norm_bias is None else tl.load(norm_bias + column, features, 0.0).to(tl.float32)[None, :]
+    y = centred * scale[:, None] * w[None, :] + c
     tl.store(normal + at, y.to(normal.dtype.element_ty), inside)
     tl.store(mean + row, mu, row < tokens)
     tl.store(rstd + row, scale, row < tokens)
