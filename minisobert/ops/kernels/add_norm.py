@@ -175,8 +175,8 @@ class _AddNorm(torch.autograd.Function):
         programs = min(programs, triton.cdiv(max(tokens, 1), rows))
         sums = 1 + ctx.norm_bias + ctx.bias
         partial = torch.empty(programs, sums, width, dtype=torch.float32, device=weight.device)
-        # With fewer sums ptxas aims at 80 registers a thread and spills a few on some chips. It does not where it is told
-        # how many there are: 65,536 for the warps that run side by side.
+        # With fewer sums ptxas aims at 80 registers a thread and spills a few on some chips. It does not where it is
+        # told how many there are: 65,536 for the warps that run side by side.
         few = block <= WIDE.value and not (ctx.norm_bias or ctx.bias)
         limit = {"maxnreg": 65_536 // (32 * RESIDENT_WARPS)} if few else {}
         with on_device(weight):
