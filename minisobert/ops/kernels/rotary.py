@@ -105,7 +105,7 @@ def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
     check_device(qkv=qkv, rotation=rotation)
     check_contiguous(qkv=qkv, rotation=rotation)
     # qkv is a view of what a linear returned. Changing a view in place is allowed, but its backward copies the whole
-    # gradient three times (autograd's CopySlices). Changing the base, which is the same memory, copies nothing, and
+    # gradient four times (CopySlices, AsStrided). Changing the base, which is the same memory, copies nothing, and
     # autograd sees to it that whoever still uses qkv gets the right gradient.
     base = qkv._base
     whole = qkv if base is None or base.numel() != qkv.numel() or not base.is_contiguous() else base
