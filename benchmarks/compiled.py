@@ -30,6 +30,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a prog
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = ("bfloat16", "float16", "float32")
 NORM_WIDTHS = (128, 256, 512, 768, 1_536, 3_000, 4_096, 5_000, 8_191, 8_192)  # each tile, and rows that are not aligned
+MODERN = {768: 1_152, 1_024: 2_624}  # hidden → FFN width: modern-base, modern-large
 TOKENS = 200
 
 
@@ -89,6 +90,29 @@ def others(dtype: str, width: int, dropout: float) -> None:
     drop(x, mask(0.1, "embedding"))
 
 
+def modern(dtype: str, width: int, dropout: float) -> None:
+    """What modernbert has in place of others: operations without biases, rotary positions and gated GELU."""
+    import torch
+
+    from minisobert.ops.kernels.add_norm import add_norm
+    from minisobert.ops.kernels.bias_gelu import bias_gelu
+    from minisobert.ops.kernels.gated_gelu import gated_gelu
+    from minisobert.ops.kernels.rotary import rotary
+
+    x, r = torch.zeros(2, TOKENS, width, dtype=getattr(torch, dtype), requires_grad=True)
+    residual, normal = add_norm(x, None, r, torch.zeros(width, dtype=x.dtype), None, 1e-5, mask(dropout, "ffn_output"))
+    (residual + normal).sum().backward(retain_graph=True)
+    normal.sum().backward()
+    if dropout:
+        return  # the rest drops nothing
+    qkv = torch.zeros(TOKENS, width // 64, 3, 64, dtype=x.dtype, requires_grad=True)
+    rotary(qkv * 1, torch.zeros(2, TOKENS, 32)).sum().backward()
+    both = torch.zeros(TOKENS, 2 * MODERN[width], dtype=x.dtype, requires_grad=True)
+    for form in ("erf", "tanh"):
+        bias_gelu(x, None, form).sum().backward()
+        gated_gelu(both, form).sum().backward()
+
+
 def mask(dropout: float, site: str):
     from minisobert.ops import Dropout
 
@@ -105,6 +129,8 @@ JOBS = [
       product(("bfloat16", "float32"), reversed(CHIPS), (0.1, 0.0))),
     *((add_norm, dtype, chip, width, p) for dtype, chip, width, p in product(DTYPES, CHIPS, NORM_WIDTHS, (0.0, 0.1))),
     *((others, dtype, chip, 3_072, 0.0) for dtype, chip in product(DTYPES, CHIPS)),
+    *((modern, dtype, chip, width, p) for dtype, chip, width, p in
+      product(("bfloat16", "float32"), CHIPS, MODERN, (0.0, 0.1))),
 ]  # fmt: skip
 
 
@@ -183,6 +209,10 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
         name += ", window"
     if "d_new_residual" in constants:  # None
         name += ", last block"
+    if "bias" in constants or constants.get("BIAS") is False:  # None
+        name += ", no biases"
+    if constants.get("BACKWARD"):
+        name += " back"
     return Compiled(
         name, dtype, width, dropout, chip, meta.num_warps, meta.num_stages,
         registers, stack + local, meta.shared,

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisobert.config import PRESETS
+from minisobert.ops import Documents, attention, rotary, rotation
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -89,3 +92,59 @@ def test_orthogonalising_slices_is_orthogonalising_the_whole(rows):
         sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
     check([together], [a @ sigma.diag() @ b])
     assert 0.6 < sigma.min() < sigma.max() < 1.25
+
+
+def test_turning_back_is_the_gradient_of_turning():
+    names, positions = code("rotary.md"), torch.tensor([0, 1, 2, 500, 2_047, 0, 1])
+    x, dy = random(7, 8, seed=0), random(7, 8, seed=1)
+    turned = names["turn"](x, positions, 10_000.0)
+    check((names["turn_back"](dy, positions, 10_000.0),), torch.autograd.grad(turned, x, dy))
+    qkv = x[:, None, None].expand(-1, 1, 3, -1)  # the page's formula is that of the library, whose angles are fp32
+    ours = rotary(qkv, rotation(positions, 8, 10_000.0))[:, 0, 0]
+    torch.testing.assert_close(ours, turned, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_positions_that_do_not_restart_give_the_same_attention_up_to_rounding(window):
+    turn, bounds, v = code("rotary.md")["turn"], [0, 5, 6, 19], random(19, 1, 8, seed=2)
+
+    def attend(positions):
+        q, k = (turn(random(19, 8, seed=seed), positions, 10_000.0)[:, None] for seed in range(2))
+        return attention(q, k, v, Documents.from_bounds(bounds), window=window)
+
+    restarting = torch.cat([torch.arange(n) for n in (5, 1, 13)])
+    check((attend(torch.arange(19)),), (attend(restarting),))
+    assert (attend(torch.arange(19) * 2) - attend(restarting)).abs().max() > 0.01  # positions do matter
+
+
+def test_what_the_page_says_about_rounding():
+    """Scores of 512 random tokens, in float64 but for the fp32 angles, from position 0 on and from others."""
+    qkv = random(512, 1, 3, 64, seed=0).detach()
+
+    def scores(first):
+        q, k, _ = rotary(qkv, rotation(torch.arange(first, first + 512), 64, 10_000.0))[:, 0].unbind(1)
+        return q @ k.T / 8
+
+    at_0 = scores(0)
+    for first, moved in ((2_048, 1.5e-4), (16_384, 1e-3), (100_000, 8e-3)):
+        assert moved / 2 < (scores(first) - at_0).abs().max() < 2 * moved
+
+
+def test_what_the_page_says_about_windows_and_bases():
+    names = code("rotary.md")
+    for n, window in ((1, 3), (4, 3), (5, 3), (20, 3), (20, 64)):
+        rows = torch.arange(n)
+        seen = int(((rows[:, None] - rows).abs() <= window).sum())
+        assert names["scores"]([n, n], window) == 2 * seen <= 2 * n * min(n, 2 * window + 1)
+    assert names["scores"]([2_048], 64) == 260_032
+    for n, percent in ((2_048, 37), (512, 49)):
+        assert round(100 * (n * n + 2 * names["scores"]([n], 64)) / (3 * n * n)) == percent
+    base = PRESETS["modern-base"]
+    assert (base.layers, base.window, base.hidden // base.heads) == (22, 64, 64)
+    assert sum(base.window_of(layer) is None for layer in range(22)) == 8
+    assert names["reached"](50, [None, 3, 3]).all() and names["reached"](50, [3, 3, None]).all()
+    assert names["reached"](50, [3] * 4)[0].sum() == 1 + 4 * 3
+    for each, longest, near, far in ((10_000.0, 47_117, 15, 32), (160_000.0, 691_307, 12, 25)):
+        speeds = each ** -(torch.arange(0, 64, 2).double() / 64)
+        assert round(float(2 * torch.pi / speeds[-1])) == longest
+        assert [int((distance * speeds >= 1).sum()) for distance in (64, 8_192)] == [near, far]

@@ -14,7 +14,18 @@ from against_reference import DOCUMENTS, assert_close, compare, mask, qkv, rando
 from minisobert import ops
 from minisobert.config import ModelConfig
 from minisobert.model import MaskedLM
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, cross_entropy, drop
+from minisobert.ops import (
+    Documents,
+    Dropout,
+    add_norm,
+    attention,
+    bias_gelu,
+    cross_entropy,
+    drop,
+    gated_gelu,
+    rotary,
+    rotation,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -115,6 +126,63 @@ def test_add_norm(width, dtype, p):
     )
 
 
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [768, 1_024, 8_191])
+def test_add_norm_without_biases(width, dtype, p):
+    dropout, (x, _, r, w, _) = mask(p, "ffn_output", "cuda", token_offset=2_048), norm_inputs(4_099, width, dtype)
+    compare(
+        lambda x, r, w: add_norm(x, None, r, w, None, 1e-5, dropout),
+        lambda x, r, w: ops.add_norm_reference(x, None, r, w, None, 1e-5, dropout),
+        (x, r, w),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "d"), [(12, 64), (3, 32), (5, 96), (2, 128), (1, 6)])
+def test_rotary(heads, d, dtype):
+    turn = rotation(torch.arange(4_099, device="cuda"), d, 160_000.0)
+    qkv = random(4_099, heads, 3, d, dtype=dtype, device="cuda")
+    compare(lambda x: rotary(x * 1, turn), lambda x: ops.rotary_reference(x, turn), (qkv,))
+
+
+def test_rotary_of_more_than_two_billion_elements_turns_a_linears_output_in_place():
+    """Its last tokens are compared. They lie past 31 bits."""
+    tokens, heads, d = 1_000_003, 12, 64
+    turn = rotation(torch.arange(tokens, device="cuda") % 2_048, d, 10_000.0)
+    qkv = torch.randn(tokens, 3 * heads * d, dtype=torch.bfloat16, device="cuda").unflatten(1, (heads, 3, d))
+    last = qkv[-50:].clone()
+    turned = rotary(qkv, turn)
+    assert turned.data_ptr() == qkv.data_ptr()
+    expected = ops.rotary_reference(last.double(), turn[:, -50:])
+    assert_close(turned[-50:], expected, "last tokens", tolerance(torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1_152, 2_624, 131])
+def test_gated_gelu(width, dtype, form):
+    x = random(4_099, 2 * width, dtype=dtype, scale=3.0, device="cuda")
+    compare(
+        lambda x: gated_gelu(x, form),
+        lambda x: ops.gated_gelu_reference(x, form),
+        (x,),
+        allowed=max(tolerance(dtype), 5e-6),  # as in test_bias_gelu
+    )
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_gelu_without_a_bias(dtype, form):
+    x = random(4_099, 768, dtype=dtype, scale=3.0, device="cuda")
+    compare(
+        lambda x: bias_gelu(x, None, form),
+        lambda x: ops.bias_gelu_reference(x, None, form),
+        (x,),
+        allowed=max(tolerance(dtype), 5e-6),  # as in test_bias_gelu
+    )
+
+
 @pytest.mark.parametrize("form", ["erf", "tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias_gelu(dtype, form):
@@ -181,7 +249,7 @@ def all_operations(dtype: torch.dtype):
     """A function that runs each forward and backward, on 4,096 tokens of 768, and returns all that came out."""
     (q, k, v), documents = qkv(POSTS, 12, 64, dtype, "cuda")
     inputs = [q, k, v, *norm_inputs(4_096, 768, dtype), random(600, 5_003, dtype=dtype, device="cuda")]
-    targets = torch.arange(600, device="cuda")
+    targets, turn = torch.arange(600, device="cuda"), rotation(torch.arange(4_096, device="cuda"), 64, 10_000.0)
     dropouts = [mask(0.1, site, "cuda") for site in ("attention", "ffn_output", "embedding")]
 
     def run():
@@ -189,14 +257,9 @@ def all_operations(dtype: torch.dtype):
         context = attention(q, k, v, documents, dropouts[0])
         near = attention(q, k, v, documents, dropouts[0], 64)
         residual, normal = add_norm(x, b, r, w, c, 1e-5, dropouts[1])
-        results = [
-            context,
-            near,
-            residual,
-            bias_gelu(normal, b),
-            drop(x, dropouts[2]),
-            cross_entropy(logits * 1, targets),
-        ]
+        results = [context, near, residual, bias_gelu(normal, b), drop(x, dropouts[2])]
+        results += [cross_entropy(logits * 1, targets), gated_gelu(x)]
+        results += [rotary(torch.stack([q, k, v], 2), turn), *add_norm(x, None, r, w, None, 1e-5)]
         return [*results, *torch.autograd.grad([y.float().square().sum() for y in results], leaves)]
 
     return run

@@ -24,6 +24,8 @@ ARGUMENTS = {
     "cross_entropy_parts": (X, TARGETS),
     "cross_entropy_gradient": (X, TARGETS, PER_TOKEN, PER_TOKEN),
     "drop": (X, None),
+    "gated_gelu": (X,),
+    "rotary": (torch.zeros(3, 1, 3, 8), torch.zeros(2, 3, 4)),
 }
 
 

@@ -19,6 +19,9 @@ from minisobert.ops import (
     cross_entropy_gradient,
     cross_entropy_parts,
     drop,
+    gated_gelu,
+    rotary,
+    rotation,
 )
 
 
@@ -162,3 +165,42 @@ def test_parts_of_slices_of_the_vocabulary_are_those_of_the_formula():
         torch.testing.assert_close(maximum + total.log(), part.logsumexp(1))
         gradient = cross_entropy_gradient(part, targets, lse, upstream, first)
         torch.testing.assert_close(gradient.double(), exact.grad[:, first : first + n], rtol=0, atol=1e-5)
+
+
+def test_gradients_of_rotary_and_gated_gelu_are_those_of_finite_differences():
+    turning = rotation(torch.tensor([0, 1, 2, 0, 7]), 6, 100.0)
+    assert torch.autograd.gradcheck(lambda x: rotary(x, turning), (random(5, 2, 3, 6),))
+    for form in ("erf", "tanh"):
+        assert torch.autograd.gradcheck(lambda x, form=form: gated_gelu(x, form), (random(5, 6),))
+
+
+def test_rotary_multiplies_each_pair_as_a_complex_number():
+    """The two halves of a head are real and imaginary parts: position t multiplies pair i by exp(i t base^(-2i/d))."""
+    qkv = random(9, 2, 3, 8).detach()
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 500, 501, 2_047])
+    turned = rotary(qkv, rotation(positions, 8, 10_000.0))
+    angles = positions.double()[:, None] * 10_000.0 ** -(torch.arange(4).double() / 4)
+    pairs = torch.complex(*qkv[:, :, :2].chunk(2, -1)) * torch.polar(torch.ones(9, 4).double(), angles)[:, None, None]
+    # cos and sin are fp32, and so are the angles: half an eps of 2,047 is 6e-5
+    torch.testing.assert_close(turned[:, :, :2], torch.cat([pairs.real, pairs.imag], -1), rtol=0, atol=5e-4)
+    assert torch.equal(turned[:, :, 2], qkv[:, :, 2])
+
+
+def test_gated_gelu_scales_its_second_half_by_the_gelu_of_the_first():
+    x = random(5, 14)
+    expected = x[:, :7] * torch.special.ndtr(x[:, :7]) * x[:, 7:]
+    torch.testing.assert_close(gated_gelu(x), expected)
+
+
+def test_wrong_arguments_of_rotary_and_gated_gelu_are_refused():
+    qkv, turning = torch.zeros(5, 2, 3, 8), torch.zeros(2, 5, 4)
+    for x, r in ((qkv[:, :, :2], turning), (qkv[:4], turning), (qkv[0], turning), (qkv, turning[:, :, :3]),
+                 (qkv, turning[0]), (qkv[..., :7], turning[..., :3])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"qkv is \(.*, rotation \(.*must be \(tokens, heads, 3, an even head"):
+            rotary(x, r)
+    with pytest.raises(ValueError, match=r"x is \(4, 7\); it must be \(tokens, an even number of features\)"):
+        gated_gelu(torch.zeros(4, 7))
+    with pytest.raises(ValueError, match="form is 'relu'; it must be one of erf, tanh"):
+        gated_gelu(torch.zeros(4, 8), "relu")
+    with pytest.raises(ValueError, match=r"x is \(4, 8\), bias \(7,\)"):
+        bias_gelu(torch.zeros(4, 8), torch.zeros(7))

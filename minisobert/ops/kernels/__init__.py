@@ -17,32 +17,39 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check(**arguments: Tensor) -> None:
+# In the checks, arguments that are None, as biases may be, pass. The first is a tensor: the others must be like it.
+
+
+def check(**arguments: Tensor | None) -> None:
     """Raises ValueError unless all are of one dtype of DTYPES, on one device, with elements of a row side by side."""
-    (first, x), *others = arguments.items()
+    (first, x), *others = tensors = _given(arguments)
     if x.dtype not in DTYPES:
         raise ValueError(f"{first} is {x.dtype}; the kernels take {', '.join(map(str, DTYPES))}, the reference any")
     for name, y in others:
         if y.dtype != x.dtype:
             raise ValueError(f"{name} is {y.dtype}, {first} {x.dtype}; they must be of one dtype")
     check_device(**arguments)
-    for name, y in arguments.items():
+    for name, y in tensors:
         if y.dim() and y.stride(-1) != 1 and y.shape[-1] > 1:
             raise ValueError(f"{name} has the strides {y.stride()}; the last must be 1 (call .contiguous())")
 
 
-def check_device(**arguments: Tensor) -> None:
+def check_device(**arguments: Tensor | None) -> None:
     """Raises ValueError unless all lie on one device."""
-    (first, x), *others = arguments.items()
+    (first, x), *others = _given(arguments)
     for name, y in others:
         if y.device != x.device:
             raise ValueError(f"{name} is on {y.device}, {first} on {x.device}; they must be on one device")
 
 
-def check_contiguous(**arguments: Tensor) -> None:
-    for name, x in arguments.items():
+def check_contiguous(**arguments: Tensor | None) -> None:
+    for name, x in _given(arguments):
         if not x.is_contiguous():
             raise ValueError(f"{name} has the strides {x.stride()}; it must be contiguous (call .contiguous())")
+
+
+def _given(arguments: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in arguments.items() if x is not None]
 
 
 def options(warps: int, stages: int = 1) -> dict:

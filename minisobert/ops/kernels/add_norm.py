@@ -3,7 +3,7 @@
 Both are bound by memory: what counts is bytes. Per element of a bf16 tensor the forward reads branch and residual and
 writes the new residual and its normal form, 8 bytes; the backward reads the gradients of both and the residual and
 writes one gradient, 8 bytes (10 with dropout, where branch and residual have different ones). The normal form is made
-again from the residual, the mask from its hash.
+again from the residual, the mask from its hash. For a bias that is None the kernels have no load and no sum.
 
 Gradients of weight, bias and norm bias are sums over all tokens. A fixed grid of programs, each with every G-th tile of
 rows, keeps them in registers and writes one partial sum each, which torch adds up: no atomics, the same bits each time.
@@ -36,18 +36,19 @@ RESIDENT_WARPS = 16
 
 # What the kernels take. T tokens, h hidden. Pointers are to contiguous tensors of one dtype unless fp32 is said; the
 # letters are those of the formulas in `ops/add_norm.py`, where the arguments of `add_norm` are described.
-#   branch, bias, residual    (T, h), (h,), (T, h): x, b, r
-#   weight, norm_bias         (h,): w, c
+#   branch, bias, residual    (T, h), (h,) or None, (T, h): x, b, r
+#   weight, norm_bias         (h,), (h,) or None: w, c
 #   new_residual, normal      (T, h): r', n; written by the forward
 #   mean, rstd                (T,) fp32: μ, 1/sqrt(σ² + ε) of each token; written by the forward
 #   d_new_residual, d_normal  (T, h): the gradients of r' and n; the first is None where nobody uses r'
 #   d_residual, d_branch      (T, h): the gradients of r and x; equal without dropout, and then one tensor
-#   partial                   (programs, 3, h) fp32: what each program adds up for w, c and b
+#   partial                   (programs, 1 to 3, h) fp32: what each program adds up for w, then for c and b if given
 #   tokens, eps               T; ε
 #   key, offset, rescale      of the dropout mask, by `settings`: pointer to its key, index of the first token, 1/(1-p)
 #   THRESHOLD                 of the mask: p in 2**32ths; 0 compiles a kernel without dropout
 #   WIDTH, BLOCK              h, and the power of two that a row is padded to
 #   ROWS                      rows of a tile
+#   NORM_BIAS, BIAS           whether norm_bias and bias were given
 #
 # Do not specialise on values that change between calls: each new value would trigger a recompile.
 
@@ -62,7 +63,8 @@ def _forward(
     inside = (row < tokens)[:, None] & features[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     x = tl.load(branch + at, inside, 0.0).to(tl.float32)
-    x += tl.load(bias + column, features, 0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        x += tl.load(bias + column, features, 0.0).to(tl.float32)[None, :]
     if THRESHOLD:
         stays = keep(row_hash(row + offset, key)[:, None], column_hash(column)[None, :], THRESHOLD)
         x = tl.where(stays, x * rescale, 0.0)
@@ -74,8 +76,8 @@ def _forward(
     centred = tl.where(inside, r - mu[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     w = tl.load(weight + column, features, 0.0).to(tl.float32)
-    c = tl.load(norm_bias + column, features, 0.0).to(tl.float32)
-    y = centred * scale[:, None] * w[None, :] + c[None, :]
+    c = 0.0 if norm_bias is None else tl.load(norm_bias + column, features, 0.0).to(tl.float32)[None, :]
+    y = centred * scale[:, None] * w[None, :] + c
     tl.store(normal + at, y.to(normal.dtype.element_ty), inside)
     tl.store(mean + row, mu, row < tokens)
     tl.store(rstd + row, scale, row < tokens)
@@ -85,6 +87,7 @@ def _forward(
 def _backward(
     d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
     rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
+    NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     features = column < WIDTH
@@ -113,7 +116,8 @@ def _backward(
             unit = (r - mu) * scale
             g = dn * tl.load(weight + column, features, 0.0, eviction_policy="evict_first").to(tl.float32)[None, :]
         dw += dn * unit
-        dc += dn
+        if NORM_BIAS:
+            dc += dn
         d = (g - mean_g - unit * mean_gu) * scale
         if d_new_residual is not None:
             d += tl.load(d_new_residual + base + at, inside, 0.0).to(tl.float32)
@@ -122,19 +126,21 @@ def _backward(
             stays = keep(row_hash(row + offset, key)[:, None], column_hash(column)[None, :], THRESHOLD)
             d = tl.where(stays, d * rescale, 0.0)
             tl.store(d_branch + base + at, d.to(d_branch.dtype.element_ty), inside)
-        if BLOCK <= WIDE:
+        if BIAS and BLOCK <= WIDE:
             db += tl.where(inside, d, 0.0)
-    at = partial + tl.program_id(0) * 3 * WIDTH + column
+    at = partial + tl.program_id(0) * (1 + NORM_BIAS + BIAS) * WIDTH + column
     tl.store(at, tl.sum(dw, 0), features)
-    tl.store(at + WIDTH, tl.sum(dc, 0), features)
-    tl.store(at + 2 * WIDTH, tl.sum(db, 0), features)
+    if NORM_BIAS:
+        tl.store(at + WIDTH, tl.sum(dc, 0), features)
+    if BIAS:
+        tl.store(at + (1 + NORM_BIAS) * WIDTH, tl.sum(db, 0), features)
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, branch, bias, residual, weight, norm_bias, eps: float, dropout: Dropout | None):
         ctx.set_materialize_grads(False)  # the last block's residual is used by nobody: no zeros to read
-        ctx.dropout = dropout
+        ctx.dropout, ctx.norm_bias, ctx.bias = dropout, norm_bias is not None, bias is not None
         tokens, width = branch.shape
         new_residual, normal = torch.empty_like(branch), torch.empty_like(branch)
         mean, rstd = torch.empty(2, tokens, dtype=torch.float32, device=branch.device)
@@ -167,24 +173,31 @@ class _AddNorm(torch.autograd.Function):
             warps *= 2
         programs = max(RESIDENT_WARPS // warps, 1) * multiprocessors(weight.device)
         programs = min(programs, triton.cdiv(max(tokens, 1), rows))
-        partial = torch.empty(programs, 3, width, dtype=torch.float32, device=weight.device)
+        sums = 1 + ctx.norm_bias + ctx.bias
+        partial = torch.empty(programs, sums, width, dtype=torch.float32, device=weight.device)
+        # With fewer sums ptxas aims at 80 registers a thread and spills a few on some chips. It does not where it is
+        # told how many there are: 65,536 for the warps that run side by side.
+        few = block <= WIDE.value and not (ctx.norm_bias or ctx.bias)
+        limit = {"maxnreg": 65_536 // (32 * RESIDENT_WARPS)} if few else {}
         with on_device(weight):
             _backward[programs,](
                 d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
-                key, offset, rescale, width, block, rows, threshold, **options(warps),
+                key, offset, rescale, width, block, rows, threshold, ctx.norm_bias, ctx.bias, **options(warps), **limit,
             )  # fmt: skip
-        dw, dc, db = partial.sum(0).to(weight.dtype)
-        if block > WIDE.value:
+        dw, *others = partial.sum(0).to(weight.dtype)
+        dc = others.pop(0) if ctx.norm_bias else None
+        db = others.pop(0) if ctx.bias else None
+        if ctx.bias and block > WIDE.value:
             db = d_branch.sum(0, dtype=torch.float32).to(weight.dtype)
         return d_branch, db, d_residual, dw, dc, None, None
 
 
 def add_norm(
     branch: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:

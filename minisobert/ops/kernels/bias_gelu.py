@@ -1,7 +1,7 @@
 """Bias and GELU in Triton, one pass each way.
 
 The backward makes the input of the GELU again from x and bias. The bias' gradient is a sum over all tokens: a fixed
-grid of programs keeps it in registers, as in `add_norm`.
+grid of programs keeps it in registers, as in `add_norm`. Without a bias the kernels have neither load nor sum for it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ TILE = 8, 512, 8  # rows, columns, warps: 16 elements a thread. Not tuned yet.
 PROGRAMS = 4  # of the backward, per multiprocessor
 
 # What the kernels take. T tokens, n columns. Pointers are to contiguous tensors of one dtype, but for `partial`.
-#   x, bias        (T, n), (n,)
+#   x, bias        (T, n), (n,); bias may be None
 #   y              (T, n): GELU(x + bias); written by the forward
 #   dy, dx         (T, n): the gradients of y and x
-#   partial        (programs along the rows, n) fp32: what each program adds up for the gradient of bias
+#   partial        (programs along the rows, n) fp32: what each program adds up for the gradient of bias, or None
 #   tokens         T
 #   WIDTH          n
 #   ROWS, COLUMNS  rows and columns of a tile
@@ -52,7 +52,8 @@ def _forward(x, bias, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMN
     inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     z = tl.load(x + at, inside, 0.0).to(tl.float32)
-    z += tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        z += tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
     tl.store(y + at, _gelu(z, TANH).to(y.dtype.element_ty), inside)
 
 
@@ -62,22 +63,27 @@ def _backward(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    b = tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
-    db = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if bias is not None:
+        b = tl.load(bias + column, column < WIDTH, 0.0).to(tl.float32)[None, :]
+        db = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
         at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        z = tl.load(x + at, inside, 0.0).to(tl.float32) + b
+        z = tl.load(x + at, inside, 0.0).to(tl.float32)
+        if bias is not None:
+            z += b
         d = tl.load(dy + at, inside, 0.0).to(tl.float32) * _gelu_slope(z, TANH)
         tl.store(dx + at, d.to(dx.dtype.element_ty), inside)
-        db += d
-    tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(db, 0), column < WIDTH)
+        if bias is not None:
+            db += d
+    if bias is not None:
+        tl.store(partial + tl.program_id(0) * WIDTH + column, tl.sum(db, 0), column < WIDTH)
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor, form: str) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor | None, form: str) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.tanh = form == "tanh"
         y = torch.empty_like(x)
@@ -97,15 +103,15 @@ class _BiasGelu(torch.autograd.Function):
         down = triton.cdiv(PROGRAMS * multiprocessors(x.device), across)
         down = min(down, triton.cdiv(max(tokens, 1), rows))
         dx = torch.empty_like(x)
-        partial = torch.empty(down, width, dtype=torch.float32, device=x.device)
+        partial = None if bias is None else torch.empty(down, width, dtype=torch.float32, device=x.device)
         with on_device(x):
             _backward[down, across](
                 dy.contiguous(), x, bias, dx, partial, tokens, width, rows, columns, ctx.tanh, **options(warps)
             )
-        return dx, partial.sum(0).to(bias.dtype), None
+        return dx, None if bias is None else partial.sum(0).to(bias.dtype), None
 
 
-def bias_gelu(x: Tensor, bias: Tensor, form: str = "erf") -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None, form: str = "erf") -> Tensor:
     """As `ops.bias_gelu`. x: (T, n), contiguous. Raises ValueError on another dtype, device or layout."""
     check(x=x, bias=bias)
     check_contiguous(x=x, bias=bias)

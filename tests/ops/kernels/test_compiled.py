@@ -25,7 +25,11 @@ def compiled() -> list[Compiled]:
 def test_no_kernel_spills_registers_or_asks_for_more_shared_memory_than_the_chip_has(compiled):
     assert len(compiled) > 2 * len(JOBS)
     assert {c.chip for c in compiled} == set(CHIPS)
-    assert {c.kernel for c in compiled} >= {"add norm backward", "add norm backward, last block", "cross entropy parts"}
+    assert {c.kernel for c in compiled} >= {
+        "add norm backward", "add norm backward, last block", "cross entropy parts", "add norm forward, no biases",
+        "add norm backward, last block, no biases", "bias gelu backward, tanh, no biases", "rotary turn",
+        "rotary turn back", "gated gelu forward", "gated gelu backward, tanh",
+    }  # fmt: skip
     assert [c for c in compiled if c.spilled > SPILLED] == []
     assert [c for c in compiled if c.shared > SHARED_LIMIT[c.chip]] == []
     assert all(16 <= c.registers <= 255 for c in compiled)

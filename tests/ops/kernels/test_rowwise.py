@@ -1,4 +1,4 @@
-"""The kernels that go row by row, add_norm, bias_gelu, cross_entropy and drop, against their fp64 references."""
+"""The kernels that go row by row (all but attention and rotary) against their fp64 references."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import pytest
 import torch
 from against_reference import TOO_SMALL, assert_close, compare, interpreted, mask, random, tolerance
 
-from minisobert.ops import Dropout, add_norm_reference, bias_gelu_reference, cross_entropy_reference, drop_reference
+from minisobert.ops import (
+    Dropout,
+    add_norm_reference,
+    bias_gelu_reference,
+    cross_entropy_reference,
+    drop_reference,
+    gated_gelu_reference,
+)
 from minisobert.ops.kernels import cross_entropy as losses
 from minisobert.ops.kernels.add_norm import add_norm
 from minisobert.ops.kernels.bias_gelu import bias_gelu
 from minisobert.ops.kernels.cross_entropy import cross_entropy
 from minisobert.ops.kernels.dropout import drop
+from minisobert.ops.kernels.gated_gelu import gated_gelu
 
 pytestmark = [
     interpreted,
@@ -41,6 +49,35 @@ def test_add_norm(tokens, width, dtype, p):
         lambda *x: add_norm(*x, 1e-5, dropout),
         lambda *x: add_norm_reference(*x, 1e-5, dropout),
         norm_inputs(tokens, width, dtype),
+    )
+
+
+def without_biases(operation, biases: str, *rest):
+    """(branch, [bias], residual, weight, [norm_bias]) → the operation with None for what `biases` does not name."""
+
+    def call(branch, *others):
+        others = list(others)
+        bias = others.pop(0) if "b" in biases else None
+        return operation(branch, bias, *others, *(() if "c" in biases else (None,)), *rest)
+
+    return call
+
+
+@pytest.mark.parametrize("biases", ["", "b", "c"])
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype", "p"),
+    [(1, 768, torch.float32, 0.0), (5, 1_000, torch.float16, 0.3), (70, 192, torch.float32, 0.3),
+     (3, 8_191, torch.float32, 0.3)],
+)  # fmt: skip
+def test_add_norm_without_its_biases(tokens, width, dtype, p, biases):
+    """Also one of two, so that no sum of a bias lands in another's place; 8,191 is too wide for the sum of b."""
+    x, b, r, w, c = norm_inputs(tokens, width, dtype)
+    inputs = (x, *([b] if "b" in biases else []), r, w, *([c] if "c" in biases else []))
+    dropout = mask(p, "ffn_output", token_offset=2_048)
+    compare(
+        without_biases(add_norm, biases, 1e-5, dropout),
+        without_biases(add_norm_reference, biases, 1e-5, dropout),
+        inputs,
     )
 
 
@@ -76,6 +113,20 @@ def test_add_norm_of_large_numbers_that_differ_little():
 def test_bias_gelu(tokens, width, dtype, form):
     inputs = random(tokens, width, dtype=dtype, scale=3.0), random(width, dtype=dtype, seed=1)
     compare(lambda x, b: bias_gelu(x, b, form), lambda x, b: bias_gelu_reference(x, b, form), inputs)
+
+
+@pytest.mark.parametrize(("tokens", "width", "dtype"), [(1, 7, torch.float32), (131, 700, torch.float16)])
+def test_bias_gelu_without_a_bias(tokens, width, dtype):
+    x = random(tokens, width, dtype=dtype, scale=3.0)
+    compare(lambda x: bias_gelu(x, None), lambda x: bias_gelu_reference(x, None), (x,))
+
+
+@pytest.mark.parametrize("form", ["erf", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (37, 131), (131, 64), (2, 1_152)])
+def test_gated_gelu(tokens, width, dtype, form):
+    x = random(tokens, 2 * width, dtype=dtype, scale=3.0)
+    compare(lambda x: gated_gelu(x, form), lambda x: gated_gelu_reference(x, form), (x,))
 
 
 @pytest.mark.parametrize("form", ["erf", "tanh"])
@@ -181,7 +232,7 @@ def test_results_repeat_bit_for_bit():
 def test_no_tokens_are_no_error():
     x, b, r, w, c = (y.requires_grad_() for y in norm_inputs(0, 256, torch.float32))
     residual, normal = add_norm(x, b, r, w, c, 1e-5)
-    (bias_gelu(normal, b).sum() + residual.sum()).backward()
+    (bias_gelu(normal, b).sum() + residual.sum() + gated_gelu(normal).sum()).backward()
     assert x.grad.shape == (0, 256) and not b.grad.any() and not w.grad.any()
 
 
@@ -199,6 +250,8 @@ X, B, N = torch.zeros(4, 256), torch.zeros(256), torch.zeros(4, 64)
         (lambda: add_norm(N, N[0], N, N[0], N[0], 1e-5), r"branch is \(4, 64\); it must be 128 to 8,192 wide"),
         (lambda: bias_gelu(X, B.half()), "bias is torch.float16, x torch.float32"),
         (lambda: bias_gelu(X.t(), torch.zeros(4)), "x has the strides"),
+        (lambda: gated_gelu(X.t()), "x has the strides"),
+        (lambda: gated_gelu(X.long()), "x is torch.int64; the kernels take"),
         (lambda: cross_entropy(X.t(), torch.zeros(256, dtype=torch.int64)), "logits has the strides"),
         (lambda: cross_entropy(X, torch.zeros(4, dtype=torch.int64, device="meta")), "targets is on meta"),
         (lambda: drop(X.long(), mask(0.1, "embedding")), "x is torch.int64; the kernels take"),

@@ -1,0 +1,112 @@
+"""Rotary positions in Triton: queries and keys are turned in place, and their gradients turned back.
+
+Both are bound by memory. Per token and head in bf16 the forward reads and writes q and k, 8d bytes, and leaves v alone;
+a copy of qkv would move 12d. The backward reads and writes the gradients of all three, 12d bytes. The cos and sin of a
+token are another 4d bytes, which all its heads share. Heads of one token are neighbours in the grid, so that only the
+first reads them from memory and the others find them in the L2 cache.
+
+Half precision loads 16 bytes a thread: the halves a and b of q and of k are each d/2 elements side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
+
+TILE = (
+    512,
+    2,
+)  # pairs of q, as many of k; warps. 8 pairs a thread fill a load of 16 bytes in half precision. Not tuned yet.
+
+# What the kernel takes. T tokens, H heads, d head width.
+#   x, out         (T, H, 3, d) each, contiguous, of one dtype; the forward's are the same memory
+#   rotation       (2, T, d/2) fp32: cos and sin, contiguous
+#   tokens         T
+#   HEADS, D       H; d
+#   TOKENS, BLOCK  tokens of a tile; the power of two that d/2 is padded to
+#   BACKWARD       whether to turn back, and to copy v
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _turn(
+    x, out, rotation, tokens,
+    HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    head = tl.program_id(0) % HEADS
+    token, pair = tl.program_id(0) // HEADS * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (pair < HALF)[None, :]
+    token = token.to(tl.int64)[:, None]  # T * 3h passes 2**31 at 0.9 million tokens of the base model
+    angle = rotation + token * HALF + pair[None, :]
+    cos = tl.load(angle, inside, 0.0)
+    sin = tl.load(angle + tl.cast(tokens, tl.int64) * HALF, inside, 0.0)
+    if BACKWARD:
+        sin = -sin
+    at = (token * HEADS + head) * (3 * D) + pair[None, :]
+    # all loads before the first store: the compiler cannot know that none of them reads what a store wrote
+    q_a = tl.load(x + at, inside, 0.0).to(tl.float32)
+    q_b = tl.load(x + at + HALF, inside, 0.0).to(tl.float32)
+    k_a = tl.load(x + at + D, inside, 0.0).to(tl.float32)
+    k_b = tl.load(x + at + D + HALF, inside, 0.0).to(tl.float32)
+    if BACKWARD:
+        v_a = tl.load(x + at + 2 * D, inside, 0.0)
+        v_b = tl.load(x + at + 2 * D + HALF, inside, 0.0)
+        tl.store(out + at + 2 * D, v_a, inside)
+        tl.store(out + at + 2 * D + HALF, v_b, inside)
+    dtype = out.dtype.element_ty
+    tl.store(out + at, (q_a * cos - q_b * sin).to(dtype), inside)
+    tl.store(out + at + HALF, (q_b * cos + q_a * sin).to(dtype), inside)
+    tl.store(out + at + D, (k_a * cos - k_b * sin).to(dtype), inside)
+    tl.store(out + at + D + HALF, (k_b * cos + k_a * sin).to(dtype), inside)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rotation: Tensor, heads: int) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(rotation)
+        ctx.heads = heads
+        return _launch(x, x, rotation, heads, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (rotation,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        # not in place: behind a sum autograd hands the same memory to every summand, and a hook may have kept it
+        return _launch(grad, torch.empty_like(grad), rotation, ctx.heads, backward=True), None, None
+
+
+def _launch(x: Tensor, out: Tensor, rotation: Tensor, heads: int, backward: bool) -> Tensor:
+    _, tokens, half = rotation.shape
+    pairs, warps = TILE
+    block = triton.next_power_of_2(half)
+    rows = max(pairs // block, 1)
+    with on_device(x):
+        if tokens:
+            grid = (triton.cdiv(tokens, rows) * heads,)
+            _turn[grid](x, out, rotation, tokens, heads, 2 * half, rows, block, backward, **options(warps))
+    return out
+
+
+def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """As `ops.rotary`; q and k are overwritten. qkv: (T, H, 3, d), contiguous; rotation: fp32, contiguous.
+
+    Raises ValueError on another dtype, device or layout.
+    """
+    check(qkv=qkv)
+    if rotation.dtype != torch.float32:
+        raise ValueError(f"rotation is {rotation.dtype}; it must be torch.float32")
+    check_device(qkv=qkv, rotation=rotation)
+    check_contiguous(qkv=qkv, rotation=rotation)
+    # qkv is a view of what a linear returned. Changing a view in place is allowed, but its backward copies the whole
+    # gradient four times (CopySlices, AsStrided). Changing the base, which is the same memory, copies nothing, and
+    # autograd sees to it that whoever still uses qkv gets the right gradient.
+    base = qkv._base
+    whole = qkv if base is None or base.numel() != qkv.numel() or not base.is_contiguous() else base
+    return _Rotary.apply(whole, rotation, qkv.shape[1]).view(qkv.shape)
