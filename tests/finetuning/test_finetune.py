@@ -461,7 +461,7 @@ def refused(capsys, expected: str, **options) -> None:
 @pytest.mark.parametrize(("expected", "options"), [
     ("--task is missing", {"task": ""}),
     ("--out is missing", {"model": "tfidf"}),
-    ("choose random:tiny, random:base or random:large", {"model": "random:huge"}),
+    ("choose random:tiny, random:base, random:large, random:modern-tiny, random:m", {"model": "random:huge"}),
     ("needs --tokenizer", {"model": "random:tiny"}),
     ("no folder", {"model": "nowhere"}),
     ("holds no checkpoint", {"model": "EMPTY"}),
