@@ -44,8 +44,8 @@ class ModelConfig:
             divisors = [n for n in divisors if self.hidden // n % 2 == 0]
         if self.heads not in divisors:
             even = " of even width, which rotary positions need" if self.is_modern else ""
-            choices = f"choose {words(nearest(divisors, self.heads))}" if divisors else "choose an even hidden"
-            raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads{even}; {choices}")
+            choices = words(nearest(divisors, self.heads)) if divisors else f"a multiple of {2 * self.heads} for hidden"
+            raise ValueError(f"hidden {self.hidden} cannot be split over {self.heads} heads{even}; choose {choices}")
 
     @property
     def is_modern(self) -> bool:
@@ -123,9 +123,10 @@ def _is_number(text: str) -> bool:
 
 def _of_preset(name: str, help: str, **more):
     """An option whose default the preset decides."""
-    paper, modern = PAPER[name], MODERN[name]
-    shown = f"{paper}" if paper == modern else f"{paper}, of modern presets {RECIPES['modern-tiny'][name]} to {modern}"
-    return option(None, help, shown=shown, group="recipe", **more)
+    shown = {"": PAPER[name], " with modern presets": MODERN[name], " with modern-tiny": RECIPES["modern-tiny"][name]}
+    values = list(shown.values())  # each is said where it is another than the one before
+    said = [f"{v}{whose}" for i, (whose, v) in enumerate(shown.items()) if i == 0 or v != values[i - 1]]
+    return option(None, help, shown=", ".join(said), group="recipe", **more)
 
 
 _data = partial(option, group="data")
@@ -153,7 +154,7 @@ class TrainConfig:
     layers: int = _size(help="blocks", least=1)
     hidden: int = _size(help="width of the hidden states", least=1)
     heads: int = _size(help="attention heads", least=1)
-    ffn: int = _size(help="features inside the MLP of a block", least=1)
+    ffn: int = _size(help="features inside the MLP of a block; of modern presets, of each of its two halves", least=1)
     global_every: int = _size(
         help="of modern presets: every N-th block attends to whole documents, the others to a window", least=1
     )
@@ -163,7 +164,9 @@ class TrainConfig:
     rope_base: float = _size(
         help="of modern presets: base of the rotary positions in blocks that attend to whole documents", above=1
     )
-    local_rope_base: float = _size(help="the same in blocks that attend to a window", above=1)
+    local_rope_base: float = _size(
+        help="of modern presets: base of the rotary positions in blocks that attend to a window", above=1
+    )
     gelu: str = _model("erf", "form of the GELU: exact (erf), or the approximation that Megatron-LM fuses (tanh)",
                        choices=("erf", "tanh"))  # fmt: skip
     dropout: float = _of_preset(
@@ -254,16 +257,16 @@ class TrainConfig:
         self._sized()  # fits together
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
-                f"--warmup-fraction {self.warmup_fraction:g} and --decay-fraction {self.decay_fraction:g} are more "
-                "than the whole run together; choose fractions whose sum is at most 1"
+                f"--warmup-fraction {self.warmup_fraction:g} and --decay-fraction {self.decay_fraction:g} add up to "
+                "more than the whole run; choose fractions whose sum is at most 1"
             )
         self.mask_rate_after(0)
         if (largest := max(size for _, size in self.batch_ramp)) > MOST_TOKENS:
             raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
         if not model.is_modern and self.row_tokens > model.positions:
             raise ValueError(
-                f"--row-tokens is {self.row_tokens:,}; {self.preset} has a table of {model.positions:,} positions, "
-                "choose that or less, or a modern preset, which has no table"
+                f"--row-tokens is {self.row_tokens:,}, and {self.preset} has a table of {model.positions:,} positions; "
+                f"choose {model.positions:,} or less, or a modern preset, which needs no such table"
             )
 
     def _settle(self) -> None:
@@ -318,8 +321,8 @@ class TrainConfig:
             first = last = 0
         if not (0 < first <= 1 and 0 < last <= 1):
             raise ValueError(
-                f"--mask-schedule is {self.mask_schedule!r}; it must be the first and the last rate, each more than 0 "
-                "and at most 1: 0.3:0.15"
+                f"--mask-schedule is {self.mask_schedule!r}; it must be the rates to begin and to end with, each "
+                "more than 0 and at most 1, as in 0.3:0.15"
             )
         return first + (last - first) * min(consumed / self.train_tokens, 1)
 

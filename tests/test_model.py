@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import megatron_bert
+from benchmarks import megatron_bert, modernbert
 from minisobert.config import PRESETS, ModelConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
@@ -25,6 +26,21 @@ def packed(lengths: list[int], vocabulary: int, seed: int = 0):
     return tokens, positions, Documents.from_bounds(bounds), masked, targets
 
 
+def with_signal_everywhere(model: MaskedLM) -> MaskedLM:
+    """Initial weights moved a little: no zeros, no ones."""
+    model.initialise(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    return model
+
+
+def padded(tokens: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents as rows of a batch, and the mask of what is no padding."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(tokens.split(lengths)), pad([torch.ones(n) for n in lengths])
+
+
 @pytest.mark.parametrize(
     ("preset", "encoder", "with_mlm_head"), [("base", 125_067_264, 125_709_440), ("large", 759_982_080, 762_396_032)]
 )
@@ -35,23 +51,33 @@ def test_presets_have_the_published_number_of_parameters(preset, encoder, with_m
     assert sum(p.numel() for p in model.parameters()) == with_mlm_head
 
 
+@pytest.mark.parametrize("preset", ["modern-small", "modern-base", "modern-large"])
+def test_modern_presets_have_as_many_parameters_as_transformers_model_and_the_formula_say(preset):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = MaskedLM(PRESETS[preset])
+        theirs = transformers.ModernBertForMaskedLM(modernbert.configuration(model))
+    layers, h, f, v = (getattr(model.config, name) for name in ("layers", "hidden", "ffn", "vocabulary"))
+    # qkv, attention's output, 2f in and f out, and two norms, of which the first block lacks one
+    encoder = (v + 1) * h + layers * (4 * h * h + 3 * h * f + 2 * h) - h + h
+    assert sum(p.numel() for p in model.encoder.parameters()) == encoder
+    assert sum(p.numel() for p in model.parameters()) == encoder + h * h + h + v
+    assert sum(p.numel() for p in theirs.parameters()) == encoder + h * h + h + v
+
+
 @pytest.mark.parametrize("head_width", [64, 96])
 @pytest.mark.parametrize("lengths", [[53], [7, 1, 40, 24]], ids=["one document", "several documents"])
 def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_width, lengths):
     pytest.importorskip("transformers")
     config = ModelConfig(layers=2, hidden=2 * head_width, heads=2, ffn=160, vocabulary=384, positions=64)
-    model = MaskedLM(config).initialise(0)
-    with torch.no_grad():  # no zeros, no ones: every path carries signal
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    model = with_signal_everywhere(MaskedLM(config))
     theirs = megatron_bert.peer(model).eval()
     tokens, positions, documents, masked, targets = packed(lengths, config.vocabulary)
 
     logits = model(tokens, positions, documents, masked)
     cross_entropy(logits, targets).sum().backward()
 
-    ids = torch.nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in lengths], batch_first=True)
+    ids, real = padded(tokens, lengths)
     their_logits = theirs(ids, attention_mask=real).logits[real.bool()][masked]
     F.cross_entropy(their_logits, targets, reduction="sum").backward()
 
@@ -73,10 +99,52 @@ def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_widt
     assert largest_bias_of_a_key < 1e-4
 
 
-def test_changing_one_document_leaves_the_others_outputs_bitwise_unchanged():
-    config = ModelConfig(layers=2, hidden=128, heads=2, ffn=256, vocabulary=256, positions=64)
-    model = MaskedLM(config).initialise(3)
-    tokens, positions, documents, *_ = packed([20, 33, 11], config.vocabulary)
+LENGTHS = [1, 63, 64, 65, 129, 700, 2_048]  # around the window, and the longest row of the paper's presets
+
+
+def modern(**sizes) -> ModelConfig:
+    sizes = {"layers": 4, "hidden": 128, "heads": 2, "ffn": 96, "vocabulary": 384, **sizes}
+    return ModelConfig(**sizes, architecture="modernbert")
+
+
+def local_alone(model: MaskedLM) -> MaskedLM:
+    """With a window in the first block too, which no config makes."""
+    first, second = model.encoder.blocks[:2]
+    first.window, first.rope_base = second.window, second.rope_base
+    return model
+
+
+@pytest.mark.parametrize(("kind", "layers", "every"), [("global", 1, 1), ("local", 2, 3), ("mixed", 4, 3)])
+def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers, every):
+    pytest.importorskip("transformers")
+    model = with_signal_everywhere(MaskedLM(modern(layers=layers, global_every=every)))
+    model = local_alone(model) if kind == "local" else model
+    lengths = LENGTHS if kind == "mixed" else LENGTHS[:-1]
+    tokens, positions, documents, masked, targets = packed(lengths, model.config.vocabulary)
+    logits = model(tokens, positions, documents, masked)
+    cross_entropy(logits, targets).sum().backward()
+    ours = modernbert.by_their_names(model, lambda tensor: tensor.grad)
+
+    for attention in ("eager", "sdpa"):
+        theirs, their_logits = modernbert.peer(model, attention=attention).eval(), []
+        for some in (slice(0, 5), slice(5, 7)):  # two batches, so that the longest do not pad all the others
+            ids, real = padded(torch.cat(tokens.split(lengths)[some]), lengths[some])
+            their_logits.append(theirs(ids, attention_mask=real).logits[real.bool()])
+        their_logits = torch.cat(their_logits)[masked]
+        F.cross_entropy(their_logits, targets, reduction="sum").backward()
+
+        assert (logits - their_logits).abs().max() < 1e-5
+        expected = {name: p.grad for name, p in theirs.named_parameters()}
+        assert ours.keys() == expected.keys()
+        apart = {name: float((g - expected[name]).abs().max() / expected[name].abs().max()) for name, g in ours.items()}
+        assert {name: by for name, by in apart.items() if not by <= 1e-5} == {}, attention
+
+
+@pytest.mark.parametrize("architecture", ["megatron-bert", "modernbert"])
+def test_changing_one_document_leaves_the_others_outputs_bitwise_unchanged(architecture):
+    sizes = {"layers": 2, "hidden": 128, "heads": 2, "ffn": 256, "vocabulary": 256, "positions": 64, "window": 16}
+    model = MaskedLM(ModelConfig(**sizes, architecture=architecture)).initialise(3)
+    tokens, positions, documents, *_ = packed([20, 33, 11], model.config.vocabulary)
     dropout = Dropout.for_step(0.1, seed=1, step=0, layers=2)
     changed = tokens.clone()
     changed[20:53] = tokens[20:53].flip(0)
@@ -86,6 +154,19 @@ def test_changing_one_document_leaves_the_others_outputs_bitwise_unchanged():
         others = [*range(20), *range(53, 64)]
         assert torch.equal(before[others], after[others])
         assert not torch.isclose(before[20:53], after[20:53]).all(1).any()
+
+
+def test_a_state_depends_on_no_token_outside_the_windows_path():
+    """Blocks that all have a window of 5 tokens carry what a token says 5 tokens further each, and no further."""
+    layers, window, at = 3, 5, 40
+    model = MaskedLM(modern(layers=layers, window=window)).initialise(3)
+    local_alone(model)
+    tokens, positions, documents, *_ = packed([81], model.config.vocabulary)
+    changed = tokens.clone()
+    changed[at] += 1
+    states = [model.encoder(each, positions, documents) for each in (tokens, changed)]
+    moved = (states[0] != states[1]).any(1).nonzero().flatten().tolist()
+    assert moved == [*range(at - layers * window, at + layers * window + 1)]
 
 
 def test_loss_at_initialisation_is_that_of_unit_variance_into_random_embeddings():
@@ -98,8 +179,10 @@ def test_loss_at_initialisation_is_that_of_unit_variance_into_random_embeddings(
     assert loss == pytest.approx(math.log(config.vocabulary) + config.hidden * 0.02**2 / 2, rel=0.01)
 
 
-def test_initial_weights_have_the_recipes_spread_and_depend_on_the_seed_alone():
-    config = ModelConfig(layers=4, hidden=128, heads=2, ffn=512, vocabulary=1_024, positions=128)
+@pytest.mark.parametrize("architecture", ["megatron-bert", "modernbert"])
+def test_initial_weights_have_the_recipes_spread_and_depend_on_the_seed_alone(architecture):
+    sizes = {"layers": 4, "hidden": 128, "heads": 2, "ffn": 512, "vocabulary": 1_024, "positions": 128}
+    config = ModelConfig(**sizes, architecture=architecture)
     model, again, other = (MaskedLM(config).initialise(seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert not torch.equal(model.encoder.embeddings.word.weight, other.encoder.embeddings.word.weight)

@@ -25,6 +25,7 @@ import train
 from minisobert.cli import parse
 from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
+from minisobert.corpus.packing import SPECIALS
 from minisobert.files import locked
 from minisobert.training import checkpoint, loop, run
 
@@ -416,6 +417,9 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+MODERN = {"preset": "modern-tiny"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -428,6 +432,23 @@ def flip(path: Path) -> None:
         ({"dropout": 1}, "--dropout is 1.0; it must be at least 0 and less than 1"),
         ({"learning_rate": "nan"}, "--learning-rate is nan; it must be more than 0"),
         ({"learning_rat": 1}, "unknown option --learning-rat; did you mean --learning-rate?"),
+        ({"hidden": 66}, "hidden 66 cannot be split over 4 heads; choose 2, 3 or 6"),
+        (MODERN | {"heads": 64}, "64 heads of even width, which rotary positions need; choose 8, 16 or 32"),
+        (MODERN | {"hidden": 63}, "hidden 63 cannot be split over 4 heads of even width, .*choose a multiple of 8"),
+        (MODERN | {"window": 0}, "--window is 0; it must be at least 1"),
+        ({"window": 32}, "--window is for modern presets, and --preset is tiny; leave it out"),
+        (MODERN | {"warmup_fraction": 0.5, "decay_fraction": 0.6}, "0.5 and --decay-fraction 0.6 add up to more than "),
+        (
+            {"mask_schedule": "0.3"},
+            "--mask-schedule is '0.3'; it must be the rates to begin and to end with, .*0.3:0.1",
+        ),
+        ({"mask_schedule": "0.3:0"}, "--mask-schedule is '0.3:0'; .*each more than 0 and at most 1"),
+        ({"mask_schedule": "a:b"}, "--mask-schedule is 'a:b'; "),
+        ({"mask_rate": 15}, "--mask-rate is 15.0; it must be more than 0 and at most 1"),
+        (
+            {"row_tokens": 4_096},
+            "4,096, and tiny has a table of 2,048 positions; choose 2,048 or less, or a modern pre",
+        ),
     ],
 )
 def test_mistakes_are_one_line_with_exit_status_2_and_nothing_written(corpus, tmp_path, capsys, options, message):
@@ -438,6 +459,66 @@ def test_mistakes_are_one_line_with_exit_status_2_and_nothing_written(corpus, tm
     assert left.value.code == 2 and error.count("\n") == 1 and error.startswith("train.py: ")
     assert re.search(message.replace("?", r"\?"), error), error
     assert not out.exists()
+
+
+LONG = {"preset": "modern-tiny", "optimizer": "adamw", "row_tokens": 4_096, "micro_batch_rows": 1,
+        "tokens_per_batch": 8_192, "train_tokens": 4 * 8_192}  # fmt: skip
+
+
+def test_rows_longer_than_any_table_of_positions_are_packed_trained_resumed_and_planned(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = words(corpus, out, **LONG, checkpoint_every_tokens=2 * 8_192)
+    assert Rows(corpus, corpus.training_documents, 1, 4_096).packing.chunk_length.max() > 2_048
+    assert train.main(argv) == 0
+    whole, last = weights(out), checkpoint.steps(out / "checkpoints")[-1]
+    assert [line["positions"] for line in metrics(out)] == [8_192, 16_384, 24_576, 32_768]
+    assert column(out, "lr").tolist() == pytest.approx([1e-4, 1e-4, 1e-4, 0.0], abs=1e-12)  # the recipe's wsd, not linear
+    assert json.loads((out / "config.json").read_text())["model"]["positions"] == 4_096
+    shutil.rmtree(last)
+    assert train.main(argv) == 0
+    assert "going on after step 2" in capsys.readouterr().out
+    assert all(torch.equal(w, whole[name]) for name, w in weights(out).items())
+    assert train.main([*argv, "--plan", "--gpus", "1"]) == 0
+    assert "32,768 tokens in 4 steps of 8,192" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        train.main(words(corpus, out, **{**LONG, "row_tokens": 2_048}))
+    assert left.value.code == 2
+    expected = f"train.py: {out} holds a run with --row-tokens 4096, given is 2048; give the same, choose another --out"
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_training_masks_what_it_is_told_to_and_evaluation_15_percent_whatever_that_is(corpus, tmp_path, monkeypatch):
+    shares = {"masking": [], "validation": []}
+    micro_batch = Rows.micro_batch
+
+    def noting(rows, *span):
+        batch = micro_batch(rows, *span)
+        maskable = batch.real_tokens - SPECIALS * len(batch.lengths)
+        shares[rows.purpose].append(len(batch.targets) / maskable)
+        return batch
+
+    monkeypatch.setattr(Rows, "micro_batch", noting)
+    for name, options, expected in (
+        ("rate", {"mask_rate": 0.4}, [0.4] * 4),
+        ("schedule", {"mask_schedule": "0.5:0.1"}, [0.5, 0.4, 0.3, 0.2]),
+    ):
+        assert train.main(words(corpus, tmp_path / name, steps=4, **options)) == 0
+        assert shares["masking"] == pytest.approx(expected, abs=0.04)  # 2,048 tokens: four standard errors
+        assert shares["validation"] == pytest.approx([0.15], abs=0.04)
+        shares["masking"].clear(), shares["validation"].clear()
+
+
+def test_rows_that_tensor_parallelism_cannot_split_are_refused(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options, message in (
+        ({"row_tokens": 511, "tokens_per_batch": 4 * 511}, "511 tokens of a row cannot be split"),
+        ({"ffn": 97}, "97 ffn cannot be split"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train.main(words(corpus, tmp_path / "run", preset="modern-tiny", tensor_parallel=2, **options))
+        assert left.value.code == 2
+        assert capsys.readouterr().err == f"train.py: {message} over --tensor-parallel 2; choose 1\n"
+        assert not (tmp_path / "run").exists()
 
 
 def test_changed_shards_are_refused(corpus, tmp_path, capsys):

@@ -28,11 +28,12 @@ def within(share: float, expected: float, n: int) -> bool:
     return abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / n)
 
 
-def test_the_rates_are_15_percent_and_80_10_10():
+@pytest.mark.parametrize("rate", [0.15, 0.3])
+def test_the_rates_are_the_one_given_and_80_10_10(rate):
     original, tokens = rows(), rows()
-    where, targets = mask_rows(tokens, keys(), VOCAB_SIZE)
+    where, targets = mask_rows(tokens, keys(), VOCAB_SIZE, rate)
     maskable = (original >= FIRST_ORDINARY_ID).sum()
-    assert within(len(where) / maskable, 0.15, maskable)
+    assert within(len(where) / maskable, rate, maskable)
     assert (targets == original.ravel()[where]).all()
     became = tokens.ravel()[where]
     assert within((became == MASK).mean(), 0.8, len(where))
@@ -42,6 +43,22 @@ def test_the_rates_are_15_percent_and_80_10_10():
     assert random.min() >= FIRST_ORDINARY_ID and random.max() < VOCAB_SIZE
     counts = np.bincount((random - FIRST_ORDINARY_ID) * 10 // (VOCAB_SIZE - FIRST_ORDINARY_ID), minlength=10)
     assert all(within(count / len(random), 0.1, len(random)) for count in counts)
+
+
+def test_what_is_masked_at_a_lower_rate_is_masked_alike_at_a_higher_one():
+    few, more, all_of_them = (rows() for _ in range(3))
+    (lower, _), (higher, _), (every, _) = (
+        mask_rows(tokens, keys(), VOCAB_SIZE, rate) for tokens, rate in ((few, 0.15), (more, 0.3), (all_of_them, 1))
+    )
+    assert 1.9 * len(lower) < len(higher) and np.isin(lower, higher, assume_unique=True).all()
+    assert (few.ravel()[lower] == more.ravel()[lower]).all()
+    assert (every == np.flatnonzero(rows() >= FIRST_ORDINARY_ID)).all()
+    assert (more.ravel()[higher] == all_of_them.ravel()[higher]).all()
+
+
+def test_without_a_rate_it_is_that_of_evaluation():
+    tokens, again = rows(), rows()
+    assert (mask_rows(tokens, keys(), VOCAB_SIZE)[0] == mask_rows(again, keys(), VOCAB_SIZE, 0.15)[0]).all()
 
 
 def test_nothing_else_changes_and_specials_are_never_chosen():

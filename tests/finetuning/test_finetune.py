@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import finetune
-from benchmarks import megatron_bert
+from benchmarks import megatron_bert, modernbert
 from minisobert import tasks
 from minisobert.config import PRESETS, ModelConfig
 from minisobert.corpus import tokenizer
@@ -26,6 +26,7 @@ from minisobert.finetuning.encoder import Network
 from minisobert.model import Classifier, MaskedLM
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
+from minisobert.training.run import open_run
 
 SMALL = ModelConfig(layers=2, hidden=64, heads=4, ffn=128, positions=64)
 WORDS = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
@@ -210,8 +211,11 @@ def test_words_are_cut_as_in_the_corpus(text, words):
     assert [text[a:b] for a, b in marking.word_spans(text)] == words
 
 
-def network(pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0) -> Network:
-    config = ModelConfig(layers=1, hidden=32, heads=2, ffn=64, vocabulary=384, positions=positions)
+def network(
+    pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0, architecture: str = "megatron-bert"
+) -> Network:
+    sizes = {"layers": 1, "hidden": 32, "heads": 2, "ffn": 64, "vocabulary": 384, "positions": positions}
+    config = ModelConfig(**sizes, architecture=architecture)
     return Network(Classifier(config, 3, kind == "sequence").initialise(1), tokenizer.Tokenizer(pieces), kind, dropout)
 
 
@@ -331,6 +335,33 @@ def test_logits_are_those_of_transformers_megatron_bert(kind, pieces):
     torch.testing.assert_close(ours.logits([item], None), expected, rtol=0, atol=1e-6)  # fp32, two orders of addition
 
 
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_logits_are_those_of_transformers_modernbert(kind, pieces):
+    """Whose classes have the head of pre-training too, before the classifier."""
+    transformers = pytest.importorskip("transformers")
+    ours = network(pieces, kind, architecture="modernbert")
+    trained = MaskedLM(ours.module.config).initialise(2)
+    with torch.no_grad():
+        for i, p in enumerate(trained.parameters()):  # no ones: the weights of layer norms matter
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    ours.module.start_from(trained)
+    config = modernbert.configuration(ours.module, num_labels=3, classifier_pooling="cls")
+    head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[kind]
+    theirs = getattr(transformers, f"ModernBertFor{head}")(config).eval()
+    # the encoder and the head by way of the masked language model that they were taken from
+    named = modernbert.by_their_names(trained, lambda tensor: tensor.detach())
+    named = {name: p for name, p in named.items() if not name.startswith("decoder")}
+    theirs.load_state_dict(named | {f"classifier.{n}": p for n, p in ours.module.classifier.state_dict().items()})
+    texts = ("please ban dot", "dot", "ban " * 20)  # one batch of three lengths
+    items = ours.encode([Example("", text, words=tuple(text.split())) for text in texts])
+    with torch.no_grad():
+        expected = [theirs(torch.from_numpy(item.ids)[None]).logits[0] for item in items]
+        expected = [x[None] if kind == "sequence" else x[item.places] for x, item in zip(expected, items)]
+        logits = ours.logits(items, None)
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-6)  # fp32, two orders of addition
+    assert logits.std(0).min() > 1e-3  # texts, or words, are told apart
+
+
 def test_an_option_reaches_its_task_alone(tmp_path):
     assert "keep_leak': True" in run("quality", tmp_path / "out", "tfidf", keep_leak=True)["notes"][0]
 
@@ -341,23 +372,66 @@ def test_tfidf_is_a_floor(tmp_path):
     assert not (tmp_path / "out/model").exists()
 
 
-@pytest.fixture(scope="module")
-def from_a_run(tmp_path_factory, corpus):
+def trained(folder: Path, corpus, **options) -> Path:
     """A run of train.py on the toy language of conftest."""
     import train
     from tests.runs import make_small, words
 
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setitem)
-        out = tmp_path_factory.mktemp("run") / "run"
-        train.main(words(corpus, out, steps=2))
-    return out
+        train.main(words(corpus, folder / "run", steps=2, **options))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def from_a_run(tmp_path_factory, corpus):
+    return trained(tmp_path_factory.mktemp("run"), corpus)
 
 
 def test_a_run_lends_its_encoder_and_tokenizer(from_a_run, tmp_path):
     found = run("quality", tmp_path / "out", str(from_a_run))
     assert found["mean"]["accuracy"] > 0.9
     assert (tmp_path / "out/model/tokenizer.model").read_bytes() == (from_a_run / "tokenizer.model").read_bytes()
+
+
+def the_saved_model_finds_in_test_what_the_trained_one_found(task: str, folder: Path, capsys) -> None:
+    with open(folder / "out/predictions.csv", newline="") as file:
+        predicted = [row["predicted"] for row in csv.DictReader(file)]
+    test = tasks.TASKS[task].read([], tasks.SPLIT_SEED).test
+    (folder / "posts.txt").write_text("".join(f"{e.text or ' '.join(e.words)}\n" for e in test))
+    capsys.readouterr()
+    finetune.main(["--predict", str(folder / "posts.txt"), "--model", str(folder / "out")])
+    lines = capsys.readouterr().out.splitlines()
+    if task == "quality":
+        assert [line.partition("\t")[0] for line in lines] == predicted
+    else:
+        ends = np.cumsum([len(e.words) for e in test])
+        entities = [metrics.entities(predicted[end - len(e.words) : end]) for e, end in zip(test, ends)]
+        assert [line.count("](") for line in lines] == list(map(len, entities))
+
+
+@pytest.mark.parametrize("task", ["quality", "ner"])
+def test_a_modern_run_is_fine_tuned_saved_and_applied(task, corpus, tmp_path, capsys):
+    begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw")
+    found = run(task, tmp_path / "out", str(begun), epochs=4)
+    assert found["mean"]["accuracy"] > 0.9
+    assert json.loads((tmp_path / "out/model/config.json").read_text())["architecture"] == "modernbert"
+    the_saved_model_finds_in_test_what_the_trained_one_found(task, tmp_path, capsys)
+
+
+def test_fine_tuning_begins_with_the_head_that_pre_training_has_made(corpus, tmp_path, monkeypatch):
+    """Before its first step, with a classifier of its own seed."""
+    begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw")
+    config = FineTuneConfig("quality", str(begun), ("toy",), "out")
+    seen = []
+    monkeypatch.setattr(encoder, "fit", lambda network, *others: seen.append(network.module))
+    for seed in (1, 2):
+        encoder.Start(config).train(sequence_task([], 0), seed, score=None)
+    expected = open_run(begun).model.mlm_head.state_dict()
+    for model in seen:
+        assert all(torch.equal(w, expected[name]) for name, w in model.head.state_dict().items())
+        assert model.pooler is None
+    assert not torch.equal(seen[0].classifier.weight, seen[1].classifier.weight)
 
 
 def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, capsys):
@@ -387,7 +461,7 @@ def refused(capsys, expected: str, **options) -> None:
 @pytest.mark.parametrize(("expected", "options"), [
     ("--task is missing", {"task": ""}),
     ("--out is missing", {"model": "tfidf"}),
-    ("choose random:tiny, random:base or random:large", {"model": "random:huge"}),
+    ("choose random:tiny, random:base, random:large, random:modern-tiny, random:m", {"model": "random:huge"}),
     ("needs --tokenizer", {"model": "random:tiny"}),
     ("no folder", {"model": "nowhere"}),
     ("holds no checkpoint", {"model": "EMPTY"}),
@@ -476,17 +550,4 @@ def test_an_encoder_of_hugging_face_is_trained_and_applied(kind, task, tmp_path,
     folder = tiny_of_hugging_face(kind, tmp_path / kind)
     found = run(task, tmp_path / "out", f"hf:{folder}", epochs=6, learning_rate=5e-3)["mean"]
     assert found["accuracy"] > 0.8
-    # the saved model finds in test what the trained one found
-    with open(tmp_path / "out/predictions.csv", newline="") as file:
-        predicted = [row["predicted"] for row in csv.DictReader(file)]
-    test = tasks.TASKS[task].read([], tasks.SPLIT_SEED).test
-    (tmp_path / "posts.txt").write_text("".join(f"{e.text or ' '.join(e.words)}\n" for e in test))
-    capsys.readouterr()
-    finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(tmp_path / "out")])
-    lines = capsys.readouterr().out.splitlines()
-    if task == "quality":
-        assert [line.partition("\t")[0] for line in lines] == predicted
-    else:
-        ends = np.cumsum([len(e.words) for e in test])
-        entities = [metrics.entities(predicted[end - len(e.words) : end]) for e, end in zip(test, ends)]
-        assert [line.count("](") for line in lines] == list(map(len, entities))
+    the_saved_model_finds_in_test_what_the_trained_one_found(task, tmp_path, capsys)

@@ -39,6 +39,30 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_in_a_line_to_a_tenth
     assert learning_rate(1, 1_000, 2.0, warmup_fraction=0.0, final_fraction=0.0) == pytest.approx(2.0 * 0.999)
 
 
+def test_the_learning_rate_of_wsd_rises_stays_and_falls_by_one_minus_a_root():
+    def rate(tokens):
+        return learning_rate(tokens, 1_000, 2.0, warmup_fraction=0.1, final_fraction=0.1, decay_fraction=0.2)
+
+    assert rate(50) == pytest.approx(1.0)
+    assert [rate(tokens) for tokens in (100, 101, 500, 800)] == [2.0] * 4
+    # of the way from the peak to the end: the root of the part of the decay that is over
+    assert rate(850) == pytest.approx(2.0 - 1.8 * 0.5) and rate(928) == pytest.approx(2.0 - 1.8 * 0.8)
+    assert rate(1_000) == pytest.approx(0.2) and rate(1_300) == pytest.approx(0.2)  # the last batch may reach past it
+    # warm-up and decay may be all there is, or one of them nothing
+    assert learning_rate(500, 1_000, 2.0, 0.5, 0.0, decay_fraction=0.5) == 2.0
+    assert learning_rate(250, 1_000, 2.0, 0.0, 0.0, decay_fraction=1.0) == pytest.approx(1.0)
+
+
+def test_a_mask_schedule_is_a_line_from_one_rate_to_the_other_and_the_rate_is_one_number_without_it():
+    config = TrainConfig(train_tokens=1_000, mask_rate=0.2, mask_schedule="0.3:0.1")
+    assert [config.mask_rate_after(n) for n in (0, 250, 500, 1_000)] == pytest.approx([0.3, 0.25, 0.2, 0.1])
+    assert config.mask_rate_after(1_500) == pytest.approx(0.1)  # the last batch may begin before the end and reach past
+    assert TrainConfig(mask_schedule="0.1:1").mask_rate_after(0) == 0.1
+    assert {TrainConfig(mask_rate=0.2).mask_rate_after(n) for n in (0, 10**9, 27 * 10**9)} == {0.2}
+    rates = [step.mask_rate for step in dataclasses.replace(config, tokens_per_batch=256, row_tokens=32).steps(1)]
+    assert rates == pytest.approx([0.3, 0.2488, 0.1976, 0.1464])  # after 0, 256, 512 and 768
+
+
 class Small(nn.Module):
     def __init__(self):
         super().__init__()
