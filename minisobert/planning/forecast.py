@@ -40,6 +40,7 @@ class Layout:
     recompute: bool = False
     precision: str = "bf16"  # or "fp32"
     row_tokens: int = 2_048
+    mask_rate: float = EVALUATION_RATE  # the highest of the run
 
     @property
     def gpus(self) -> int:
@@ -52,8 +53,8 @@ class Layout:
 
     @property
     def masked(self) -> int:
-        """Of these, expected: 15 %, were there no special tokens and no padding, which are never masked."""
-        return round(EVALUATION_RATE * self.tokens)
+        """Of these, expected, were there no special tokens and no padding, which are never masked."""
+        return round(self.mask_rate * self.tokens)
 
     @property
     def element(self) -> int:
@@ -87,10 +88,10 @@ class Collective(NamedTuple):
 
 
 @cache
-def _sizes(model: ModelConfig) -> dict[str, int]:
-    """Elements of each parameter, by name."""
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of each parameter, by name."""
     with torch.device("meta"):
-        return {name: parameter.numel() for name, parameter in MaskedLM(model).named_parameters()}
+        return {name: parameter.shape for name, parameter in MaskedLM(model).named_parameters()}
 
 
 def parameters(model: ModelConfig, tensor_parallel: int = 1) -> int:
@@ -100,8 +101,17 @@ def parameters(model: ModelConfig, tensor_parallel: int = 1) -> int:
 
 def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
     """Elements of each parameter that one rank has."""
-    whole = _sizes(model)
-    return {name: n // (1 if splits.split_dimension(name) is None else tensor_parallel) for name, n in whole.items()}
+    return {
+        name: shape.numel() // (1 if splits.split_dimension(name) is None else tensor_parallel)
+        for name, shape in _shapes(model).items()
+    }
+
+
+def _moments(model: ModelConfig, tensor_parallel: int, muon: bool) -> int:
+    """Elements of the optimizer's running means of one rank: two of each parameter, of Muon's one."""
+    of_muon = {name for name, shape in _shapes(model).items() if name.startswith("encoder.blocks.") and len(shape) == 2}
+    own = _own_sizes(model, tensor_parallel)
+    return sum(n * (1 if muon and name in of_muon else 2) for name, n in own.items())
 
 
 def _outside(layout: Layout) -> int:
@@ -112,12 +122,13 @@ def _outside(layout: Layout) -> int:
 def block_activations(model: ModelConfig, layout: Layout, dropout: bool = True) -> int:
     """Bytes that one block keeps for its backward pass, all but the parameters and its residual input.
 
-    Its qkv keeps its normal input; attention q, k, v (views of one tensor), its output, and for each head and token the
-    softmax's statistic and, with dropout, a hash, and one hash a token; both add_norms the residual that they make and
-    two statistics a token; ffn_input its input; GELU its input and ffn_output the GELU's output.
+    Its qkv keeps its normal input; attention q, k, v (views of one tensor, which rotary positions turn in place), its
+    output, and for each head and token the softmax's statistic and, with dropout, a hash, and one hash a token; both
+    add_norms the residual that they make and two statistics a token; ffn_input its input; GELU its input (where it is
+    gated both halves) and ffn_output the GELU's output.
     """
     tokens, share, outside = layout.tokens, layout.tokens // layout.tensor_parallel, _outside(layout)
-    features = 4 * model.hidden + 2 * model.ffn  # between column and row layers
+    features = 4 * model.hidden + (3 if model.is_modern else 2) * model.ffn  # between column and row layers
     per_head = model.heads * share * FP32
     return (
         layout.element * (features * share + 4 * model.hidden * outside)
@@ -142,38 +153,48 @@ def saved_activations(
 ) -> int:
     """Bytes that autograd keeps at the end of the forward pass of one micro-batch, all but parameters and inputs.
 
-    With recomputation a block keeps its two inputs, residual and normal. index: bytes of a token's id.
+    With recomputation a block keeps its two inputs, residual and normal, which are one tensor in modernbert's first
+    block. index: bytes of a token's id.
     """
     tokens, outside, hidden = layout.tokens, _outside(layout), layout.element * model.hidden
     block = 2 * hidden * outside if layout.recompute else block_activations(model, layout, dropout)
-    # the first layer norm: its input, which without recomputation no block has counted, and two statistics a token
+    # the first layer norm: two statistics a token, and its input. Where blocks are made again that is the residual of
+    # megatron-bert's first block, counted there; modernbert's are the words, and its first block has one input, not two
     first_norm = ((0 if layout.recompute else hidden) + 2 * FP32) * outside
+    bases = {model.rope_base_of(layer) for layer in range(model.layers)} if model.is_modern else ()
+    rotations = len(bases) * FP32 * model.head_width * tokens  # cos and sin of half the features, for all layers
     # each rank looks up the ids of its own words and masks the other tokens
     lookup = tokens * (index + layout.element) if layout.tensor_parallel > 1 else 0
-    return lookup + first_norm + model.layers * block + head_activations(model, layout, masked)
+    return lookup + first_norm + rotations + model.layers * block + head_activations(model, layout, masked)
 
 
-def memory(model: ModelConfig, layout: Layout, dropout: bool = True) -> Memory:
+def memory(model: ModelConfig, layout: Layout, dropout: bool = True, muon: bool = False) -> Memory:
     """Bytes of one GPU at the fullest moment of a step.
 
     Not in it: the inputs (some 20 bytes a token), the CUDA context (about 0.5 GB), buffers of NCCL and cuBLAS, and what
     the allocator cannot use because it lies in pieces.
 
     weights: in the layout's precision. gradients: a flat fp32 buffer of all parameters of this rank, whether or not the
-    optimizer is sharded. optimizer: Adam's two moments, and fp32 masters beside bf16 weights.
-    activations: what autograd keeps. temporary: what is there beside that at the fullest of three moments. Through all
+    optimizer is sharded. optimizer: Adam's two moments, or with `muon` one of the matrices of the blocks; fp32 masters
+    beside bf16 weights.
+    activations: what autograd keeps. temporary: what is there beside that at the fullest of five moments. Through all
     of them the gradient of the word embeddings waits, which the decoder makes first and the embedding last, in the
     weights' precision. The moments:
     - the loss's backward pass, when all is kept. Beside that are two gradients of (M, h).
     - the backward pass of ffn_output in the last block, which with recomputation has been made again. Head and last
       residual are gone. Beside the block are the gradients of the residual, of the branch (with dropout another one;
       with sequence parallelism gathered from all ranks), and of ffn_output's input and weight.
+    - that of a gated GELU before it: the gradients of the residual, of ffn_output's input, which itself is gone, and of
+      the two halves.
+    - that of ffn_input: GELU's input is gone too. There are the gradients of the residual and of ffn_input's output,
+      weight and input, and with sequence parallelism the whole input and the own share of its gradient.
     - the end, when nothing is kept, and the two gradients of the word embeddings become a third, their sum.
     """
     n, element, h, f = layout.tensor_parallel, layout.element, model.hidden, model.ffn
     count = parameters(model, n)
     masters = 0 if layout.precision == "fp32" else FP32
-    optimizer = (2 * FP32 + masters) * count // (layout.data_parallel if layout.shard_optimizer else 1)
+    optimizer = FP32 * _moments(model, n, muon) + masters * count
+    optimizer //= layout.data_parallel if layout.shard_optimizer else 1
 
     tokens, outside = layout.tokens, _outside(layout)
     all_kept = saved_activations(model, layout, dropout)
@@ -181,7 +202,12 @@ def memory(model: ModelConfig, layout: Layout, dropout: bool = True) -> Memory:
     if layout.recompute:  # all but the block's input
         last_kept += block_activations(model, layout, dropout) - element * h * outside
     branch = tokens if dropout or layout.sequence_parallel else 0
-    last_gradients = h * (outside + branch) + (f * tokens + h * f) // n
+    halves = 2 if model.is_modern else 1
+    at_output = h * branch + f * (tokens + h) // n
+    at_gelu = halves * f * tokens // n
+    gathered = tokens + outside if layout.sequence_parallel else 0
+    at_input = h * (tokens + gathered) + f * (halves * h - tokens) // n
+    last_gradients = h * outside + max(at_output, at_gelu, at_input)
     words_waiting = h * model.vocabulary // n
     activations, temporary = max(
         (all_kept, element * (words_waiting + 2 * h * layout.masked)),

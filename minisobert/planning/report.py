@@ -9,9 +9,9 @@ import math
 from dataclasses import astuple, replace
 
 from minisobert.cli import nearest, words
-from minisobert.config import PRESETS, ModelConfig, TrainConfig
+from minisobert.config import ModelConfig, TrainConfig
 from minisobert.parallel.mesh import check_layout, tensor_parallel_sizes
-from minisobert.planning.forecast import Layout, collectives, flops_per_token, memory, parameters, wire_bytes
+from minisobert.planning.forecast import Layout, Memory, collectives, flops_per_token, memory, parameters, wire_bytes
 from minisobert.training.meter import CHIPS, dollars
 
 RESERVED = 2 * 10**9  # bytes of a GPU, for what `forecast.memory` leaves out
@@ -35,7 +35,21 @@ def hours(
     length = length or config.row_tokens
     again = flops_per_token(model, length, masked=0) / 3 if layout.recompute else 0
     tokens = sum(size for _, size in config.batch_sizes())
-    return tokens * (flops_per_token(model, length) + again) / (layout.gpus * flops * mfu) / 3600
+    return tokens * (_mean_flops(model, config, length) + again) / (layout.gpus * flops * mfu) / 3600
+
+
+def _mean_flops(model: ModelConfig, config: TrainConfig, length: int) -> float:
+    """Of a token. Only the head's depend on the mask rate, which changes linearly if it does."""
+    return flops_per_token(model, length, sum(_mask_rates(config)) / 2)
+
+
+def _mask_rates(config: TrainConfig) -> tuple[float, float]:
+    """At the start and at the end of training."""
+    return config.mask_rate_after(0), config.mask_rate_after(config.train_tokens)
+
+
+def _memory(model: ModelConfig, config: TrainConfig, layout: Layout) -> Memory:
+    return memory(model, layout, dropout=config.dropout > 0, muon=config.optimizer == "muon")
 
 
 def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int) -> list[Layout]:
@@ -61,10 +75,10 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
             for shard_optimizer in (False, True) if data_parallel > 1 else (False,):
                 one = Layout(
                     data_parallel, tensor_parallel, 1, tensor_parallel > 1, shard_optimizer, recompute,
-                    row_tokens=config.row_tokens,
+                    row_tokens=config.row_tokens, mask_rate=max(_mask_rates(config)),
                 )  # fmt: skip
                 tried = [replace(one, micro_batch_rows=n) for n in choices]
-                needed = [memory(model, layout, config.dropout > 0).total + RESERVED for layout in tried]
+                needed = [_memory(model, config, layout).total + RESERVED for layout in tried]
                 totals += needed
                 fitting = [layout for layout, total in zip(tried, needed) if total <= gpu_memory]
                 if fitting and fitting[-1].micro_batch_rows > most:
@@ -89,11 +103,11 @@ def report(config: TrainConfig) -> str:
 
     Raises ValueError where --gpu is not known or nothing fits.
     """
-    model, gpu, mfu = PRESETS[config.preset], config.gpu, config.mfu
+    model, gpu, mfu = config.model_config(ModelConfig.vocabulary), config.gpu, config.mfu
     given = Layout(
         max(config.gpus // config.tensor_parallel, 1), config.tensor_parallel, config.micro_batch_rows,
         config.sequence_parallel, config.shard_optimizer, config.recompute,
-        "fp32" if config.precision == "fp32" else "bf16", config.row_tokens,
+        "fp32" if config.precision == "fp32" else "bf16", config.row_tokens, max(_mask_rates(config)),
     )  # fmt: skip
     if gpu not in CHIPS:
         raise ValueError(f"--gpu is {gpu}; choose {words(CHIPS)}")
@@ -104,8 +118,8 @@ def report(config: TrainConfig) -> str:
         f"{config.preset}: {parameters(model):,} parameters in {model.layers} layers, hidden {model.hidden:,}, "
         f"{model.heads} heads, vocabulary {model.vocabulary:,}",
         f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
-        f"{flops_per_token(model, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows (less "
-        "otherwise)",
+        f"{_mean_flops(model, config, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows "
+        "(less otherwise)",
         f"{config.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
@@ -129,7 +143,7 @@ def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu
     for _, size in config.batch_ramp:  # the last is the longest step
         given = replace(config, micro_batch_rows=layout.micro_batch_rows)
         passes = given.accumulation(size, layout.data_parallel)
-    kinds = memory(model, layout, config.dropout > 0)
+    kinds = _memory(model, config, layout)
     sent = collectives(model, layout, [layout.masked] * passes)
     time = hours(model, config, layout, chip.flops, mfu)
     gigabytes = (*astuple(kinds), kinds.total, *(wire_bytes(sent, layout, group) for group in ("tensor", "data")))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisobert import model, ops
 from minisobert.config import PRESETS, ModelConfig, TrainConfig
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, dispatch
@@ -31,6 +32,8 @@ from minisobert.training.meter import CHIPS
 from minisobert.training.optimizer import Optimizer
 
 SMALL = ModelConfig(layers=2, hidden=128, heads=2, ffn=512, vocabulary=384, positions=64)
+# a global and a local layer, each with rotary positions of its own base
+MODERN = replace(SMALL, ffn=192, architecture="modernbert", global_every=2, window=8)
 ROW = 64
 BASE, LARGE = PRESETS["base"], PRESETS["large"]
 
@@ -49,6 +52,7 @@ def options(layout: Layout) -> str:
 
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=options)
+both_models = pytest.mark.parametrize("config", [SMALL, MODERN], ids=lambda config: config.architecture)
 
 
 @pytest.fixture
@@ -108,7 +112,16 @@ class Step:
         return cross_entropy(logits, self.targets, self.mesh).sum()
 
 
-@pytest.mark.parametrize("config, total", [(BASE, 125_709_440), (LARGE, 762_396_032)])
+@pytest.mark.parametrize(
+    "config, total",
+    [
+        (BASE, 125_709_440),
+        (LARGE, 762_396_032),
+        # transformers' ModernBertForMaskedLM of these sizes
+        (PRESETS["modern-base"], 149_409_152),
+        (PRESETS["modern-large"], 395_553_664),
+    ],
+)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_parameters_are_those_of_a_sharded_model(config, total, n):
     with torch.device("meta"):
@@ -131,13 +144,28 @@ def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precisio
     assert account.optimizer == sum(x.nbytes for x in state if x.untyped_storage().data_ptr() != shared)
 
 
+def test_muon_keeps_one_moment_of_the_matrices_of_the_blocks():
+    matrices = sum(p.numel() for p in MaskedLM(MODERN).encoder.blocks.parameters() if p.dim() == 2)
+    for layout, share in ((Layout(), 1), (Layout(tensor_parallel=2), 2), (Layout(4, shard_optimizer=True), 4)):
+        adamw, muon = (forecast.memory(MODERN, layout, muon=muon) for muon in (False, True))
+        assert adamw.optimizer - muon.optimizer == 4 * matrices // share
+        assert replace(muon, optimizer=adamw.optimizer) == adamw
+
+
 @interpreted
+@both_models
 @every_layout
 @pytest.mark.parametrize("p", [0.1, 0.0])
-def test_activations_are_the_bytes_that_autograd_keeps(layout, p, collectives, monkeypatch):
+def test_activations_are_the_bytes_that_autograd_keeps(config, layout, p, collectives, monkeypatch):
     monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
-    step, kept = Step(layout, p), {}
+    step, kept, rotations = Step(layout, p, config), {}, []
     inputs = {x.untyped_storage().data_ptr() for x in step.inputs}
+
+    def rotation(*arguments) -> torch.Tensor:
+        rotations.append(weakref.ref(made := ops.rotation(*arguments)))
+        return made
+
+    monkeypatch.setattr(model, "rotation", rotation)
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if x.untyped_storage().data_ptr() not in inputs:
@@ -146,9 +174,12 @@ def test_activations_are_the_bytes_that_autograd_keeps(layout, p, collectives, m
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = step.loss()
-    assert loss.requires_grad and len(kept) > SMALL.layers
+    assert loss.requires_grad and len(kept) > config.layers
+    for reference in rotations:  # a block that is to be made again holds its arguments where no hook sees them
+        keep(reference())
+    assert len(rotations) == (2 if config.is_modern else 0)
     index = step.tokens.element_size()
-    assert forecast.saved_activations(SMALL, layout, p > 0, layout.masked, index) == sum(kept.values())
+    assert forecast.saved_activations(config, layout, p > 0, layout.masked, index) == sum(kept.values())
 
 
 class Allocated(TorchDispatchMode):
@@ -173,6 +204,8 @@ class Allocated(TorchDispatchMode):
 
 WIDE = replace(SMALL, vocabulary=8_192)
 NARROW = replace(SMALL, vocabulary=1_024, ffn=32)
+GATED = replace(MODERN, ffn=512)
+LONGER = replace(LAYOUTS[0], micro_batch_rows=3)  # more tokens than features
 
 
 @interpreted
@@ -184,8 +217,18 @@ NARROW = replace(SMALL, vocabulary=1_024, ffn=32)
         (SMALL, LAYOUTS[0], 0.0),
         (SMALL, LAYOUTS[5], 0.1),
         (WIDE, LAYOUTS[1], 0.1),
+        (GATED, LONGER, 0.0),
+        (MODERN, LAYOUTS[5], 0.1),
     ],
-    ids=["the loss", "the last block", "without dropout", "made again, by tokens", "the end"],
+    ids=[
+        "the loss",
+        "the last block",
+        "without dropout",
+        "made again, by tokens",
+        "the end",
+        "the gate",
+        "the gate, made again, by tokens",
+    ],
 )
 def test_activations_and_temporary_tensors_are_the_most_that_is_ever_allocated(
     config, layout, p, collectives, monkeypatch
@@ -202,14 +245,15 @@ def test_activations_and_temporary_tensors_are_the_most_that_is_ever_allocated(
     assert account.activations + account.temporary == pytest.approx(allocated.most, rel=0.01)
 
 
+@both_models
 @every_layout
-def test_collectives_of_forward_and_backward_are_those_that_are_called(layout, collectives):
-    step, masked = Step(layout, 0.1), [7, 5, 7]  # micro-batches
+def test_collectives_of_forward_and_backward_are_those_that_are_called(config, layout, collectives):
+    step, masked = Step(layout, 0.1, config), [7, 5, 7]  # micro-batches
     for m in masked:
         step.choose(m)
         step.loss().backward()
     expected = Counter()
-    for row in forecast.collectives(SMALL, layout, masked):
+    for row in forecast.collectives(config, layout, masked):
         if row.group == "tensor" and row.name != "gradients by tokens":  # the optimizer's
             expected[row.operation, row.bytes] += row.calls
     assert collectives == expected
@@ -227,19 +271,37 @@ def test_a_ring_sends_a_part_in_each_of_its_rounds(n):
         assert forecast.wire_bytes([row], layout, "data") == 0
 
 
-def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts():
-    """A row that one document fills, 15 % of it masked; with recomputation the profiler sees the blocks twice."""
-    config = TrainConfig(train_tokens=4_000, tokens_per_batch=400, row_tokens=40)
+@pytest.mark.parametrize("model", [SMALL, replace(MODERN, global_every=1)], ids=lambda model: model.architecture)
+def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(model):
+    """A row that one document fills; with recomputation the profiler sees the blocks twice."""
+    config = TrainConfig(train_tokens=4_000, tokens_per_batch=400, row_tokens=40, mask_rate=0.15)
     for recompute in (False, True):
-        layout = Layout(recompute=recompute, row_tokens=40)
-        step = Step(layout, 0.1, bounds=(0,))  # with dropout attention is matrix products, which the profiler knows
+        layout = Layout(recompute=recompute, row_tokens=40, mask_rate=0.15)
+        step = Step(layout, 0.1, model, bounds=(0,))  # with dropout attention is products, which the profiler knows
         with FlopCounterMode(display=False) as counter:
             step.loss().backward()
-        seconds = 3600 * planning.hours(SMALL, config, layout, flops=1e9, mfu=0.5, length=40)
+        seconds = 3600 * planning.hours(model, config, layout, flops=1e9, mfu=0.5, length=40)
         assert seconds == pytest.approx(100 * counter.get_total_flops() / 0.5e9)
-    assert planning.hours(SMALL, config, Layout(4, 2), 1e9, 0.5) == pytest.approx(
-        planning.hours(SMALL, config, Layout(), 1e9, 0.5) / 8
+    assert planning.hours(model, config, Layout(4, 2), 1e9, 0.5) == pytest.approx(
+        planning.hours(model, config, Layout(), 1e9, 0.5) / 8
     )
+
+
+def test_memory_follows_the_highest_mask_rate_and_time_the_mean():
+    """Of a layout of ROW tokens; the head of MODERN is most of what it computes."""
+
+    def plan(**options) -> tuple[float, float]:
+        config = TrainConfig(preset="modern-tiny", row_tokens=ROW, tokens_per_batch=64 * ROW, gpus=1, **options)
+        (layout, *_) = planning.layouts(MODERN, config, 1, CHIPS["H100"].memory)
+        return layout.masked / layout.tokens, planning.hours(MODERN, config, layout, 1e12, 0.5)
+
+    rates = {options: plan(mask_rate=0.15, mask_schedule=options) for options in ("", "0.4:0.2", "0.2:0.4")}
+    constant = {rate: plan(mask_rate=rate) for rate in (0.15, 0.3, 0.4)}
+    assert rates[""] == constant[0.15]
+    for schedule in ("0.4:0.2", "0.2:0.4"):
+        assert rates[schedule][0] == constant[0.4][0] == pytest.approx(0.4, abs=1e-3)
+        assert rates[schedule][1] == pytest.approx(constant[0.3][1])
+    assert constant[0.3][1] > 1.1 * constant[0.15][1]
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4090", "L4"])
@@ -261,6 +323,14 @@ def test_layouts_fit_use_all_gpus_and_make_up_a_batch(gpus):
     for a, b in pairwise(found):
         assert a.tensor_parallel < b.tensor_parallel or a.micro_batch_rows < b.micro_batch_rows
     assert found[0].tensor_parallel == 1 and not found[0].recompute
+
+
+def test_the_plan_is_of_the_sizes_that_the_options_give():
+    """And not of the preset's: rows of 8,192 fit a model without a table of positions."""
+    config = TrainConfig(preset="modern-large", layers=2, row_tokens=8_192, gpus=1, micro_batch_rows=1)
+    page = planning.report(config)
+    assert f"{forecast.parameters(replace(PRESETS['modern-large'], layers=2)):,} parameters in 2 layers" in page
+    assert any(line.split()[3:5] == ["1", "64"] for line in page.splitlines())  # 524,288 of 8,192 at a time
 
 
 def test_the_plan_shows_what_fits_and_what_was_given():
