@@ -186,9 +186,12 @@ class Model(nn.Module):
     def initialise(self, seed: int) -> Model:
         """All initial weights, in the order of the parameters, from one CPU generator: the same on every layout.
 
-        Weights N(0, 0.02); the matrices that write into the residual stream N(0, 0.02 / sqrt(2 · layers)); biases 0;
-        layer-norm weights 1 (Megatron-LM's scaled initialisation).
+        Weights N(0, std); the matrices that write into the residual stream N(0, std / sqrt(2 · layers)); biases 0;
+        layer-norm weights 1 (Megatron-LM's scaled initialisation). megatron-bert: std is 0.02. modernbert: it is 0.02
+        at a width of 768 and goes with 1 / sqrt(h), so that what a matrix makes of a normalised state is as large at
+        every width.
         """
+        std = 0.02 * (768 / self.config.hidden) ** 0.5 if self.config.is_modern else 0.02
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -197,8 +200,8 @@ class Model(nn.Module):
                 parameter.fill_(1)
             else:
                 into_residual = name.endswith(("attention_output.weight", "ffn_output.weight"))
-                std = 0.02 / (2 * self.config.layers) ** 0.5 if into_residual else 0.02
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+                own = std / (2 * self.config.layers) ** 0.5 if into_residual else std
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, own, generator=generator))
         return self
 
 

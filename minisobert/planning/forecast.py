@@ -24,6 +24,7 @@ from minisobert.parallel import splits
 from minisobert.parallel.data import lay_out
 from minisobert.training.loop import Tally
 from minisobert.training.meter import attention_pairs, training_flops
+from minisobert.training.muon import is_matrix
 
 FP32, FP64, INT64 = 4, 8, 8  # bytes
 
@@ -109,9 +110,8 @@ def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
 
 def _moments(model: ModelConfig, tensor_parallel: int, muon: bool) -> int:
     """Elements of the optimizer's running means of one rank: two of each parameter, of Muon's one."""
-    of_muon = {name for name, shape in _shapes(model).items() if name.startswith("encoder.blocks.") and len(shape) == 2}
     own = _own_sizes(model, tensor_parallel)
-    return sum(n * (1 if muon and name in of_muon else 2) for name, n in own.items())
+    return sum(n * (1 if muon and is_matrix(name) else 2) for name, n in own.items())
 
 
 def _outside(layout: Layout) -> int:

@@ -26,13 +26,15 @@ from torch import Tensor
 
 from minisobert.parallel.mesh import Mesh
 
-MATRICES = r"encoder\.blocks\.\d+\.(qkv|attention_output|ffn_input|gated_ffn_input|ffn_output)\.weight"
+MATRICES = (
+    r"(encoder\.blocks\.\d+\.(qkv|attention_output|ffn_input|gated_ffn_input|ffn_output)|mlm_head\.dense)\.weight"
+)
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Jordan's, steepest at 0
 AS_ADAMW = 0.2  # root mean square of AdamW's steps, in learning rates
 
 
 def is_matrix(parameter: str) -> bool:
-    """Whether Muon steps the parameter of this dotted name: embeddings, head, norms and biases are AdamW's."""
+    """Whether Muon steps the parameter of this dotted name: those of embeddings, norms and biases are AdamW's steps."""
     return re.fullmatch(MATRICES, parameter) is not None
 
 
@@ -52,7 +54,8 @@ def matrices(name: str, weight: Tensor, head_width: int) -> Tensor:
 
 @torch.no_grad()
 def orthogonalise(x: Tensor, mesh: Mesh) -> Tensor:
-    """(k, m, h) of k matrices, of whose rows this rank has m. Returns the same of the matrices' orthogonal factors.
+    """(k, m, h) of k matrices, of whose rows this rank of a tensor group has m; a mesh without tensor parallelism where
+    it has all of them. Returns the same of the matrices' orthogonal factors.
 
     fp32 products on a CPU; on a GPU bf16 ones, whose errors are far below what five iterations leave.
     """
