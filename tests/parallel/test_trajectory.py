@@ -153,7 +153,10 @@ def test_a_checkpoint_of_one_layout_goes_on_in_any_other(corpus, run, tmp_path):
 
 
 # of the modern architecture, by optimizer; with dropout, which its recipe has not, since its masks have to be alike
-MODERN = {"adamw": {"preset": "modern-tiny", "optimizer": "adamw", "dropout": 0.1}}
+MODERN = {
+    "adamw": {"preset": "modern-tiny", "optimizer": "adamw", "dropout": 0.1},
+    "muon": {"preset": "modern-tiny", "optimizer": "muon", "muon_learning_rate": 1e-3, "dropout": 0.1},
+}
 
 
 @pytest.mark.parametrize("optimizer", MODERN)
