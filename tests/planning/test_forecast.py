@@ -296,12 +296,13 @@ def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(model):
 
 
 def test_memory_follows_the_highest_mask_rate_and_time_the_mean():
-    """Of a layout of ROW tokens; the head of MODERN is most of what it computes."""
+    """Of a model whose head is most of what it computes."""
+    model = replace(MODERN, vocabulary=8_192)
 
     def plan(**options) -> tuple[float, float]:
         config = TrainConfig(preset="modern-tiny", row_tokens=ROW, tokens_per_batch=64 * ROW, gpus=1, **options)
-        (layout, *_) = planning.layouts(MODERN, config, 1, CHIPS["H100"].memory)
-        return layout.masked / layout.tokens, planning.hours(MODERN, config, layout, 1e12, 0.5)
+        (layout, *_) = planning.layouts(model, config, 1, CHIPS["H100"].memory)
+        return layout.masked / layout.tokens, planning.hours(model, config, layout, 1e12, 0.5)
 
     rates = {options: plan(mask_rate=0.15, mask_schedule=options) for options in ("", "0.4:0.2", "0.2:0.4")}
     constant = {rate: plan(mask_rate=rate) for rate in (0.15, 0.3, 0.4)}
