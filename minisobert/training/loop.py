@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from minisobert.training.checkpoint import Saver
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress, Run
 from minisobert.training.schedule import learning_rate
+
+SMOOTHED = 50  # steps whose mean loss the bar shows: that of one small batch jumps by half a nat
 
 
 class Tally(NamedTuple):
@@ -177,6 +180,7 @@ def train(
         disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
     shown, stopped = "", 0
+    recent: deque[float] = deque(maxlen=SMOOTHED)
 
     def tell() -> Tally:
         written, failed = saver.flags
@@ -224,7 +228,8 @@ def train(
                 shown = f" held-out {line['validation_loss']:.3f}"
             if mesh.is_first:
                 run.log(line)
-            bar.set_postfix_str(f"loss {progress.loss:.3f}{shown}", refresh=False)
+            recent.append(progress.loss)
+            bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}{shown}", refresh=False)
             bar.update(step.tokens)
 
             # one rank may have got a signal, or all: they leave after the same step, with the same number
