@@ -114,8 +114,18 @@ def local_alone(model: MaskedLM) -> MaskedLM:
     return model
 
 
+@pytest.fixture
+def one_thread():
+    """Sums of several threads' parts are rounded in as many ways as there are threads free: once in fifty runs on a busy
+    machine a gradient was 1.5e-5 of its largest from the other's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(("kind", "layers", "every"), [("global", 1, 1), ("local", 2, 3), ("mixed", 4, 3)])
-def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers, every):
+def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers, every, one_thread):
     pytest.importorskip("transformers")
     model = with_signal_everywhere(MaskedLM(modern(layers=layers, global_every=every)))
     model = local_alone(model) if kind == "local" else model
