@@ -9,7 +9,7 @@ factor makes both as large, so that they can share a rate and a weight decay (Li
 
 O comes from five Newton-Schulz iterations X ← a X + b X XᵀX + c X (XᵀX)², which push singular values in (0, 1] to
 between 0.7 and 1.2. The polynomial is written with the Gram matrix XᵀX of the side that is never split over
-tensor-parallel ranks, h × h for every matrix of a block:
+tensor-parallel ranks:
 
     G = Σ over ranks XᵢᵀXᵢ        Xᵢ ← Xᵢ (a + b G + c G²)
 
@@ -24,6 +24,7 @@ import re
 import torch
 from torch import Tensor
 
+from minisobert.parallel import splits
 from minisobert.parallel.mesh import Mesh
 
 MATRICES = (
@@ -39,23 +40,28 @@ def is_matrix(parameter: str) -> bool:
 
 
 def matrices(name: str, weight: Tensor, head_width: int) -> Tensor:
-    """A view (k, …, h) of the k matrices in a weight, h the side that no rank splits; rows are what lies between.
+    """A view (k, rows, columns) of the k matrices in a weight, whose columns no rank splits.
 
-    qkv counts as three matrices, one for each of what it makes. As one, queries, keys and values would share singular
-    vectors, though nothing in the model does; as heads, a matrix of d rows could turn at most d directions of h.
+    qkv counts as 3H matrices, the query, key and value of each head. They are as good as three of (h, h) in training,
+    their Gram matrices are d × d and not h × h, and tensor parallelism leaves them whole.
     """
     layer = name.split(".")[-2]
     if layer == "qkv":
-        return weight.unflatten(0, (-1, 3, head_width)).transpose(0, 1)  # (3, H, d, h)
+        return weight.unflatten(0, (-1, head_width)).mT  # (3H, h, d)
     if layer == "gated_ffn_input":
         return weight.unflatten(0, (2, -1))  # (2, f, h)
     return weight.mT[None] if layer.endswith("_output") else weight[None]
 
 
+def is_split(name: str) -> bool:
+    """Whether each rank of a tensor group has some rows of the parameter's matrices only."""
+    return splits.split_dimension(name) is not None and not name.endswith("qkv.weight")
+
+
 @torch.no_grad()
 def orthogonalise(x: Tensor, mesh: Mesh) -> Tensor:
-    """(k, m, h) of k matrices, of whose rows this rank of a tensor group has m; a mesh without tensor parallelism where
-    it has all of them. Returns the same of the matrices' orthogonal factors.
+    """x: (k, rows, columns), of k matrices the rows that this rank of a tensor group has. A mesh without tensor
+    parallelism: it has all of them. Returns the same of the matrices' orthogonal factors.
 
     fp32 products on a CPU; on a GPU bf16 ones, whose errors are far below what five iterations leave.
     """

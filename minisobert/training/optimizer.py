@@ -144,15 +144,14 @@ class Optimizer:
         whole = {
             part.name: muon.matrices(part.name, self.flat.gradient(part.name), self.config.head_width) for part in parts
         }
-        ranks = {name: self.mesh.tensor_parallel if splits.split_dimension(name) is not None else 1 for name in whole}
+        ranks = {name: self.mesh.tensor_parallel if muon.is_split(name) else 1 for name in whole}
         for n in sorted(set(ranks.values())):  # in one order on all ranks
             for views in _alike([view for name, view in whole.items() if ranks[name] == n]):
-                stacked = torch.cat([view.reshape(len(view), -1, view.shape[-1]) for view in views])
-                directions = muon.orthogonalise(stacked, self.mesh if n > 1 else Mesh())
+                directions = muon.orthogonalise(torch.cat(views), self.mesh if n > 1 else Mesh())
                 for view, direction in zip(views, directions.split(len(views[0]))):
-                    view.copy_(direction.view(view.shape))
+                    view.copy_(direction)
         for part in parts:
-            rows, columns = whole[part.name][0].flatten(0, -2).shape
+            _, rows, columns = whole[part.name].shape
             size = muon.AS_ADAMW * max(rows * ranks[part.name], columns) ** 0.5
             part.master.mul_(1 - learning_rate * self.weight_decay).add_(part.master.grad, alpha=-learning_rate * size)
 

@@ -48,17 +48,17 @@ def test_every_element_of_the_blocks_matrices_is_in_one_matrix_and_no_other_para
             numbered = torch.arange(p.numel()).view(p.shape)
             found = muon.matrices(name, numbered, config.head_width)
             assert sorted(found.flatten().tolist()) == numbered.flatten().tolist()
-            assert found.shape[-1] == config.hidden
+            assert found.shape[-1] == (config.head_width if ".qkv." in name else config.hidden)
 
 
-def test_rows_of_qkv_are_told_apart_by_what_they_make():
+def test_rows_of_qkv_are_told_apart_by_head_and_by_what_they_make():
     config = MODELS["modernbert"]
     x = random(5, 64)
     weight = random(3 * 64, 64, seed=1)
     q, k, v = torch.nn.functional.linear(x, weight).unflatten(1, (-1, 3, config.head_width)).unbind(2)
-    found = muon.matrices("encoder.blocks.0.qkv.weight", weight, config.head_width)
-    for made, matrix in zip((q, k, v), found, strict=True):
-        assert torch.equal(made.flatten(1), torch.nn.functional.linear(x, matrix.flatten(0, -2)))
+    made = torch.stack([q, k, v], 2).flatten(1, 2).unbind(1)  # query, key and value of the first head, then the next's
+    for each, matrix in zip(made, muon.matrices("encoder.blocks.0.qkv.weight", weight, config.head_width), strict=True):
+        torch.testing.assert_close(each, x @ matrix)
 
 
 def test_steps_are_those_of_torchs_muon_up_to_the_rounding_of_its_bf16():
