@@ -18,7 +18,7 @@ from data import prepare, stdlib
 from data.inputs import check
 from minisobert import playground
 from minisobert.cli import command, fail
-from minisobert.config import PRESETS, TrainConfig
+from minisobert.config import PRESETS, RECIPES, TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import Shards, open_shards
 from minisobert.plot import plot, read_metrics
@@ -28,7 +28,7 @@ from minisobert.training.run import open_run
 OUT = Path("runs/demo")
 VOCAB_SIZE = 4_000
 PRESET = "modern-tiny"
-FLOPS = 28e12  # what two cores manage in about three minutes; how many tokens that is depends on the documents
+FLOPS = 42e12  # what two cores manage in about three minutes; how many tokens that is depends on the documents
 GREEN, RED, END = "\033[32m", "\033[31m", "\033[0m"
 
 
@@ -105,7 +105,10 @@ def affordable_tokens(shards: Shards) -> int:
     lengths = rows.packing.chunk_length.astype(np.int64) + 2
     model = PRESETS[PRESET]
     per_epoch = training_flops(
-        model, int(lengths.sum()), attention_pairs(model, lengths), masked=int(0.15 * lengths.sum())
+        model,
+        int(lengths.sum()),
+        attention_pairs(model, lengths),
+        masked=int(RECIPES[PRESET]["mask_rate"] * lengths.sum()),
     )
     return int(FLOPS / per_epoch * len(rows)) * TrainConfig.row_tokens
 

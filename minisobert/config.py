@@ -69,7 +69,7 @@ PRESETS = {
     "tiny": ModelConfig(layers=2, hidden=128, heads=2, ffn=512),
     "base": ModelConfig(layers=12, hidden=768, heads=12, ffn=3_072),
     "large": ModelConfig(layers=24, hidden=1_536, heads=16, ffn=6_144),
-    "modern-tiny": _modern(layers=2, hidden=128, heads=2, ffn=352),
+    "modern-tiny": _modern(layers=2, hidden=128, heads=2, ffn=352, window=16),
     "modern-small": _modern(layers=10, hidden=384, heads=6, ffn=576),
     "modern-base": _modern(layers=22, hidden=768, heads=12, ffn=1_152),
     "modern-large": _modern(layers=28, hidden=1_024, heads=16, ffn=2_624),
@@ -87,7 +87,7 @@ MODERN = {
 }  # fmt: skip
 RECIPES = {
     **dict.fromkeys(PRESETS, PAPER), **dict.fromkeys(("modern-small", "modern-base", "modern-large"), MODERN),
-    "modern-tiny": {**MODERN, "learning_rate": 4e-3, "muon_learning_rate": 8e-3, "warmup_fraction": 0.1},
+    "modern-tiny": {**MODERN, "learning_rate": 8e-3, "muon_learning_rate": 8e-3, "warmup_fraction": 0.1},
 }  # fmt: skip
 SIZES = ("layers", "hidden", "heads", "ffn")
 MODERN_SIZES = ("global_every", "window", "rope_base", "local_rope_base")
