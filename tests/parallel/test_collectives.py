@@ -243,7 +243,7 @@ def test_rows_of_a_step_are_the_same_whatever_the_layout(corpus):
         taken = [
             [
                 row
-                for first, n in loop._share(config.steps(data_parallel), config, Mesh(rank, data_parallel))
+                for first, n, _ in loop._share(config.steps(data_parallel), config, Mesh(rank, data_parallel))
                 for row in range(first, first + n)
             ]
             for rank in range(data_parallel)

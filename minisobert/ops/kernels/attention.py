@@ -94,7 +94,7 @@ def _stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: 
 
 @triton.jit
 def _bounds(start, stop, rows, tokens, window):
-    """Of each row the bounds of what it sees; an empty range behind the last token."""
+    """Of each of the rows the bounds of what it sees; an empty range behind the last token."""
     begin, end = tl.load(start + rows, rows < tokens, 0), tl.load(stop + rows, rows < tokens, 0)
     if window is not None:
         begin, end = tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1)

@@ -18,7 +18,7 @@ def test_every_argument_of_a_kernel_is_in_the_legend_of_its_file_or_in_its_docst
     legend = {name for names in LEGEND.findall(source) for name in names.split(", ")}
     kernels = [f for f in ast.walk(ast.parse(source)) if isinstance(f, ast.FunctionDef)
                and any("triton.jit" in ast.unparse(decorator) for decorator in f.decorator_list)]  # fmt: skip
-    assert kernels
+    assert kernels or path.stem.endswith("_tiles")
     for kernel in kernels:
         told = legend | set(re.findall(r"\w+", ast.get_docstring(kernel) or ""))
         names = {argument.arg for argument in kernel.args.args}
