@@ -47,7 +47,6 @@ WIDTHS = (32, 64, 96, 128)  # 96 runs as 128, the columns behind it zero
 #   THRESHOLD, PRECISION       p in 2**32ths, 0 for a kernel without dropout; of products: "ieee" for fp32, or "tf32"
 #   begin, end, row, column    of each row that a loop holds: the bounds of what it sees; its hash
 #   key_hash, MASKED           key_hashes of one head; whether a row held may not see some token in [lo, hi)
-#   edges                      of the stretches that a program visits, from `_stretches`
 
 
 @triton.jit
