@@ -18,7 +18,6 @@ from threading import Timer
 
 import pytest
 import torch
-from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 from torch.distributed.run import get_args_parser
 
 import train
@@ -28,6 +27,7 @@ from minisobert.corpus.loader import Rows
 from minisobert.corpus.packing import SPECIALS
 from minisobert.files import locked
 from minisobert.training import checkpoint, loop, run
+from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -461,7 +461,7 @@ def test_mistakes_are_one_line_with_exit_status_2_and_nothing_written(corpus, tm
     assert not out.exists()
 
 
-LONG = {"preset": "modern-tiny", "optimizer": "adamw", "row_tokens": 4_096, "micro_batch_rows": 1,
+LONG = {"preset": "modern-tiny", "optimizer": "muon", "row_tokens": 4_096, "micro_batch_rows": 1,
         "tokens_per_batch": 8_192, "train_tokens": 4 * 8_192}  # fmt: skip
 
 
@@ -486,6 +486,17 @@ def test_rows_longer_than_any_table_of_positions_are_packed_trained_resumed_and_
     assert left.value.code == 2
     expected = f"train.py: {out} holds a run with --row-tokens 4096, given is 2048; give the same, choose another --out"
     assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize(("cuda", "cpu", "advice"), [(True, True, "choose bf16"), (False, False, "choose fp32")])
+def test_bf16_products_where_there_are_none_are_refused(corpus, tmp_path, capsys, monkeypatch, cuda, cpu, advice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: cpu)
+    with pytest.raises(SystemExit) as left:
+        train.main(words(corpus, tmp_path / "run", precision="bf16-products"))
+    error = capsys.readouterr().err
+    assert (left.value.code, error.count("\n"), (tmp_path / "run").exists()) == (2, 1, False)
+    assert error.startswith("train.py: --precision bf16-products") and advice in error
 
 
 def test_training_masks_what_it_is_told_to_and_evaluation_15_percent_whatever_that_is(corpus, tmp_path, monkeypatch):
