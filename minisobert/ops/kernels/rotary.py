@@ -18,10 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
-TILE = (
-    512,
-    2,
-)  # pairs of q, as many of k; warps. 8 pairs a thread fill a load of 16 bytes in half precision. Not tuned yet.
+# Pairs of q, and as many of k; warps. 8 pairs a thread fill a load of 16 bytes in half precision. Not tuned yet.
+TILE = 512, 2
 
 # What the kernel takes. T tokens, H heads, d head width.
 #   x, out         (T, H, 3, d) each, contiguous, of one dtype; the forward's are the same memory
