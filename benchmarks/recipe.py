@@ -196,7 +196,7 @@ def draw(results: list[Result], corpus: Corpus, path: Path) -> None:
         positions = [line["positions"] for line in lines]
         held_out = [(n, line["validation_loss"]) for n, line in zip(positions, lines) if "validation_loss" in line]
         loss = moving_mean([line["loss"] for line in lines], max(len(lines) // 50, 1))
-        label = f"{result.arm.name}, {result.tokens / 1e6:.1f} M"
+        label = f"{result.arm.name}, {result.tokens / 1e6:.2f} M"
         for axes, unit in zip(both, (1e-6, run.seconds / positions[-1])):
             axes.plot([n * unit for n in positions], loss, color=f"C{i}", alpha=0.3, linewidth=1)
             axes.plot([n * unit for n, _ in held_out], [y for _, y in held_out], "o-", color=f"C{i}", markersize=3,
