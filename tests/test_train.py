@@ -18,6 +18,7 @@ from threading import Timer
 
 import pytest
 import torch
+from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 from torch.distributed.run import get_args_parser
 
 import train
@@ -27,7 +28,6 @@ from minisobert.corpus.loader import Rows
 from minisobert.corpus.packing import SPECIALS
 from minisobert.files import locked
 from minisobert.training import checkpoint, loop, run
-from runs import BATCH, ROW, column, finish, make_small, metrics, start, weights, words
 
 ROOT = Path(__file__).parents[1]
 

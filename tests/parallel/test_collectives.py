@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ROW, SMALL, finish, launch, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -30,7 +31,6 @@ from minisobert.parallel.mesh import Mesh, check_layout
 from minisobert.planning import forecast
 from minisobert.planning.forecast import Layout
 from minisobert.training import loop
-from runs import ROW, SMALL, finish, launch, words
 
 
 def on_ranks(check, log: Path, ranks: int, *arguments) -> None:
