@@ -60,7 +60,9 @@ def test_a_lock_ends_with_its_process_and_the_next_learns_whose_it_was(tmp_path)
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
-    code = "child = os.fork()\n    if not child: os.read(int(sys.argv[2]), 1)\n    else: ready()"
+    # the child says that it is ready: on a busy machine the parent may be there long before it, and be killed
+    code = "child = os.fork()\n    if not child: print(flush=True); os.read(int(sys.argv[2]), 1)\n"
+    code += "    else: sys.stdin.readline()"
     ours, theirs = os.pipe()
     os.set_inheritable(ours, True)
     holder = start(f"with locked(Path(sys.argv[1]), 'it'):\n    {code}", tmp_path / "lock", ours, close_fds=False)
