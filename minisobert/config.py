@@ -181,7 +181,7 @@ class TrainConfig:
         "been read, then 524,288", metavar="AT:N,…",
     )  # fmt: skip
     optimizer: str = _of_preset(
-        "optimizer", "AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest",
+        "optimizer", "AdamW for all parameters, or Muon for the matrices of blocks and head and AdamW for the rest",
         choices=("adamw", "muon"),
     )  # fmt: skip
     learning_rate: float = _of_preset("learning_rate", "peak learning rate of AdamW", above=0, below=math.inf)

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) for the matrices of the blocks: a step along the orthogonal matrix nearest to the momentum.
+"""Muon (Jordan et al. 2024) for matrices between hidden states: a step along the orthogonal matrix nearest to momentum.
 
     momentum    M ← μ M + (1-μ) G                   U = μ M + (1-μ) G                        (Nesterov)
     direction   O = U (UᵀU)^(-1/2), nearly          W ← W - rate (0.2 sqrt(max(m, n)) O + decay W)
@@ -42,8 +42,8 @@ def is_matrix(parameter: str) -> bool:
 def matrices(name: str, weight: Tensor, head_width: int) -> Tensor:
     """A view (k, rows, columns) of the k matrices in a weight, whose columns no rank splits.
 
-    qkv counts as 3H matrices, the query, key and value of each head. They are as good as three of (h, h) in training,
-    their Gram matrices are d × d and not h × h, and tensor parallelism leaves them whole.
+    qkv counts as 3H matrices, the query, key and value of each head. In short runs they were as good as three of
+    (h, h); their Gram matrices are d × d and not h × h, and tensor parallelism leaves them whole.
     """
     layer = name.split(".")[-2]
     if layer == "qkv":

@@ -132,9 +132,9 @@ class Optimizer:
         return norm, applied
 
     def _muon_step(self, learning_rate: float) -> None:
-        parts = [part for part in self.parts if self._is_muons(part.name)]
         if self.momentum is None:
             return
+        parts = [part for part in self.parts if self._is_muons(part.name)]
         for part in parts:
             gradient, mean = part.master.grad, self.state[part.master]["exp_avg"]
             mean.lerp_(gradient, 1 - self.momentum)
