@@ -175,7 +175,7 @@ def memory(model: ModelConfig, layout: Layout, dropout: bool = True, muon: bool 
     the allocator cannot use because it lies in pieces.
 
     weights: in the layout's precision. gradients: a flat fp32 buffer of all parameters of this rank, whether or not the
-    optimizer is sharded. optimizer: Adam's two moments, or with `muon` one of the matrices of the blocks; fp32 masters
+    optimizer is sharded. optimizer: Adam's two moments, or with `muon` one of the matrices that it steps; fp32 masters
     beside bf16 weights.
     activations: what autograd keeps. temporary: what is there beside that at the fullest of five moments. Through all
     of them the gradient of the word embeddings waits, which the decoder makes first and the embedding last, in the

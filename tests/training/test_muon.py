@@ -40,7 +40,7 @@ def test_a_matrix_without_gradient_stays_zero():
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_every_element_of_the_blocks_matrices_is_in_one_matrix_and_no_other_parameter_is(architecture):
+def test_every_element_of_a_matrix_is_in_one_view_and_embeddings_norms_and_biases_are_in_none(architecture):
     config = MODELS[architecture]
     for name, p in MaskedLM(config).named_parameters():
         assert muon.is_matrix(name) == (p.dim() == 2 and "embeddings" not in name), name
@@ -79,7 +79,7 @@ def test_steps_are_those_of_torchs_muon_up_to_the_rounding_of_its_bf16():
     assert (ours - theirs).norm() < 0.02 * (theirs - before).norm()
 
 
-def test_only_matrices_of_the_blocks_take_muons_rate_and_lose_their_second_moment():
+def test_only_its_matrices_take_muons_rate_and_lose_their_second_moment():
     model = MaskedLM(MODELS["modernbert"]).initialise(0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, torch.float32, (0.9, 0.999), 0.0, momentum=0.95)
