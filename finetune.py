@@ -1,7 +1,7 @@
 """Fine-tune a model on one task and report how good it is: data → model → loop → report.
 
     python finetune.py --task ner --model runs/base --data ner.7z --out results/ner-base --seeds 5
-    python finetune.py --task ner --model random:base --tokenizer runs/base --data ner.7z --out results/ner-random
+    python finetune.py --task ner --model random:runs/base --data ner.7z --out results/ner-random
     python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
     python finetune.py --predict posts.jsonl --model results/ner-base
 

@@ -22,8 +22,8 @@ class FineTuneConfig:
     task: str = _task("", "task to learn", choices=TASKS)
     model: str = _task(
         "",
-        "model to start from: folder of a train.py run, random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, the "
-        "--out of a fine-tuning",
+        "model to start from: folder of a train.py run, random:RUN for one of the same size from random weights, "
+        "random:PRESET, hf:NAME_OR_PATH or tfidf; with --predict, the --out of a fine-tuning",
         metavar="MODEL",
     )
     data: tuple[str, ...] = _task((), "files or folders of the task, as they are published")

@@ -93,15 +93,13 @@ def open_network(folder: Path, task: dict) -> Network:
 
 
 class Start:
-    """Where training begins: the encoder of a run, or the size of a preset."""
+    """Where training begins: the encoder of a run, or random weights in the sizes of a run or a preset."""
 
     def __init__(self, config: FineTuneConfig):
         """Raises ValueError where there is no such model, or its tokenizer is another's."""
         self.config, self.trained = config, None
-        source, _, preset = config.model.partition(":")
-        if source == "random":
-            if preset not in PRESETS:
-                raise ValueError(f"--model is {config.model}; choose {words(f'random:{name}' for name in PRESETS)}")
+        source, _, like = config.model.partition(":")
+        if source == "random" and like in PRESETS:
             if not config.tokenizer:
                 raise ValueError(
                     f"{config.model} needs --tokenizer: the train.py run, or the tokenizer.model, of the model that it "
@@ -110,18 +108,24 @@ class Start:
             path = Path(config.tokenizer)
             self.tokenizer = _tokenizer(path / "tokenizer.model" if path.is_dir() else path)
             vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
-            self.model_config = dataclasses.replace(PRESETS[preset], vocabulary=vocabulary)
-        else:
-            if not Path(config.model).is_dir():
-                raise ValueError(
-                    f"--model is {config.model}, which is no folder; give the --out of a train.py, or "
-                    f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
-                )
-            if config.tokenizer:
-                raise ValueError("--tokenizer is for random:PRESET; a run has its own")
-            trained = open_run(config.model)
-            self.trained, self.tokenizer = trained.model, trained.tokenizer
-            self.model_config = trained.model.config
+            self.model_config = dataclasses.replace(PRESETS[like], vocabulary=vocabulary)
+            return
+        if source == "random" and not Path(like).is_dir():
+            raise ValueError(
+                f"--model is {config.model}; choose random: before the folder of a train.py run, for a model as large "
+                f"as that run's, or {words(f'random:{name}' for name in PRESETS)}"
+            )
+        run = like if source == "random" else config.model
+        if not Path(run).is_dir():
+            raise ValueError(
+                f"--model is {config.model}, which is no folder; give the --out of a train.py, random: before one, or "
+                f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
+            )
+        if config.tokenizer:
+            raise ValueError("--tokenizer is for random:PRESET; a run has its own")
+        trained = open_run(run)
+        self.tokenizer, self.model_config = trained.tokenizer, trained.model.config
+        self.trained = None if source == "random" else trained
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
         model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)

@@ -434,6 +434,19 @@ def test_fine_tuning_begins_with_the_head_that_pre_training_has_made(corpus, tmp
     assert not torch.equal(seen[0].classifier.weight, seen[1].classifier.weight)
 
 
+def test_a_random_model_of_the_size_of_a_run(corpus, tmp_path, monkeypatch):
+    begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw", layers=3)
+    started = encoder.Start(FineTuneConfig("quality", f"random:{begun}", ("toy",), "out"))
+    run = open_run(begun)
+    assert started.model_config == run.model.config and started.model_config.layers == 3
+    assert started.tokenizer.encode("please import").tolist() == run.tokenizer.encode("please import").tolist()
+    seen = []
+    monkeypatch.setattr(encoder, "fit", lambda network, *others: seen.append(network.module))
+    started.train(sequence_task([], 0), 1, score=None)
+    fresh = Classifier(run.model.config, 2, pooled=True).initialise(1)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), fresh.parameters()))
+
+
 def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, capsys):
     """Even one of as many pieces."""
     other = shutil.copytree(from_a_run, tmp_path / "other")
@@ -461,7 +474,7 @@ def refused(capsys, expected: str, **options) -> None:
 @pytest.mark.parametrize(("expected", "options"), [
     ("--task is missing", {"task": ""}),
     ("--out is missing", {"model": "tfidf"}),
-    ("choose random:tiny, random:base, random:large, random:modern-tiny, random:m", {"model": "random:huge"}),
+    ("folder of a train.py run, for a model as large as that run's, or random:tiny", {"model": "random:huge"}),
     ("needs --tokenizer", {"model": "random:tiny"}),
     ("no folder", {"model": "nowhere"}),
     ("holds no checkpoint", {"model": "EMPTY"}),
