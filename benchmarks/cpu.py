@@ -47,7 +47,7 @@ def batches(shards: Shards, count: int) -> list[tuple[list[torch.Tensor], list[t
             ids = shards.tokens[shards.offsets[i] : shards.offsets[i + 1]][:LONGEST].astype(np.int64)
             ids = np.concatenate([[CLS], ids, [SEP]])
             target = np.full(len(ids), -100)
-            where, what = mask_rows(ids[None], draw.integers(0, 2**32, 1, dtype=np.uint32), shards.vocab_size)
+            where, what = mask_rows(ids[None], draw.integers(0, 2**32, 1, dtype=np.uint32), shards.vocabulary)
             target[where] = what
             documents.append(torch.from_numpy(ids))
             labels.append(torch.from_numpy(target))

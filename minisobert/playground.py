@@ -7,7 +7,6 @@ import torch
 
 from minisobert.cli import Parser, command
 from minisobert.corpus.packing import SPECIALS
-from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
 from minisobert.training.run import Trained, open_run
 
@@ -23,9 +22,10 @@ def guess(trained: Trained, ids: np.ndarray, masked: list[int], best: int = 3) -
         raise ValueError(f"the text has {len(ids):,} tokens; the model reads up to {positions - SPECIALS:,}")
     if not 1 <= best <= trained.tokenizer.vocab_size:
         raise ValueError(f"--best is {best:,}; it must be from 1 to {trained.tokenizer.vocab_size:,}, the vocabulary")
-    tokens = torch.tensor([CLS, *ids.tolist(), SEP])
+    special = trained.tokenizer.vocabulary
+    tokens = torch.tensor([special.cls, *ids.tolist(), special.sep])
     places = torch.tensor(masked) + 1
-    tokens[places] = MASK
+    tokens[places] = special.mask
     logits = trained.model(tokens, torch.arange(len(tokens)), Documents.from_bounds([0, len(tokens)]), places)
     # rows beyond the vocabulary are padding of the matrix: no text has them
     probabilities, pieces = logits[:, : trained.tokenizer.vocab_size].softmax(1).topk(best)
@@ -46,7 +46,7 @@ def with_masks(trained: Trained, text: str) -> tuple[np.ndarray, list[int]]:
     ids, places = [trained.tokenizer.encode(parts[0])], []
     for part in parts[1:]:
         places.append(sum(map(len, ids)))
-        ids += [np.array([MASK]), trained.tokenizer.encode(part)]
+        ids += [np.array([trained.tokenizer.vocabulary.mask]), trained.tokenizer.encode(part)]
     return np.concatenate(ids).astype(np.int64), places
 
 

@@ -1,8 +1,9 @@
-"""The folder of a run: config.json, metrics.jsonl, tokenizer.model and checkpoints/, and where a run in it goes on."""
+"""The folder of a run: config.json, metrics.jsonl, its tokenizer and checkpoints/, and where a run in it goes on."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from typing import TypeVar
 from minisobert.cli import flag, reason
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import Tokenizer
-from minisobert.files import locked, read_json_lines, sha256, write_json
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
+from minisobert.corpus.tokenizer_json import JsonTokenizer
+from minisobert.files import locked, read_json_lines, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
@@ -56,7 +58,7 @@ class Run:
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.resumable_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
-        tokenizer = shards.meta["files"]["tokenizer.model"]["sha256"]
+        tokenizer = shards.meta["files"][shards.tokenizer_file.name]["sha256"]
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
         self.fresh = config.fresh
         self._unwritten = b""  # of metrics.jsonl
@@ -178,7 +180,8 @@ class Run:
             beside.write_bytes(b"".join(_line(line) for line in lines if line["step"] <= step))
             os.replace(beside, metrics)
         write_json(self.folder / "config.json", self.described)
-        shutil.copyfile(self.shards.folder / "tokenizer.model", self.folder / "tokenizer.model")
+        tokenizer = self.shards.tokenizer_file
+        shutil.copyfile(tokenizer, self.folder / tokenizer.name)
 
     def log(self, line: dict) -> None:
         """Appends one step's figures to metrics.jsonl. Training goes on where that fails; the next call tries again."""
@@ -257,7 +260,7 @@ def read_metrics(run: str | Path) -> list[dict]:
 @dataclass(frozen=True)
 class Trained:
     model: MaskedLM
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | JsonTokenizer
 
 
 def open_run(run: str | Path) -> Trained:
@@ -272,10 +275,10 @@ def open_run(run: str | Path) -> Trained:
         model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
-    tokenizer = run / "tokenizer.model"
-    if sha256(tokenizer) != checksum:
-        raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
+    tokenizer = open_tokenizer(run)
+    if hashlib.sha256(tokenizer.content).hexdigest() != checksum:
+        raise ValueError(f"{run / tokenizer.file_name} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)
     checkpoint.verify(saved[-1])
     model.load_state_dict(checkpoint.read(saved[-1])["model"])
-    return Trained(model.eval(), Tokenizer(tokenizer))
+    return Trained(model.eval(), tokenizer)
