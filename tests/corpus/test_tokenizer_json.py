@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +21,31 @@ TEXTS = ["How do I sort a list?", "for i in range(10):\n\tprint(i)", "naïve caf
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 
 
+@cache  # training is not deterministic
 def wordpiece() -> str:
     """[PAD] 0, then the others, then words, which are lower-cased."""
     made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     made.normalizer = tokenizers.normalizers.BertNormalizer()
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made.train_from_iterator(TEXTS * 5, tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+    made.train_from_iterator(
+        TEXTS * 5, tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
     made.enable_padding(length=50)
     made.enable_truncation(4)
     return made.to_str()
 
 
+@cache
 def byte_level() -> str:
     """Bytes and what was learnt, and the special ones behind them."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXTS * 5, tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    made.train_from_iterator(
+        TEXTS * 5, tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     made.add_special_tokens(SPECIAL)
     made.post_processor = tokenizers.processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=[(name, made.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
