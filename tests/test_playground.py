@@ -75,7 +75,7 @@ def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_
 def test_a_run_that_lacks_a_file_is_named_with_it(run, tmp_path, capsys):
     other_fields = '{"tokenizer": 1, "model": {"depth": 2}}'
     for name, change, message in (
-        ("tokenizer.model", Path.unlink, "tokenizer.model: No such file or directory"),
+        ("tokenizer.model", Path.unlink, "holds no tokenizer.model and no tokenizer.json"),
         ("tokenizer.model", lambda path: path.write_bytes(b"x"), "tokenizer.model is another model's"),
         ("config.json", Path.unlink, "config.json: No such file or directory"),
         ("config.json", lambda path: path.write_text("{"), "config.json is damaged"),

@@ -165,15 +165,21 @@ class Tokenizer:
         return b"".join([table[i] for i in ids]).decode(errors="replace")
 
 
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer that a folder holds, or the file itself. Raises ValueError where the folder holds none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path} holds no {' and no '.join(TOKENIZER_FILES)}")
+
+
 def open_tokenizer(path: str | Path):
     """The tokenizer of a file (a SentencePiece model of ours, or a tokenizer.json) or of a folder that holds one: a
-    `Tokenizer` or a `JsonTokenizer`. Raises ValueError where there is none that can be used."""
-    path = Path(path)
-    if path.is_dir():
-        there = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-        if not there:
-            raise ValueError(f"{path} holds no {' and no '.join(TOKENIZER_FILES)}")
-        path = there[0]
+    `Tokenizer` or a `JsonTokenizer`. Raises ValueError where it cannot be used."""
+    path = tokenizer_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:

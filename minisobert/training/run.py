@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -20,9 +19,9 @@ from typing import TypeVar
 from minisobert.cli import flag, reason
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from minisobert.corpus.tokenizer_json import JsonTokenizer
-from minisobert.files import locked, read_json_lines, write_json
+from minisobert.files import locked, read_json_lines, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
@@ -275,10 +274,10 @@ def open_run(run: str | Path) -> Trained:
         model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
-    tokenizer = open_tokenizer(run)
-    if hashlib.sha256(tokenizer.content).hexdigest() != checksum:
-        raise ValueError(f"{run / tokenizer.file_name} is another model's; put the one of the run's --data there")
+    tokenizer = tokenizer_file(run)
+    if sha256(tokenizer) != checksum:
+        raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)
     checkpoint.verify(saved[-1])
     model.load_state_dict(checkpoint.read(saved[-1])["model"])
-    return Trained(model.eval(), tokenizer)
+    return Trained(model.eval(), open_tokenizer(tokenizer))

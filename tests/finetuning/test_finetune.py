@@ -456,7 +456,7 @@ def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, ca
     assert tokenizer.Tokenizer(other / "tokenizer.model").vocab_size == size
     refused(capsys, "tokenizer.model is another model's", model=str(other), out=str(tmp_path / "out"))
     (other / "tokenizer.model").unlink()
-    refused(capsys, "No such file", model=str(other), out=str(tmp_path / "out"))
+    refused(capsys, "holds no tokenizer.model", model=str(other), out=str(tmp_path / "out"))
 
 
 def refused(capsys, expected: str, **options) -> None:
