@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
 from minisobert.corpus.tokenizer_json import JsonTokenizer
-from minisobert.files import locked, read_json_lines, sha256, write_json
+from minisobert.files import locked, read_json_lines, read_safetensors, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
@@ -49,14 +50,16 @@ class Progress:
 class Run:
     """Looks at the folder and writes nothing until `claimed`."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards):
-        """Raises ValueError where nothing can be written to the folder, or it holds a run of another config or on other
-        data."""
-        self.config, self.model_config, self.shards = config, model_config, shards
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards, init: Trained | None = None):
+        """init: what the run begins with, where that is no random model. Raises ValueError where nothing can be written
+        to the folder, or it holds a run of another config or on other data."""
+        self.config, self.model_config, self.shards, self.init = config, model_config, shards, init
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.resumable_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
+        if init:
+            self.identity["init"] = init.identity()
         tokenizer = shards.meta["files"][shards.tokenizer_file.name]["sha256"]
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
         self.fresh = config.fresh
@@ -76,6 +79,10 @@ class Run:
     def _identity_of(self, path: Path) -> dict:
         """The run that a checkpoint is of. A field that is newer than the checkpoint had its default."""
         run = checkpoint.read_state(path)["run"]
+        if not run:
+            raise ValueError(
+                f"{self.folder} holds an imported model; give it as --init and choose another folder as --out"
+            )
         defaults = dataclasses.asdict(TrainConfig(preset=run["train"]["preset"]))
         run["train"] = {**{name: defaults[name] for name in self.identity["train"]}, **run["train"]}
         run["model"] = {**{f.name: f.default for f in dataclasses.fields(ModelConfig)}, **run.get("model", {})}
@@ -94,6 +101,8 @@ class Run:
         for name, value in self.identity["train"].items():
             if (old := before["train"][name]) != value:
                 raise ValueError(f"{here} with {flag(name)} {old}, given is {value}; give the same, {otherwise}")
+        if before.get("init") != self.identity.get("init"):
+            raise ValueError(f"{here} that began with other weights than those of --init; give the same, {otherwise}")
         if before.get("data") != self.identity["data"]:
             raise ValueError(f"{here} on other data than {self.config.data}; give the same --data, {otherwise}")
         if before != self.identity:
@@ -258,8 +267,16 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Trained:
-    model: MaskedLM
+    model: MaskedLM  # in fp32 on the CPU
     tokenizer: Tokenizer | JsonTokenizer
+    history: list[dict]  # what the weights have been through: a line for each run, and for an import
+
+    def identity(self) -> dict:
+        """Of the weights a run begins with."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        return {"weights": digest.hexdigest(), "history": self.history}
 
 
 def open_run(run: str | Path) -> Trained:
@@ -272,6 +289,7 @@ def open_run(run: str | Path) -> Trained:
     try:
         described = json.loads((run / "config.json").read_text())
         model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
+        history = described.get("init", {}).get("history", [])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
     tokenizer = tokenizer_file(run)
@@ -279,5 +297,7 @@ def open_run(run: str | Path) -> Trained:
         raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)
     checkpoint.verify(saved[-1])
-    model.load_state_dict(checkpoint.read(saved[-1])["model"])
-    return Trained(model.eval(), open_tokenizer(tokenizer))
+    model.load_state_dict(read_safetensors(saved[-1] / "model.safetensors"))
+    if (progress := checkpoint.read_state(saved[-1])["progress"])["step"]:
+        history = [*history, {"run": run.resolve().name, "row positions": progress["consumed_tokens"]}]
+    return Trained(model.eval(), open_tokenizer(tokenizer), history)
