@@ -24,7 +24,7 @@ from minisobert.cli import PATIENCE, command, parse
 from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import open_shards
-from minisobert.hub.importing import open_init
+from minisobert.hub.importing import open_init, open_model
 from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
     if config.plan:
-        print(report(config))
+        print(report(config, open_model(config.init).model.config if config.init else None))
         return 0
 
     # Data, and whether everything fits together: before any process waits for another and anything is written
@@ -93,7 +93,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     run.begin(progress.step, mesh)
     if mesh.is_first:
         print(
-            f"{config.preset}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
+            f"{config.init or config.preset}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
             f"{mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"

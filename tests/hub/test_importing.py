@@ -281,3 +281,9 @@ def other(tmp_path_factory) -> Path:
     (folder / "toy.txt").write_text("\n".join(s.replace("\n", " ") for s in sentences(300, seed=1)))
     prepare([folder / "toy.txt"], folder / "shards", vocab_size=330, workers=1)
     return folder / "shards"
+
+
+def test_the_plan_is_of_that_model(theirs, capsys):
+    train.main(["--init", str(theirs), "--plan", "--gpus", "1", "--row-tokens", "2048"])
+    parameters = sum(p.numel() for p in importing.read(theirs).model.parameters())
+    assert f"{theirs}: {parameters:,} parameters in 4 layers, hidden 48" in capsys.readouterr().out
