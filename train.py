@@ -93,7 +93,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     run.begin(progress.step, mesh)
     if mesh.is_first:
         print(
-            f"{config.init or config.preset}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
+            f"{config.name}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
             f"{mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"

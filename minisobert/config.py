@@ -150,10 +150,8 @@ class TrainConfig:
     verify: bool = _data(False, "check the checksums of the data before training", resumable=True)
     row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
 
-    init: str = _model(
-        "", "run, or folder in Hugging Face's format, to continue from: its sizes and weights; --preset then names the "
-        "recipe alone", metavar="PATH",
-    )  # fmt: skip
+    init: str = _model("", "run, or Hugging Face folder, to continue from; --preset then names the recipe alone",
+                       metavar="PATH")  # fmt: skip
     preset: str = _model("base", "model and recipe, of which every number is an option too", choices=tuple(PRESETS))
     layers: int = _size(help="blocks", least=1)
     hidden: int = _size(help="width of the hidden states", least=1)
@@ -278,6 +276,10 @@ class TrainConfig:
             for name, value in {**sizes, **RECIPES[self.preset]}.items():
                 if getattr(self, name, value) is None:
                     object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        return self.init or self.preset
 
     @property
     def batch_ramp(self) -> list[tuple[int, int]]:

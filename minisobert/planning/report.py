@@ -92,7 +92,7 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
         raise ValueError(f"{split}; choose {', or '.join(choices)}")
     if not found:
         raise ValueError(
-            f"{config.init or config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
+            f"{config.name} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
             "choose a --gpu with more, or more --gpus to split it over"
         )
     return found
@@ -116,7 +116,7 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
     fitting = layouts(model, config, config.gpus, chip.memory)
     gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
     lines = [
-        f"{config.init or config.preset}: {parameters(model):,} parameters in {model.layers} layers, "
+        f"{config.name}: {parameters(model):,} parameters in {model.layers} layers, "
         f"hidden {model.hidden:,}, {model.heads} heads, vocabulary {model.vocabulary:,}",
         f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
         f"{_mean_flops(model, config, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows "
