@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from minisobert.corpus.texts import texts
@@ -16,10 +17,9 @@ from minisobert.tasks.dataset import Example
 SHOWN = 60  # characters of a post beside its class
 
 
-def apply(model: str, source: str) -> None:
-    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
-    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
-    is no such model or file."""
+def open_fine_tuned(model: str | Path) -> tuple[encoder.Network | huggingface.Network, dict, Callable[[str], str]]:
+    """The network that a finetune.py kept, its task.json, and what the texts it was trained on were cleaned by. Raises
+    ValueError where there is none."""
     folder = Path(model) / "model"
     try:
         task = json.loads((folder / "task.json").read_text())
@@ -33,8 +33,16 @@ def apply(model: str, source: str) -> None:
             f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
             "minisobert does not know; use the version that trained it"
         )
-    posts = list(map(known[task["cleaning"]], read(source)))  # as the texts it was trained on
     network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
+    return network, task, known[task["cleaning"]]
+
+
+def apply(model: str, source: str) -> None:
+    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
+    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
+    is no such model or file."""
+    network, task, clean = open_fine_tuned(model)
+    posts = list(map(clean, read(source)))
     spans = [marking.word_spans(post) for post in posts]
     examples = [
         Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))

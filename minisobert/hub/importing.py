@@ -41,7 +41,8 @@ class Imported:
     tokenizer: Tokenizer | JsonTokenizer
     tokenizer_file: Path
     format: str  # one of FORMATS
-    labels: tuple[str, ...]  # of a Classifier, in the order of its logits
+    labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
+    of_documents: bool = False  # a Classifier of whole documents, not of words
 
 
 def read(folder: str | Path) -> Imported:
@@ -70,11 +71,12 @@ def read(folder: str | Path) -> Imported:
         ours = to_ours(tensors, config, architecture)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    labels: tuple[str, ...] = ()
+    labels, of_documents = (), False
     if "classifier.weight" in ours:
         names = theirs.get("id2label") or {}
         labels = tuple(names.get(str(i), f"LABEL_{i}") for i in range(len(ours["classifier.weight"])))
-        model: Model = Classifier(config, len(labels), "ForSequenceClassification" in theirs["architectures"][0])
+        of_documents = "ForSequenceClassification" in theirs["architectures"][0]
+        model: Model = Classifier(config, len(labels), of_documents)
     else:
         model = MaskedLM(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})
@@ -84,7 +86,7 @@ def read(folder: str | Path) -> Imported:
             f"{path} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of embeddings; it is the "
             "tokenizer of another model"
         )
-    return Imported(model.eval(), tokenizer, path, architecture, labels)
+    return Imported(model.eval(), tokenizer, path, architecture, labels, of_documents)
 
 
 def our_config(theirs: dict) -> ModelConfig:
