@@ -110,8 +110,8 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
     task, read = toy(kind)
     monkeypatch.setitem(tasks.TASKS, task.name, replace(task, read=read))
     out = tmp_path / "out"
-    finetune.main(["--task", task.name, "--model", str(run), "--data", "toy", "--out", str(out), "--epochs", "4", "--tokens-per-batch", "400",
-                   "--learning-rate", "2e-3", "--dropout", "0"])  # fmt: skip
+    finetune.main(["--task", task.name, "--model", str(run), "--data", "toy", "--out", str(out), "--epochs", "8", "--tokens-per-batch", "400",
+                   "--learning-rate", "5e-3", "--dropout", "0"])  # fmt: skip
     model, texts = minisobert.load(out), ["bar sees bar", "the  dog\tand bar", "dog", "an other"]
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO())
