@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 def load(path: str | Path) -> Loaded:
     """A trained model, ready for use: of a run of train.py, of the result of a finetune.py, or of a folder in Hugging
     Face's format. Raises ValueError where there is none that can be loaded."""
-    from minisobert.inference import Loaded  # not with the package, whose parts need neither torch nor this
+    from minisobert import inference  # not with the package, most parts of which need no torch
 
-    return Loaded(path)
+    return inference.load(path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from minisobert.cli import Parser, command
 from minisobert.finetuning.apply import read
-from minisobert.inference import Loaded
+from minisobert.inference import load
 
 
 @command("minisobert.embed", "nothing was written")
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out is {out}; choose a new file whose name ends in .npy")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out: {out.absolute().parent} is no folder; make it first")
-    vectors = Loaded(options.model).embed(read(options.file))
+    vectors = load(options.model).embed(read(options.file))
     beside = out.with_name(f".{out.name}.unfinished")
     with open(beside, "wb") as file:
         np.save(file, vectors)

@@ -44,27 +44,12 @@ class Entity(NamedTuple):
 
 
 class Loaded:
-    """model: a MaskedLM or a Classifier in fp32, on a GPU where there is one; where a `finetune.py` began with one of
-    transformers, that. tokenizer: with encode and decode. labels: of a Classifier, in the order of its columns."""
+    """model: a MaskedLM or a Classifier, in fp32. tokenizer: with encode and decode. labels: of a Classifier, in the
+    order of its columns."""
 
-    def __init__(self, path: str | Path):
-        """Raises ValueError where there is no model that can be loaded."""
-        folder, self.labels, self._clean, network = Path(path), (), str, None
-        if (folder / "model/task.json").is_file():
-            network, task, self._clean = open_fine_tuned(folder)
-            self.labels = tuple(task["labels"])
-        elif (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
-            imported = importing.read(folder)
-            model, tokenizer, self.labels = imported.model, imported.tokenizer, imported.labels
-            if self.labels:
-                kind = "sequence" if imported.of_documents else "token"
-                network = encoder.Network(model, tokenizer, kind)
-        else:
-            trained = importing.open_model(folder)
-            model, tokenizer = trained.model, trained.tokenizer
-        self._name, self._network = str(path), network
-        if network is not None:
-            model, tokenizer = network.module, network.tokenizer
+    def __init__(self, name: str, model, tokenizer, network=None, labels: Sequence[str] = (), clean=str):
+        """network: of a Classifier, as fine-tuning has it; clean: what texts go through before they are read."""
+        self._name, self._network, self._clean, self.labels = name, network, clean, tuple(labels)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
 
@@ -152,6 +137,24 @@ class Loaded:
         documents = Documents.from_bounds(np.concatenate([[0], np.cumsum(lengths)]), self.device)
         tokens = torch.from_numpy(np.concatenate(ids))
         return self.model.encoder(tokens.to(self.device), positions.to(self.device), documents)
+
+
+def load(path: str | Path) -> Loaded:
+    """The model of a run of train.py, of the result of a finetune.py, or of a folder in Hugging Face's format. Raises
+    ValueError where there is none that can be loaded."""
+    folder, name = Path(path), str(path)
+    if (folder / "model/task.json").is_file():
+        network, task, clean = open_fine_tuned(folder)
+        return Loaded(name, network.module, network.tokenizer, network, task["labels"], clean)
+    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+        trained = importing.open_model(folder)
+        return Loaded(name, trained.model, trained.tokenizer)
+    imported = importing.read(folder)
+    network = None
+    if imported.labels:
+        kind = "sequence" if imported.of_documents else "token"
+        network = encoder.Network(imported.model, imported.tokenizer, kind)
+    return Loaded(name, imported.model, imported.tokenizer, network, imported.labels)
 
 
 def _several(texts: Sequence[str]) -> list[str]:

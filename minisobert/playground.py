@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minisobert.cli import Parser, command
-from minisobert.inference import Loaded
+from minisobert.inference import load
 
 
 @command("minisobert.playground")
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("text", nargs="+", metavar="TEXT", help="text with one or more [MASK]")
     parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each [MASK] (default 5)")
     options = parser.parse_args(argv)
-    model = Loaded(options.run)
+    model = load(options.run)
     for text in options.text:
         print(text)
         for guesses in model.fill_mask(text, options.best):
