@@ -125,7 +125,7 @@ class Start:
             raise ValueError("--tokenizer is for random:PRESET; a run has its own")
         trained = open_run(run)
         self.tokenizer, self.model_config = trained.tokenizer, trained.model.config
-        self.trained = None if source == "random" else trained
+        self.trained = None if source == "random" else trained.model
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
         model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
