@@ -93,8 +93,8 @@ def _model(format: str, model: Model) -> str:
             f"One layer in {c.global_every} attends to the whole text, the others to {c.window} tokens on either side"
         )
     return (
-        f"A `{format}` with {parameters:,} parameters: {c.layers} layers, width {c.hidden:,}, {c.heads} heads, texts of "
-        f"up to {c.positions:,} tokens. {kind}. Trained with minisobert.\n"
+        f"A `{format}` with {parameters:,} parameters: {c.layers} layers, width {c.hidden:,}, {c.heads} heads, texts "
+        f"of up to {c.positions:,} tokens. {kind}. Trained with minisobert.\n"
     )
 
 
@@ -120,11 +120,13 @@ The vectors come from a masked language model. They are a start for fine-tuning 
   there, because the piece that the model guesses begins with its own space.
 - `AutoModel` has no head, so it reports the head's weights as unexpectedPOOLER. This is harmless.
 - Newlines, tabs and runs of spaces are kept. Pass `truncation=True` for texts that may be too long.
-- The tokenizer gives the ids that the model was trained on, with two exceptions: it reads U+2581 as a space, and it reads
+- The tokenizer gives the ids that the model was trained on, with two exceptions: it reads U+2581 as a space, and
   words such as `[MASK]` or `[SEP]` in a text as special tokens.
 """
-_EAGER = """- transformers has only eager attention for this class. minisobert exports the same model as `xlm-roberta-xl` too, for
-  which transformers has SDPA and FlashAttention."""
+_EAGER = """\
+- transformers has only eager attention for this class. Exported as `xlm-roberta-xl`, the same model has SDPA and
+  FlashAttention too.
+"""
 
 
 def _pretrained(name: str, format: str, about: Pretrained, picture: bool) -> list[str]:
@@ -154,7 +156,7 @@ def _data(about: Pretrained) -> list[str]:
 _RECIPE = {
     "optimizer": "optimizer", "learning_rate": "peak learning rate", "muon_learning_rate": "peak learning rate of Muon",
     "schedule": "schedule", "tokens_per_batch": "row positions per step", "row_tokens": "tokens in a row",
-    "mask_rate": "share of tokens that are masked", "dropout": "dropout", "weight_decay": "weight decay", "seed": "seed",
+    "mask_rate": "share of tokens masked", "dropout": "dropout", "weight_decay": "weight decay", "seed": "seed",
 }  # fmt: skip
 
 
@@ -194,13 +196,17 @@ import re
 from transformers import pipeline
 
 WORD = re.compile(r"""PATTERN""")
-tag = pipeline("token-classification", "NAME", aggregation_strategy="first")
-tag(" ".join(WORD.findall("Use the foo() of numpy.")))
+text = " ".join(WORD.findall("Use the foo() of numpy."))
+tag = pipeline("token-classification", "NAME")
+for piece in tag(text):
+    if piece["start"] == 0 or text[piece["start"]] == " ":  # the first piece of a word has the word's tag
+        print(text[piece["start"] :].split()[0], piece["entity"], piece["score"])
 ```
 
 The model was trained on sentences of words with one space between them, where each sign is a word too (`foo ( )`), and
-on the tag of the first piece of each word. Cut texts into words as above and use the strategy `first`. It warns that it
-finds words by the spaces, which is right here. `is_split_into_words` would lose the spaces.
+on the tag of each word's first piece, which begins with the space. Cut texts into words as above; with
+`is_split_into_words` the spaces would be missing. `aggregation_strategy="first"` gives the same entities as long as no
+word is so rare that the space before it is a piece by itself.
 '''
 
 

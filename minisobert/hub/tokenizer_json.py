@@ -41,8 +41,8 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, dict]:
 
 
 def _special(i: int) -> dict:
-    """A special piece as an AddedToken. [MASK] takes the space before it, as every piece does: otherwise that space would
-    be a piece of its own, which no model has seen before a mask."""
+    """A special piece as an AddedToken. [MASK] takes the space before it, as every piece does: otherwise that space
+    would be a piece of its own, which no model has seen before a mask."""
     return {
         "content": SPECIAL_PIECES[i],
         "single_word": False,
