@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minisobert.config import ModelConfig
-from minisobert.corpus.tokenizer import CLS, MASK, PAD, SEP
+from minisobert.corpus.tokenizer import CLS, PAD, SEP
 
 _ACTIVATION = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 
@@ -28,8 +28,6 @@ def configuration(config: ModelConfig, format: str, dropout: float = 0.0) -> dic
         "bos_token_id": CLS,
         "sep_token_id": SEP,
         "eos_token_id": SEP,
-        "mask_token_id": MASK,
-        "initializer_range": 0.02,
         "tie_word_embeddings": True,
     }
 

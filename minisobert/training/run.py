@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from minisobert.cli import flag, reason
+from minisobert.cli import flag, reason, words
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
@@ -279,13 +279,26 @@ class Trained:
         return {"weights": digest.hexdigest(), "history": self.history}
 
 
-def open_run(run: str | Path) -> Trained:
-    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none, or where the
-    tokenizer beside it is another model's."""
-    run = Path(run)
-    saved = checkpoint.steps(run / "checkpoints")
+def checkpoint_of(run: str | Path, which: str = "last") -> Path:
+    """which: "last", "best" (the lowest validation loss) or "step-N". Raises ValueError where a run has none such."""
+    folder = Path(run) / "checkpoints"
+    saved = checkpoint.steps(folder)
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
+    named = {f"step-{checkpoint.step_of(path)}": path for path in saved} | {"last": saved[-1]}
+    if best := checkpoint.best(folder):
+        named["best"] = best
+    if which not in named:
+        why = " (none was evaluated)" if which == "best" else ""
+        raise ValueError(f"{run} has no checkpoint {which!r}{why}; choose {words(named)}")
+    return named[which]
+
+
+def open_run(run: str | Path, path: Path | None = None) -> Trained:
+    """The model of a run's checkpoint, by default the last, in fp32 on the CPU. Raises ValueError where there is none,
+    or where the tokenizer beside it is another model's."""
+    run = Path(run)
+    path = path or checkpoint_of(run)
     try:
         described = json.loads((run / "config.json").read_text())
         model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
@@ -296,8 +309,8 @@ def open_run(run: str | Path) -> Trained:
     if sha256(tokenizer) != checksum:
         raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)
-    checkpoint.verify(saved[-1])
-    model.load_state_dict(read_safetensors(saved[-1] / "model.safetensors"))
-    if (progress := checkpoint.read_state(saved[-1])["progress"])["step"]:
+    checkpoint.verify(path)
+    model.load_state_dict(read_safetensors(path / "model.safetensors"))
+    if (progress := checkpoint.read_state(path)["progress"])["step"]:
         history = [*history, {"run": run.resolve().name, "row positions": progress["consumed_tokens"]}]
     return Trained(model.eval(), open_tokenizer(tokenizer), history)
