@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minisobert.corpus.packing import SPECIALS
 from minisobert.finetuning import encoder, huggingface, marking
-from minisobert.finetuning.apply import open_fine_tuned
+from minisobert.finetuning.apply import open_fine_tuned, say_cut
 from minisobert.finetuning.loop import batches, predict
 from minisobert.hub import importing
 from minisobert.model import MaskedLM
@@ -114,6 +114,7 @@ class Loaded:
                 part = examples[start : start + CHUNK]
                 yield from predict(self._network, self._network.encode(part))
                 bar.update(len(part))
+        say_cut(self._network, len(examples))
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """Which texts go through the model together, and their ids."""

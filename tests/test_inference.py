@@ -110,8 +110,8 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
     task, read = toy(kind)
     monkeypatch.setitem(tasks.TASKS, task.name, replace(task, read=read))
     out = tmp_path / "out"
-    finetune.main(["--task", task.name, "--model", str(run), "--data", "toy", "--out", str(out), "--epochs", "8", "--tokens-per-batch", "400",
-                   "--learning-rate", "5e-3", "--dropout", "0"])  # fmt: skip
+    finetune.main(["--task", task.name, "--model", str(run), "--data", "toy", "--out", str(out), "--epochs", "8",
+                   "--tokens-per-batch", "400", "--learning-rate", "5e-3", "--dropout", "0"])  # fmt: skip
     model, texts = minisobert.load(out), ["bar sees bar", "the  dog\tand bar", "dog", "an other"]
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -123,6 +123,9 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         assert shares.shape == (4, 2) and model.labels == ("no", "yes")
         expected = ["  ".join(f"{label} {p:.1%}" for label, p in zip(model.labels, row)) for row in shares]
         assert [line.split("\t")[1] for line in printed] == expected
+        capsys.readouterr()
+        model.classify([*texts, "bar " * 3_000])
+        assert "1 of 5 texts were cut to their first" in capsys.readouterr().err
         with pytest.raises(ValueError, match="no model that tags"):
             model.entities(texts)
     else:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.texts import texts
 from minisobert.finetuning import encoder, huggingface, marking
 from minisobert.finetuning.loop import predict
@@ -48,8 +49,9 @@ def apply(model: str, source: str) -> None:
         Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
         for i, (post, inside) in enumerate(zip(posts, spans))
     ]
-    labels = task["labels"]
-    for post, inside, p in zip(posts, spans, predict(network, network.encode(examples))):
+    labels, probabilities = task["labels"], predict(network, network.encode(examples))
+    say_cut(network, len(posts))
+    for post, inside, p in zip(posts, spans, probabilities):
         if not post.strip():
             print()
         elif task["kind"] == "token":
@@ -58,6 +60,14 @@ def apply(model: str, source: str) -> None:
         else:
             shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
             print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
+
+
+def say_cut(network: encoder.Network | huggingface.Network, count: int) -> None:
+    """Says how many of `count` texts were too long for a network of ours, if any."""
+    if cut := getattr(network, "cut", 0):
+        longest = network.module.config.positions
+        print(f"{cut:,} of {count:,} texts were cut to their first {longest - SPECIALS:,} tokens", file=sys.stderr)
+        network.cut = 0
 
 
 def read(source: str) -> list[str]:

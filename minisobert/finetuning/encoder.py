@@ -44,6 +44,7 @@ class Network:
         self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
+        self.cut = 0  # examples that were longer than the model reads
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
@@ -63,6 +64,7 @@ class Network:
     def _whole(self, ids: np.ndarray) -> np.ndarray:
         longest = self.module.config.positions - SPECIALS
         special = self.tokenizer.vocabulary
+        self.cut += len(ids) > longest
         return np.concatenate([[special.cls], ids[:longest], [special.sep]]).astype(np.int64)
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:

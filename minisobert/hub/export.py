@@ -61,7 +61,7 @@ def export(source: str, out: str, format: str = "", checkpoint: str = "") -> str
         else:
             found, about = _run(Path(source), checkpoint or "last")
         format = format or ("modernbert" if found.model.config.is_modern else "xlm-roberta-xl")
-        _write(folder, found, format)
+        write(folder, found, format)
         picture = found.kind == "MaskedLM" and _picture(Path(source), folder / "loss.png")
         text = card.card(Path(out).name, format, found.model, about, picture)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -86,7 +86,7 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     return Source(network.module, network.tokenizer, kind, dropout, task["labels"]), card.FineTuned(task, results)
 
 
-def _write(folder: Path, source: Source, format: str) -> None:
+def write(folder: Path, source: Source, format: str) -> None:
     """All but the card."""
     config = source.model.config
     named = {name: parameter.detach().float() for name, parameter in source.model.named_parameters()}
@@ -107,6 +107,8 @@ def _write(folder: Path, source: Source, format: str) -> None:
     write_json(folder / "config.json", {**described, "dtype": "float32"})
     for name, content in tokenizer_files(source.tokenizer, config.positions).items():
         write_json(folder / name, content)
+    # for ourselves: faster than tokenizer.json, and exact where that one is not
+    (folder / source.tokenizer.file_name).write_bytes(source.tokenizer.content)
     if source.kind == "MaskedLM":
         _write_pooling(folder, config.hidden, config.positions, format)
 
