@@ -279,7 +279,7 @@ class TrainConfig:
 
     @property
     def name(self) -> str:
-        return self.init or self.preset
+        return self.init.rstrip("/").rpartition("/")[2] or self.preset
 
     @property
     def batch_ramp(self) -> list[tuple[int, int]]:

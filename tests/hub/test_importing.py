@@ -20,13 +20,13 @@ from minisobert.hub import importing
 from minisobert.ops import Documents
 from minisobert.training.run import open_run
 from tests.conftest import sentences
-from tests.runs import column, make_small, metrics, weights, words
+from tests.runs import column, make_small, metrics, train_all, weights, words
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 80}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def changed(folder: Path, **changes) -> None:
     ({"layer_types": ["sliding_attention"] * 4}, "layer_types are llll"),
     ({"hidden_activation": "silu"}, "activation is 'silu'"),
     ({"classifier_activation": "gelu_new"}, "activation of the layers is 'gelu', of the head 'gelu_new'"),
-    ({"hidden_size": 96}, "of another shape"),
+    ({"hidden_size": 128}, "of another shape"),
     ({"num_hidden_layers": 5, "layer_types": None}, "missing (model.layers.4.attn"),
     ({"num_hidden_layers": 3, "layer_types": None}, "unexpected (model.layers.3."),
     ({"vocab_size": "many"}, "config.json"),
@@ -234,6 +234,9 @@ def test_training_goes_on_from_a_model_of_theirs(corpus, theirs, tmp_path):
     assert first == pytest.approx(torch.nn.functional.cross_entropy(found, batch.targets).item(), rel=1e-5)
     assert metrics(whole)[-1]["loss"] < first
 
+    two = words(corpus, tmp_path / "two", steps=6, init=theirs, preset="modern-tiny", tensor_parallel=2)
+    assert train_all([two], tmp_path / "log", ranks=2) == [0, 0], (tmp_path / "log").read_text()
+    assert torch.allclose(column(tmp_path / "two"), column(whole), rtol=1e-5)
     direct = continued(corpus, tmp_path / "direct", theirs, micro_batch_rows=1)
     assert torch.allclose(column(direct), column(whole), rtol=1e-5)
     latest = sorted((whole / "checkpoints").iterdir())[-1]
@@ -286,4 +289,4 @@ def other(tmp_path_factory) -> Path:
 def test_the_plan_is_of_that_model(theirs, capsys):
     train.main(["--init", str(theirs), "--plan", "--gpus", "1", "--row-tokens", "2048"])
     parameters = sum(p.numel() for p in importing.read(theirs).model.parameters())
-    assert f"{theirs}: {parameters:,} parameters in 4 layers, hidden 48" in capsys.readouterr().out
+    assert f"modern: {parameters:,} parameters in 4 layers, hidden 64" in capsys.readouterr().out
