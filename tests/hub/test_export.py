@@ -26,7 +26,7 @@ from minisobert.tasks.dataset import Example
 from minisobert.training.run import open_run
 from tests.finetuning.test_finetune import read_toys
 from tests.finetuning.test_finetune import run as finetune
-from tests.runs import BATCH, ROW, make_small, words
+from tests.runs import BATCH, ROW, SMALL, make_small, words
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,6 +137,20 @@ def test_the_tokenizer_is_the_runs_also_when_saved_again(runs, exported, tmp_pat
         assert tokenizer.tokenize("bar [MASK]") == [*tokenizer.tokenize("bar[MASK]")[:-1], " [MASK]"]
         assert tokenizer.model_max_length == ROW and len(tokenizer) == ours.vocab_size
         assert len(tokenizer("bar " * 2_000, truncation=True)["input_ids"]) == ROW
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sentence_transformers_finds_mean_pooling(format, exported):
+    """It is no dependency; version 6.2.0 was seen to give the mean of the final states, in all three formats."""
+    folder = exported[format]
+    types = [each["type"].rpartition(".")[2] for each in json.loads((folder / "modules.json").read_text())]
+    pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+    assert types == ["Transformer", "Pooling"] and pooling["word_embedding_dimension"] == SMALL.hidden
+    assert [name for name, on in pooling.items() if on is True] == ["pooling_mode_mean_tokens"]
+    options = json.loads((folder / "sentence_bert_config.json").read_text())
+    assert options["max_seq_length"] == (ROW if format == "modernbert" else SMALL.positions)
+    model = transformers.AutoModel.from_pretrained(folder, **options.get("model_args", {}))
+    assert getattr(model, "pooler", None) is None  # which would be random
 
 
 def test_the_best_and_any_other_checkpoint_can_be_exported(runs, tmp_path):
