@@ -46,7 +46,7 @@ class JsonTokenizer:
     def _vocabulary(self, where: str) -> Vocabulary:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         size = max(ids.values(), default=-1) + 1
-        special = {}
+        special, self.special_names = {}, {}
         for what, names in NAMES.items():
             found = [name for name in names if name in ids]
             if not found:
@@ -54,7 +54,9 @@ class JsonTokenizer:
                     f"{where} has none of the tokens {' or '.join(names)}, which masked language models need; "
                     "use the tokenizer of an encoder"
                 )
-            special[what] = ids[found[0]]
+            special[what], self.special_names[what] = ids[found[0]], found[0]
+        if unknown := [name for name in ("[UNK]", "<unk>") if name in ids]:
+            self.special_names["unk"] = unknown[0]
         added = self._tokenizer.get_added_tokens_decoder()
         edges = sorted({-1, size, *special.values(), *(i for i, token in added.items() if token.special)})
         # the widest stretch between them: some models have their special ids at the beginning, some at the end

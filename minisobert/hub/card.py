@@ -13,10 +13,11 @@ from pathlib import Path
 
 from minisobert.cli import table
 from minisobert.corpus.shards import Shards
+from minisobert.corpus.tokenizer import Tokenizer
 from minisobert.finetuning import marking
 from minisobert.model import Model
 from minisobert.training import checkpoint
-from minisobert.training.run import read_metrics
+from minisobert.training.run import Trained, read_metrics
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Pretrained:
 
     recipe: dict  # the options of the run
     corpus: dict  # meta.json of its shards
-    pieces: int
+    vocabulary: str  # in words
+    history: list[dict]  # what the weights had been through before
     progress: dict  # counters of the checkpoint
     metrics: dict  # the last line of metrics.jsonl up to the checkpoint
     held_out: dict  # the last such line with a validation loss
@@ -37,16 +39,20 @@ class FineTuned:
     results: dict  # metrics.json
 
 
-def pretrained(run: Path, path: Path, pieces: int) -> Pretrained:
-    """path: of the checkpoint."""
+def pretrained(run: Path, path: Path, trained: Trained) -> Pretrained:
+    """path: of the checkpoint, from which `trained` was opened."""
     described, state = json.loads((run / "config.json").read_text()), checkpoint.read_state(path)
     lines = []
     with suppress(ValueError):  # no metrics: the card says less
         lines = [line for line in read_metrics(run) if line["step"] <= state["progress"]["step"]]
+    tokenizer, has_begun = trained.tokenizer, state["progress"]["step"] > 0
+    ours = isinstance(tokenizer, Tokenizer)
+    whose = "pieces of a SentencePiece BPE with byte fallback" if ours else "ids of the tokenizer it came with"
     return Pretrained(
-        recipe=described["train"],
-        corpus=_corpus(Path(described["layout"]["data"]), described["data"]),
-        pieces=pieces,
+        recipe=described["train"] if has_begun else {},
+        corpus=_corpus(Path(described["layout"]["data"]), described["data"]) if has_begun else {},
+        vocabulary=f"{tokenizer.vocab_size:,} {whose}",
+        history=trained.history[:-1] if has_begun else trained.history,
         progress=state["progress"],
         metrics=lines[-1] if lines else {},
         held_out=next((line for line in reversed(lines) if line.get("validation_loss") is not None), {}),
@@ -119,7 +125,10 @@ The vectors come from a masked language model. They are a start for fine-tuning 
 - Write `I [MASK] a list`, with a space before `[MASK]`. The tokenizer removes that space, and any other white space
   there, because the piece that the model guesses begins with its own space.
 - `AutoModel` has no head, so it reports the head's weights as unexpectedPOOLER. This is harmless.
-- Newlines, tabs and runs of spaces are kept. Pass `truncation=True` for texts that may be too long.
+- Pass `truncation=True` for texts that may be too long.
+"""
+_OUR_TOKENIZER = """\
+- Newlines, tabs and runs of spaces are kept.
 - The tokenizer gives the ids that the model was trained on, with two exceptions: it reads U+2581 as a space, and
   words such as `[MASK]` or `[SEP]` in a text as special tokens.
 """
@@ -131,7 +140,10 @@ _EAGER = """\
 
 def _pretrained(name: str, format: str, about: Pretrained, picture: bool) -> list[str]:
     pooler = "" if format == "modernbert" else ", and a pooler, which nothing uses, as missing"
-    text = _LOAD.replace("NAME", name).replace("POOLER", pooler) + (_EAGER if format == "megatron-bert" else "")
+    text = _LOAD.replace("NAME", name).replace("POOLER", pooler)
+    text += (_OUR_TOKENIZER if "SentencePiece" in about.vocabulary else "") + (
+        _EAGER if format == "megatron-bert" else ""
+    )
     return [text, *_data(about), *_training(about, picture)]
 
 
@@ -144,7 +156,7 @@ def _data(about: Pretrained) -> list[str]:
         ["sources", ", ".join(meta["sources"])],
         ["documents", f"{meta['documents']:,}, of which {held_out:,} are held out"],
         ["tokens", f"{meta['tokens']:,}"],
-        ["vocabulary", f"{about.pieces:,} pieces of a SentencePiece BPE with byte fallback"],
+        ["vocabulary", about.vocabulary],
     ]
     licence = ""
     if meta["posts"]:
@@ -162,6 +174,8 @@ _RECIPE = {
 
 def _training(about: Pretrained, picture: bool) -> list[str]:
     recipe, progress = about.recipe, about.progress
+    if not recipe:
+        return ["## Training\n", *_history(about)]
     rows = [["steps", f"{progress['step']:,}"], ["tokens seen", f"{progress['real_tokens']:,}"]]
     if (share := progress["consumed_tokens"] / recipe["train_tokens"]) < 1:
         rows.append(["part of the run", f"{share:.0%}: this is a checkpoint before the end"])
@@ -176,7 +190,26 @@ def _training(about: Pretrained, picture: bool) -> list[str]:
         rows.append([f"held-out tokens guessed right{at}", f"{held_out['validation_accuracy']:.1%}"])
     if dollars := about.metrics.get("dollars"):
         rows.append(["cost", f"${dollars:,.2f}"])
-    return ["## Training\n", *table(["", ""], rows), "", *(["![loss](loss.png)\n"] if picture else [])]
+    return [
+        "## Training\n",
+        *_history(about),
+        *table(["", ""], rows),
+        "",
+        *(["![loss](loss.png)\n"] if picture else []),
+    ]
+
+
+def _history(about: Pretrained) -> list[str]:
+    """Where training went on from, the oldest first."""
+    lines = []
+    for entry in about.history:
+        if "imported" in entry:
+            lines.append(f"- `{entry['from']}`, a `{entry['imported']}` that was imported")
+        else:
+            lines.append(f"- `{entry['run']}`, after {entry['row positions']:,} row positions")
+    if not lines:
+        return []
+    return ["Continued from:\n" if about.recipe else "Imported, and not trained since:\n", *lines, ""]
 
 
 _CLASSIFY = """## How to load it

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from minisobert.config import ModelConfig
-from minisobert.corpus.tokenizer import CLS, PAD, SEP
+from minisobert.corpus.tokenizer import Vocabulary, our_vocabulary
 
 _ACTIVATION = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
-def configuration(config: ModelConfig, format: str, dropout: float = 0.0) -> dict:
+def configuration(config: ModelConfig, format: str, dropout: float = 0.0, vocabulary: Vocabulary | None = None) -> dict:
     """All that `transformers.AutoConfig.for_model` needs for a model that computes what ours does.
 
     format: one of `weights.FORMATS`. dropout: of every place that has it here. transformers has it elsewhere in the MLP
-    of a modernbert, so that training continues there in a slightly different way.
+    of a modernbert, so that training continues there in a slightly different way. vocabulary: with the special ids;
+    by default of one of our own tokenizers.
     """
+    special = vocabulary or our_vocabulary(config.vocabulary)
     return {
         "model_type": format,
         "vocab_size": config.vocabulary,
@@ -22,12 +24,12 @@ def configuration(config: ModelConfig, format: str, dropout: float = 0.0) -> dic
         "num_attention_heads": config.heads,
         "intermediate_size": config.ffn,
         "max_position_embeddings": config.positions,
-        **(_modern(config, dropout) if format == "modernbert" else _megatron(config, format, dropout)),
-        "pad_token_id": PAD,
-        "cls_token_id": CLS,
-        "bos_token_id": CLS,
-        "sep_token_id": SEP,
-        "eos_token_id": SEP,
+        **(_modern(config, dropout) if format == "modernbert" else _megatron(config, format, dropout, special.pad)),
+        "pad_token_id": special.pad,
+        "cls_token_id": special.cls,
+        "bos_token_id": special.cls,
+        "sep_token_id": special.sep,
+        "eos_token_id": special.sep,
         "tie_word_embeddings": True,
     }
 
@@ -55,9 +57,9 @@ def _modern(config: ModelConfig, dropout: float) -> dict:
     }
 
 
-def _megatron(config: ModelConfig, format: str, dropout: float) -> dict:
-    # xlm-roberta-xl has a row in front, for padding
-    positions = config.positions + (format == "xlm-roberta-xl")
+def _megatron(config: ModelConfig, format: str, dropout: float, padding: int) -> dict:
+    # xlm-roberta-xl counts positions from the padding id + 1 on
+    positions = config.positions + (padding + 1 if format == "xlm-roberta-xl" else 0)
     return {
         "max_position_embeddings": positions,
         "position_embedding_type": "absolute",

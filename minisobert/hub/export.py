@@ -17,7 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from minisobert.corpus.tokenizer import Tokenizer
+from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import new_folder, write_json, write_safetensors
 from minisobert.finetuning import encoder
 from minisobert.hub import card
@@ -38,7 +41,7 @@ class Source:
     """What is to be exported. kind: of `transformers.AutoModelForKIND`."""
 
     model: Model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | JsonTokenizer
     kind: str
     dropout: float
     labels: Sequence[str] = ()
@@ -71,7 +74,7 @@ def export(source: str, out: str, format: str = "", checkpoint: str = "") -> str
 def _run(run: Path, which: str) -> tuple[Source, card.Pretrained]:
     path = checkpoint_of(run, which)
     trained = open_run(run, path)
-    about = card.pretrained(run, path, trained.tokenizer.vocab_size)
+    about = card.pretrained(run, path, trained)
     return Source(trained.model, trained.tokenizer, "MaskedLM", about.recipe.get("dropout", 0.0)), about
 
 
@@ -97,9 +100,13 @@ def write(folder: Path, source: Source, format: str) -> None:
             )
         bias = named["mlm_head.decoder.bias"] = named["mlm_head.decoder.bias"].clone()
         bias[source.tokenizer.vocab_size :] = NEVER
-    write_safetensors(folder / "model.safetensors", to_theirs(named, config, format), {"format": "pt"})
+    special, theirs = source.tokenizer.vocabulary, to_theirs(named, config, format)
+    if format == "xlm-roberta-xl" and special.pad:  # one row is there already
+        name = "roberta.embeddings.position_embeddings.weight"
+        theirs[name] = torch.cat([theirs[name].new_zeros(special.pad, config.hidden), theirs[name]])
+    write_safetensors(folder / "model.safetensors", theirs, {"format": "pt"})
     described = {"architectures": [f"{CLASSES[format]}For{source.kind}"]}
-    described |= configuration(config, format, source.dropout)
+    described |= configuration(config, format, source.dropout, special)
     if source.labels:
         described["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
         described["label2id"] = {label: i for i, label in enumerate(source.labels)}

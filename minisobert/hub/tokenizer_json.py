@@ -13,23 +13,31 @@ each way to cut it into two pieces, in the order of the scores.
 from __future__ import annotations
 
 from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, MASK, PAD, SEP, SPECIAL_PIECES, UNK, Tokenizer
+from minisobert.corpus.tokenizer_json import JsonTokenizer
 
 _SPACE_MARK = "\u2581"
 _ROLES = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
 
 
-def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, dict]:
-    """File name → content. longest: tokens in a document that the model can read, [CLS] and [SEP] among them."""
+def tokenizer_files(tokenizer: Tokenizer | JsonTokenizer, longest: int) -> dict[str, dict]:
+    """File name → content, but for the tokenizer.json that an imported model has already. longest: tokens in a document
+    that the model can read, [CLS] and [SEP] among them."""
+    # without this file AutoTokenizer goes by the model's type, to a class that gives other ids, and says nothing
+    common = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        "model_input_names": ["input_ids", "attention_mask"],  # modernbert takes no token types
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "right",
+        "truncation_side": "right",
+    }
+    if isinstance(tokenizer, JsonTokenizer):
+        roles = {f"{what}_token": name for what, name in tokenizer.special_names.items()}
+        return {"tokenizer_config.json": {**common, **roles}, "special_tokens_map.json": roles}
     return {
         "tokenizer.json": _tokenizer(tokenizer),
-        # without this file AutoTokenizer goes by the model's type, to a class that gives other ids, and says nothing
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": longest,
-            "model_input_names": ["input_ids", "attention_mask"],  # modernbert takes no token types
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "right",
-            "truncation_side": "right",
+            **common,
             "added_tokens_decoder": {str(i): _special(i) for i in range(FIRST_ORDINARY_ID)},
             **{role: SPECIAL_PIECES[i] for role, i in _ROLES.items()},
         },

@@ -17,6 +17,7 @@ from minisobert import playground
 from minisobert.config import RECIPES
 from minisobert.corpus.shards import open_shards
 from minisobert.hub import importing
+from minisobert.hub.__main__ import main as hub
 from minisobert.ops import Documents
 from minisobert.training.run import open_run
 from tests.conftest import sentences
@@ -290,3 +291,38 @@ def test_the_plan_is_of_that_model(theirs, capsys):
     train.main(["--init", str(theirs), "--plan", "--gpus", "1", "--row-tokens", "2048"])
     parameters = sum(p.numel() for p in importing.read(theirs).model.parameters())
     assert f"modern: {parameters:,} parameters in 4 layers, hidden 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["ModernBert", "MegatronBert", "XLMRobertaXL"])
+def test_out_and_in_and_out_again_changes_no_byte(kind, tmp_path):
+    """Of a model of theirs, whose first export is not what transformers wrote, and then of ours."""
+    theirs = saved(tmp_path / "theirs", kind, **({"max_position_embeddings": 500} if kind == "XLMRobertaXL" else {}))
+    folder = theirs
+    for turn in ("a", "b"):
+        hub(["import", str(folder), "--out", str(tmp_path / f"run {turn}")])
+        format = [] if kind != "MegatronBert" else ["--as", "megatron-bert"]
+        hub(["export", str(tmp_path / f"run {turn}"), "--out", str(tmp_path / turn / "model"), *format])
+        folder = tmp_path / turn / "model"
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(map(str, files))
+    for file in files:
+        if file.name != "README.md":  # which says from which folder it was imported
+            assert (tmp_path / "a/model" / file).read_bytes() == (folder / file).read_bytes(), file
+    assert like_transformers(folder) < 1e-5
+    assert "Imported, and not trained since:" in (folder / "README.md").read_text()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("the [MASK] is").input_ids
+    assert ids == transformers.AutoTokenizer.from_pretrained(theirs)("the [MASK] is").input_ids
+
+
+def test_a_model_of_ours_comes_back_from_transformers(corpus, theirs, tmp_path):
+    """What save_pretrained wrote of an export: the same weights, and our own tokenizer where its file is kept."""
+    run = continued(corpus, tmp_path / "run", theirs, steps=2)
+    hub(["export", str(run), "--out", str(tmp_path / "exported")])
+    for auto in (transformers.AutoModelForMaskedLM, transformers.AutoTokenizer):
+        auto.from_pretrained(tmp_path / "exported").save_pretrained(tmp_path / "saved")
+    back, ours = importing.read(tmp_path / "saved"), open_run(run)
+    for (name, found), expected in zip(back.model.named_parameters(), ours.model.parameters()):
+        rows = ours.tokenizer.vocab_size if name.endswith("decoder.bias") else len(expected)
+        assert torch.equal(found[:rows], expected[:rows])
+    assert back.model.config == ours.model.config and back.tokenizer.vocabulary == ours.tokenizer.vocabulary
+    assert "- `modern`, a `modernbert` that was imported" in (tmp_path / "exported/README.md").read_text()
