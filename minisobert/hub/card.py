@@ -141,9 +141,8 @@ _EAGER = """\
 def _pretrained(name: str, format: str, about: Pretrained, picture: bool) -> list[str]:
     pooler = "" if format == "modernbert" else ", and a pooler, which nothing uses, as missing"
     text = _LOAD.replace("NAME", name).replace("POOLER", pooler)
-    text += (_OUR_TOKENIZER if "SentencePiece" in about.vocabulary else "") + (
-        _EAGER if format == "megatron-bert" else ""
-    )
+    text += _OUR_TOKENIZER if "SentencePiece" in about.vocabulary else ""
+    text += _EAGER if format == "megatron-bert" else ""
     return [text, *_data(about), *_training(about, picture)]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from minisobert import playground
+from minisobert import inference
 from minisobert.corpus.tokenizer import CLS, SEP
 from minisobert.files import read_safetensors
 from minisobert.finetuning import encoder, marking
@@ -117,7 +117,7 @@ def test_a_run_is_loaded_whole_and_computes_the_same(format, runs, exported, cap
 @pytest.mark.parametrize("text", ["bar [MASK] gin", "[MASK] gin", "bar[MASK]", "bar [MASK] [MASK] gin"])
 def test_masks_are_filled_as_the_playground_fills_them(format, text, runs, exported):
     trained = open_run(run_of(runs, format))
-    expected = playground.guess(trained, *playground.with_masks(trained, text), best=5)
+    expected = inference.guess(trained, *inference.with_masks(trained, text), best=5)
     found = transformers.pipeline("fill-mask", model=str(exported[format]))(text)
     found = [found] if isinstance(found[0], dict) else found
     for guesses, theirs in zip(expected, found, strict=True):
