@@ -151,7 +151,7 @@ class TrainConfig:
     row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
 
     init: str = _model("", "run, or Hugging Face folder, to continue from; --preset then names the recipe alone",
-                       metavar="PATH")  # fmt: skip
+                       metavar="PATH", resumable=True)  # fmt: skip
     preset: str = _model("base", "model and recipe, of which every number is an option too", choices=tuple(PRESETS))
     layers: int = _size(help="blocks", least=1)
     hidden: int = _size(help="width of the hidden states", least=1)
