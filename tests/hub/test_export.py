@@ -29,6 +29,7 @@ from tests.finetuning.test_finetune import run as finetune
 from tests.runs import BATCH, ROW, SMALL, make_small, words
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors")
 
 TEXT = "bar gin dust\n    return;\tfe"
 
@@ -101,6 +102,8 @@ def test_a_run_is_loaded_whole_and_computes_the_same(format, runs, exported, cap
         assert (found[:, : logits.shape[1]] - logits).abs().max() < 1e-5 * logits.abs().max()
         assert (found[:, logits.shape[1] :] < -1_000).all()  # rows that no piece has
     assert logits.std() > 0.1
+    with safetensors.safe_open(exported[format] / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which older versions ask for
 
     pooler = set() if format == "modernbert" else {"pooler.dense.weight", "pooler.dense.bias"}
     head = {"modernbert": ("head.", "decoder."), "megatron-bert": ("cls.",), "xlm-roberta-xl": ("lm_head.",)}[format]
