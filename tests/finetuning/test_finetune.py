@@ -212,11 +212,13 @@ def test_words_are_cut_as_in_the_corpus(text, words):
 
 
 def network(
-    pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0, architecture: str = "megatron-bert"
-) -> Network:
+    pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0, architecture: str = "megatron-bert",
+    pooling: str = "cls",
+) -> Network:  # fmt: skip
     sizes = {"layers": 1, "hidden": 32, "heads": 2, "ffn": 64, "vocabulary": 384, "positions": positions}
     config = ModelConfig(**sizes, architecture=architecture)
-    return Network(Classifier(config, 3, kind == "sequence").initialise(1), tokenizer.Tokenizer(pieces), kind, dropout)
+    model = Classifier(config, 3, pooling if kind == "sequence" else "").initialise(1)
+    return Network(model, tokenizer.Tokenizer(pieces), kind, dropout)
 
 
 def test_words_are_encoded_as_the_sentence_is(pieces):
@@ -335,17 +337,17 @@ def test_logits_are_those_of_transformers_megatron_bert(kind, pieces):
     torch.testing.assert_close(ours.logits([item], None), expected, rtol=0, atol=1e-6)  # fp32, two orders of addition
 
 
-@pytest.mark.parametrize("kind", ["sequence", "token"])
-def test_logits_are_those_of_transformers_modernbert(kind, pieces):
+@pytest.mark.parametrize(("kind", "pooling"), [("sequence", "cls"), ("sequence", "mean"), ("token", "")])
+def test_logits_are_those_of_transformers_modernbert(kind, pooling, pieces):
     """Whose classes have the head of pre-training too, before the classifier."""
     transformers = pytest.importorskip("transformers")
-    ours = network(pieces, kind, architecture="modernbert")
+    ours = network(pieces, kind, architecture="modernbert", pooling=pooling)
     trained = MaskedLM(ours.module.config).initialise(2)
     with torch.no_grad():
         for i, p in enumerate(trained.parameters()):  # no ones: the weights of layer norms matter
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
     ours.module.start_from(trained)
-    config = modernbert.configuration(ours.module, num_labels=3, classifier_pooling="cls")
+    config = modernbert.configuration(ours.module, num_labels=3, classifier_pooling=pooling or "cls")
     head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[kind]
     theirs = getattr(transformers, f"ModernBertFor{head}")(config).eval()
     # the encoder and the head by way of the masked language model that they were taken from
@@ -410,10 +412,10 @@ def the_saved_model_finds_in_test_what_the_trained_one_found(task: str, folder: 
         assert [line.count("](") for line in lines] == list(map(len, entities))
 
 
-@pytest.mark.parametrize("task", ["quality", "ner"])
-def test_a_modern_run_is_fine_tuned_saved_and_applied(task, corpus, tmp_path, capsys):
+@pytest.mark.parametrize(("task", "pooling"), [("quality", "cls"), ("quality", "mean"), ("ner", "cls")])
+def test_a_modern_run_is_fine_tuned_saved_and_applied(task, pooling, corpus, tmp_path, capsys):
     begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw")
-    found = run(task, tmp_path / "out", str(begun), epochs=4)
+    found = run(task, tmp_path / "out", str(begun), epochs=4, pooling=pooling)
     assert found["mean"]["accuracy"] > 0.9
     assert json.loads((tmp_path / "out/model/config.json").read_text())["architecture"] == "modernbert"
     the_saved_model_finds_in_test_what_the_trained_one_found(task, tmp_path, capsys)
@@ -443,7 +445,7 @@ def test_a_random_model_of_the_size_of_a_run(corpus, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(encoder, "fit", lambda network, *others: seen.append(network.module))
     started.train(sequence_task([], 0), 1, score=None)
-    fresh = Classifier(run.model.config, 2, pooled=True).initialise(1)
+    fresh = Classifier(run.model.config, 2, "cls").initialise(1)
     assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), fresh.parameters()))
 
 
@@ -485,6 +487,8 @@ def refused(capsys, expected: str, **options) -> None:
     ("give it --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
     ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
+    ("which a megatron-bert does not", {"model": "random:tiny", "tokenizer": "PIECES", "pooling": "mean"}),
+    ("--pooling mean is for modern models of minisobert", {"model": "tfidf", "pooling": "mean"}),
     ("choose a lower one", {"model": "random:tiny", "tokenizer": "PIECES", "learning_rate": "1e30"}),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(expected, options, tmp_path, pieces, capsys):
