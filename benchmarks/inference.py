@@ -62,7 +62,7 @@ def measure(format: str, texts: list[str], tokenizer, repeats: int) -> list[list
     rows = []
     config = replace(MODELS[format], vocabulary=padded_vocabulary(tokenizer.vocab_size))
     for classify in (False, True):
-        model = (Classifier(config, len(CLASSES), True) if classify else MaskedLM(config)).initialise(0)
+        model = (Classifier(config, len(CLASSES), "cls") if classify else MaskedLM(config)).initialise(0)
         kind = "SequenceClassification" if classify else "MaskedLM"
         with tempfile.TemporaryDirectory() as folder:
             source = export.Source(model, tokenizer, kind, 0.0, CLASSES if classify else ())

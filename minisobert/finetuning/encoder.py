@@ -93,7 +93,8 @@ class Network:
 def open_network(folder: Path, task: dict) -> Network:
     """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
+    pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had no other
+    model = Classifier(config, len(task["labels"]), pooling)
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
     return Network(model, open_tokenizer(folder), task["kind"])
 
@@ -133,7 +134,8 @@ class Start:
         self.trained = None if source == "random" else trained.model
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
+        pooling = self.config.pooling if data.kind == "sequence" else ""
+        model = Classifier(self.model_config, len(data.labels), pooling).initialise(seed)
         if self.trained is not None:
             model.start_from(self.trained)
         network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)

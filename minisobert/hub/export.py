@@ -111,6 +111,8 @@ def write(folder: Path, source: Source, format: str) -> None:
         described["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
         described["label2id"] = {label: i for i, label in enumerate(source.labels)}
         described["classifier_dropout"] = source.dropout
+        if pooling := config.is_modern and source.model.pooling:
+            described["classifier_pooling"] = pooling
     write_json(folder / "config.json", {**described, "dtype": "float32"})
     for name, content in tokenizer_files(source.tokenizer, config.positions).items():
         write_json(folder / name, content)

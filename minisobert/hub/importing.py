@@ -76,7 +76,8 @@ def read(folder: str | Path) -> Imported:
         names = theirs.get("id2label") or {}
         labels = tuple(names.get(str(i), f"LABEL_{i}") for i in range(len(ours["classifier.weight"])))
         of_documents = "ForSequenceClassification" in theirs["architectures"][0]
-        model: Model = Classifier(config, len(labels), of_documents)
+        pooling = (theirs.get("classifier_pooling", "cls") if config.is_modern else "cls") if of_documents else ""
+        model: Model = Classifier(config, len(labels), pooling)
     else:
         model = MaskedLM(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})

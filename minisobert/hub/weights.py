@@ -210,5 +210,5 @@ def _shapes(tensors: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[
             model: Model = MaskedLM(config)
         else:
             classes = next(len(tensors[name]) for name in _CLASSES if name in tensors)
-            model = Classifier(config, classes, kind == "pooled")
+            model = Classifier(config, classes, "cls" if kind == "pooled" else "")
     return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -23,6 +23,7 @@ from minisobert.corpus import tokenizer
 from minisobert.finetuning import encoder, loop, marking
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.encoder import Network
+from minisobert.hub.weights import FORMATS
 from minisobert.model import Classifier, MaskedLM
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
@@ -213,11 +214,13 @@ def test_words_are_cut_as_in_the_corpus(text, words):
 
 
 def network(
-    pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0, architecture: str = "megatron-bert"
-) -> Network:
+    pieces: Path, kind: str, positions: int = 64, dropout: float = 0.0, architecture: str = "megatron-bert",
+    pooling: str = "cls",
+) -> Network:  # fmt: skip
     sizes = {"layers": 1, "hidden": 32, "heads": 2, "ffn": 64, "vocabulary": 384, "positions": positions}
     config = ModelConfig(**sizes, architecture=architecture)
-    return Network(Classifier(config, 3, kind == "sequence").initialise(1), tokenizer.Tokenizer(pieces), kind, dropout)
+    model = Classifier(config, 3, pooling if kind == "sequence" else "").initialise(1)
+    return Network(model, tokenizer.Tokenizer(pieces), kind, dropout)
 
 
 def test_words_are_encoded_as_the_sentence_is(pieces):
@@ -312,16 +315,18 @@ def test_parameters_in_bf16_learn_and_are_saved_as_they_are(pieces, tmp_path):
     assert all(torch.equal(p.float().cpu(), saved[name].cpu()) for name, p in ours.module.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["sequence", "token"])
-@pytest.mark.parametrize("format", ["megatron-bert", "xlm-roberta-xl", "modernbert"])
-def test_logits_are_those_of_transformers(format, kind, pieces):
+@pytest.mark.parametrize(("format", "kind", "pooling"), [
+    *((format, kind, "cls") for format in FORMATS for kind in ("sequence", "token")),
+    ("modernbert", "sequence", "mean"),
+])  # fmt: skip
+def test_logits_are_those_of_transformers(format, kind, pooling, pieces):
     """Of modernbert with the head of pre-training, which its classes there have too before the classifier."""
     pytest.importorskip("transformers")
     architecture = "modernbert" if format == "modernbert" else "megatron-bert"
-    ours = network(pieces, kind, architecture=architecture)
+    ours = network(pieces, kind, architecture=architecture, pooling=pooling)
     ours.module.start_from(with_signal_everywhere(MaskedLM(ours.module.config)))
     head = {"sequence": "SequenceClassification", "token": "TokenClassification"}[kind]
-    theirs = peer(ours.module, format, kind=head)
+    theirs = peer(ours.module, format, kind=head, classifier_pooling=pooling)
     texts = ("please ban dot", "dot", "ban " * 20)  # one batch of three lengths
     items = ours.encode([Example("", text, words=tuple(text.split())) for text in texts])
     with torch.no_grad():
@@ -380,10 +385,10 @@ def the_saved_model_finds_in_test_what_the_trained_one_found(task: str, folder: 
         assert [line.count("](") for line in lines] == list(map(len, entities))
 
 
-@pytest.mark.parametrize("task", ["quality", "ner"])
-def test_a_modern_run_is_fine_tuned_saved_and_applied(task, corpus, tmp_path, capsys):
+@pytest.mark.parametrize(("task", "pooling"), [("quality", "cls"), ("quality", "mean"), ("ner", "cls")])
+def test_a_modern_run_is_fine_tuned_saved_and_applied(task, pooling, corpus, tmp_path, capsys):
     begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw")
-    found = run(task, tmp_path / "out", str(begun), epochs=4)
+    found = run(task, tmp_path / "out", str(begun), epochs=4, pooling=pooling)
     assert found["mean"]["accuracy"] > 0.9
     assert json.loads((tmp_path / "out/model/config.json").read_text())["architecture"] == "modernbert"
     the_saved_model_finds_in_test_what_the_trained_one_found(task, tmp_path, capsys)
@@ -413,7 +418,7 @@ def test_a_random_model_of_the_size_of_a_run(corpus, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(encoder, "fit", lambda network, *others: seen.append(network.module))
     started.train(sequence_task([], 0), 1, score=None)
-    fresh = Classifier(run.model.config, 2, pooled=True).initialise(1)
+    fresh = Classifier(run.model.config, 2, "cls").initialise(1)
     assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), fresh.parameters()))
 
 
@@ -455,6 +460,8 @@ def refused(capsys, expected: str, **options) -> None:
     ("give it --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
     ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
+    ("which a megatron-bert does not", {"model": "random:tiny", "tokenizer": "PIECES", "pooling": "mean"}),
+    ("--pooling mean is for modern models of minisobert", {"model": "tfidf", "pooling": "mean"}),
     ("choose a lower one", {"model": "random:tiny", "tokenizer": "PIECES", "learning_rate": "1e30"}),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(expected, options, tmp_path, pieces, capsys):

@@ -24,8 +24,8 @@ def models(format: str):
     """(kind of AutoModel, model) of each model that a format holds."""
     config = config_for(format)
     yield "MaskedLM", MaskedLM(config)
-    yield "SequenceClassification", Classifier(config, 3, pooled=True)
-    yield "TokenClassification", Classifier(config, 5, pooled=False)
+    yield "SequenceClassification", Classifier(config, 3, "cls")
+    yield "TokenClassification", Classifier(config, 5, "")
 
 
 def weights(model) -> dict[str, torch.Tensor]:
