@@ -15,6 +15,7 @@ import minisobert
 import train
 from minisobert import embed, inference, tasks
 from minisobert.finetuning import apply
+from minisobert.hub.__main__ import main as hub
 from minisobert.ops import Documents
 from minisobert.tasks.dataset import Dataset, Example
 from minisobert.training.run import open_run
@@ -123,6 +124,8 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         assert shares.shape == (4, 2) and model.labels == ("no", "yes")
         expected = ["  ".join(f"{label} {p:.1%}" for label, p in zip(model.labels, row)) for row in shares]
         assert [line.split("\t")[1] for line in printed] == expected
+        hub(["export", str(out), "--out", str(tmp_path / "exported")])
+        np.testing.assert_allclose(minisobert.load(tmp_path / "exported").classify(texts), shares, atol=1e-6)
         capsys.readouterr()
         model.classify([*texts, "bar " * 3_000])
         assert "1 of 5 texts were cut to their first" in capsys.readouterr().err
@@ -134,6 +137,8 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         for text, each in zip(texts, found):
             assert all(text[e.start : e.stop] == e.text and e.kind == "Bar" for e in each)
         assert sum(map(len, found)) > 0
+        hub(["export", str(out), "--out", str(tmp_path / "exported")])
+        assert minisobert.load(tmp_path / "exported").entities(texts) == found
     assert model.embed(texts).shape == (4, 64)
     with pytest.raises(ValueError, match="was fine-tuned and guesses no more"):
         model.fill_mask("a [MASK]")
