@@ -26,10 +26,10 @@ from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import Encoded, Outcome, fit
+from minisobert.hub.importing import open_model
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
-from minisobert.training.run import open_run
 
 
 class Network:
@@ -124,12 +124,12 @@ class Start:
         run = like if source == "random" else config.model
         if not Path(run).is_dir():
             raise ValueError(
-                f"--model is {config.model}, which is no folder; give the --out of a train.py, random: before one, or "
+                f"--model is {config.model}, which is no folder; give the --out of a train.py, an export, random: before one, or "
                 f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
             )
         if config.tokenizer:
             raise ValueError("--tokenizer is for random:PRESET; a run has its own")
-        trained = open_run(run)
+        trained = open_model(run)
         self.tokenizer, self.model_config = trained.tokenizer, trained.model.config
         self.trained = None if source == "random" else trained.model
 

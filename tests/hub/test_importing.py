@@ -16,6 +16,8 @@ from data.prepare import prepare
 from minisobert import playground
 from minisobert.config import RECIPES
 from minisobert.corpus.shards import open_shards
+from minisobert.finetuning import encoder
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.hub import importing
 from minisobert.hub.__main__ import main as hub
 from minisobert.ops import Documents
@@ -212,6 +214,9 @@ def test_an_imported_model_is_a_run(theirs, tmp_path, capsys):
     assert run.history == [{"imported": "modernbert", "from": "modern"}]
     playground.main([str(tmp_path / "run"), "the [MASK] sees"])
     assert "%" in capsys.readouterr().out
+    for folder in (theirs, tmp_path / "run"):
+        start = encoder.Start(FineTuneConfig("quality", str(folder), ("toy",), "out"))
+        assert start.model_config == read.model.config and start.tokenizer.vocabulary == read.tokenizer.vocabulary
     with pytest.raises(ValueError, match="exists"):
         importing.import_run(theirs, tmp_path / "run")
 
