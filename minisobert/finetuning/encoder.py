@@ -124,7 +124,7 @@ class Start:
         run = like if source == "random" else config.model
         if not Path(run).is_dir():
             raise ValueError(
-                f"--model is {config.model}, which is no folder; give the --out of a train.py, an export, random: before one, or "
+                f"--model is {config.model}, which is no folder; give a run, an export, random: before one, or "
                 f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
             )
         if config.tokenizer:
