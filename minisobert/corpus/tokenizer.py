@@ -165,30 +165,34 @@ class Tokenizer:
         return b"".join([table[i] for i in ids]).decode(errors="replace")
 
 
-def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer that a folder holds, or the file itself. Raises ValueError where the folder holds none."""
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """Those that a folder holds, or the file itself. Raises ValueError where the folder holds none."""
     path = Path(path)
     if not path.is_dir():
-        return path
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            return path / name
+        return [path]
+    if there := [path / name for name in TOKENIZER_FILES if (path / name).is_file()]:
+        return there
     raise ValueError(f"{path} holds no {' and no '.join(TOKENIZER_FILES)}")
 
 
 def open_tokenizer(path: str | Path):
     """The tokenizer of a file (a SentencePiece model of ours, or a tokenizer.json) or of a folder that holds one: a
     `Tokenizer` or a `JsonTokenizer`. Raises ValueError where it cannot be used."""
-    path = tokenizer_file(path)
+    ours, *theirs = tokenizer_files(path)
     try:
-        content = path.read_bytes()
+        content = ours.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise ValueError(f"{ours}: {error.strerror}") from None
     if content[:1] == b"{":
         from minisobert.corpus.tokenizer_json import JsonTokenizer  # which needs an extra
 
-        return JsonTokenizer(content, str(path))
-    return Tokenizer(path)
+        return JsonTokenizer(content, str(ours))
+    try:
+        return Tokenizer(ours)
+    except ValueError:
+        if theirs:  # the tokenizer.model was another library's
+            return open_tokenizer(theirs[0])
+        raise
 
 
 class _Cache(dict):

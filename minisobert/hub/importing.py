@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import pickle
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from minisobert.cli import reason, words
 from minisobert.config import ModelConfig
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import TOKENIZER_FILES, Tokenizer, open_tokenizer
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import new_folder, read_safetensors, sha256, write_json, write_safetensors
 from minisobert.hub.weights import FORMATS, to_ours
@@ -39,7 +38,6 @@ _GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_f
 class Imported:
     model: Model  # a MaskedLM, or a Classifier; in fp32, on the CPU
     tokenizer: Tokenizer | JsonTokenizer
-    tokenizer_file: Path
     format: str  # one of FORMATS
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
     of_documents: bool = False  # a Classifier of whole documents, not of words
@@ -81,13 +79,13 @@ def read(folder: str | Path) -> Imported:
     else:
         model = MaskedLM(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})
-    path, tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(folder)  # ours where the folder was exported from here
     if tokenizer.vocab_size > config.vocabulary:
         raise ValueError(
-            f"{path} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of embeddings; it is the "
-            "tokenizer of another model"
+            f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
+            "embeddings; it is the tokenizer of another model"
         )
-    return Imported(model.eval(), tokenizer, path, architecture, labels, of_documents)
+    return Imported(model.eval(), tokenizer, architecture, labels, of_documents)
 
 
 def our_config(theirs: dict) -> ModelConfig:
@@ -176,20 +174,6 @@ def _one_row_before(tensors: dict[str, Tensor], padding: int) -> dict[str, Tenso
     return tensors
 
 
-def _tokenizer(folder: Path) -> tuple[Path, Tokenizer | JsonTokenizer]:
-    """Ours where the folder was exported from here, which costs nothing and loses nothing; else the tokenizer.json."""
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not paths:
-        raise ValueError(f"{folder} holds no {' and no '.join(TOKENIZER_FILES)}, which transformers writes")
-    for path in paths:
-        try:
-            return path, open_tokenizer(path)
-        except ValueError:
-            if path == paths[-1]:
-                raise
-    raise AssertionError("unreachable")
-
-
 def import_run(folder: str | Path, out: str | Path) -> None:
     """Writes the folder of a run at step 0 with a model's weights and tokenizer, for `train.py --init`, fine-tuning and
     whatever else takes a run. Raises ValueError where the model is none that can be imported, or `out` exists."""
@@ -197,7 +181,7 @@ def import_run(folder: str | Path, out: str | Path) -> None:
         imported = read(folder)
         if not isinstance(imported.model, MaskedLM):
             raise ValueError(f"{folder} holds a classifier; a run begins with a masked language model")
-        shutil.copyfile(imported.tokenizer_file, run / imported.tokenizer.file_name)
+        (run / imported.tokenizer.file_name).write_bytes(imported.tokenizer.content)
         step = checkpoint.path_of(run / "checkpoints", 0)
         step.mkdir(parents=True)
         weights = {name: parameter.detach() for name, parameter in imported.model.named_parameters()}

@@ -20,7 +20,7 @@ from typing import TypeVar
 from minisobert.cli import flag, reason, words
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_file
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import locked, read_json_lines, read_safetensors, sha256, write_json
 from minisobert.model import MaskedLM
@@ -305,7 +305,7 @@ def open_run(run: str | Path, path: Path | None = None) -> Trained:
         history = described.get("init", {}).get("history", [])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
-    tokenizer = tokenizer_file(run)
+    tokenizer = tokenizer_files(run)[0]
     if sha256(tokenizer) != checksum:
         raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)

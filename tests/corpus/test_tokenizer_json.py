@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from data.prepare import main, prepare
 from minisobert.corpus.loader import Rows
@@ -137,6 +139,19 @@ def refused(tmp_path: Path, capsys, content: str, expected: str, *more: str) -> 
 
 def test_two_vocabularies_at_once(tmp_path, capsys):
     refused(tmp_path, capsys, byte_level(), "leave --vocab-size out", "--vocab-size", "400")
+
+
+def test_a_folder_with_the_tokenizer_model_of_another_library(tmp_path):
+    """As those of Gemma are: their tokenizer.json is what counts."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 5), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="is no tokenizer of minisobert: its first pieces are"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_level())
+    assert open_tokenizer(tmp_path).vocabulary == JsonTokenizer(byte_level().encode()).vocabulary
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
