@@ -1,7 +1,7 @@
 """The model card of an exported folder: what the model is, how to load it, and what it was trained on and how.
 
-Everything comes from the run's own files. What they do not know (a corpus that has moved away, a price that was not
-given) is left out.
+Everything comes from the run's own files. What they do not know (the corpus of an older run, a price that was not given)
+is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisobert.cli import table
-from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer
 from minisobert.finetuning import marking
 from minisobert.model import Model
@@ -25,7 +24,7 @@ class Pretrained:
     """What a run's folder says of one of its checkpoints. {} is unknown."""
 
     recipe: dict  # the options of the run
-    corpus: dict  # meta.json of its shards
+    corpus: dict  # meta.json of its shards, but for the files
     vocabulary: str  # in words
     history: list[dict]  # what the weights had been through before
     progress: dict  # counters of the checkpoint
@@ -50,22 +49,13 @@ def pretrained(run: Path, path: Path, trained: Trained) -> Pretrained:
     whose = "pieces of a SentencePiece BPE with byte fallback" if ours else "ids of the tokenizer it came with"
     return Pretrained(
         recipe=described["train"] if has_begun else {},
-        corpus=_corpus(Path(described["layout"]["data"]), described["data"]) if has_begun else {},
+        corpus=described.get("corpus", {}),
         vocabulary=f"{tokenizer.vocab_size:,} {whose}",
         history=trained.history[:-1] if has_begun else trained.history,
         progress=state["progress"],
         metrics=lines[-1] if lines else {},
         held_out=next((line for line in reversed(lines) if line.get("validation_loss") is not None), {}),
     )
-
-
-def _corpus(folder: Path, fingerprint: str) -> dict:
-    """meta.json of the shards, where they are still there and still the same."""
-    with suppress(OSError, ValueError, LookupError):
-        meta = json.loads((folder / "meta.json").read_text())
-        if Shards(folder, meta, None, None).fingerprint == fingerprint:
-            return meta
-    return {}
 
 
 def card(name: str, format: str, model: Model, about: Pretrained | FineTuned, picture: bool) -> str:

@@ -61,7 +61,8 @@ class Run:
         if init:
             self.identity["init"] = init.identity()
         tokenizer = shards.meta["files"][shards.tokenizer_file.name]["sha256"]
-        self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
+        corpus = {name: value for name, value in shards.meta.items() if name != "files"}
+        self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer, "corpus": corpus}
         self.fresh = config.fresh
         self._unwritten = b""  # of metrics.jsonl
         for folder in (self.folder, self.folder / "checkpoints"):
