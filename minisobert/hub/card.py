@@ -1,7 +1,7 @@
 """The model card of an exported folder: what the model is, how to load it, and what it was trained on and how.
 
-Everything comes from the run's own files. What they do not know (the corpus of an older run, a price that was not given)
-is left out.
+Everything comes from the run's own files. What they do not know (the corpus of an older run, a price that was not
+given) is left out.
 """
 
 from __future__ import annotations
