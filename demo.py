@@ -16,7 +16,7 @@ import numpy as np
 import train
 from data import prepare, stdlib
 from data.inputs import check
-from minisobert import playground
+from minisobert import inference
 from minisobert.cli import command, fail
 from minisobert.config import PRESETS, RECIPES, TrainConfig
 from minisobert.corpus.loader import Rows
@@ -134,7 +134,7 @@ def show_guesses(shards: Shards, texts: int = 4, length: int = 40) -> None:
         ids = shards.tokens[shards.offsets[i] : shards.offsets[i] + length].astype(np.int64)
         masked = list(range(6, length, 8))
         text, start = "", 0
-        for place, ((guess, _), *_) in zip(masked, playground.guess(trained, ids, masked, best=1)):
+        for place, ((guess, _), *_) in zip(masked, inference.guess(trained, ids, masked, best=1)):
             truth = tokenizer.decode(ids[[place]])
             text += tokenizer.decode(ids[start:place]) + mark(guess, guess == truth, truth, colour)
             right, hidden, start = right + (guess == truth), hidden + 1, place + 1

@@ -3,6 +3,7 @@
     python train.py --preset tiny                             one process
     torchrun --nproc_per_node=8 train.py                      one process per GPU: the paper's recipe
     torchrun --nproc_per_node=8 train.py --preset large --tensor-parallel 2 --shard-optimizer
+    python train.py --init runs/base --data data/java --out runs/java    go on from a model, on other data
 
 The folder --out holds config.json, metrics.jsonl, tokenizer.model and checkpoints/. The same command goes on where an
 interrupted run was, bit for bit; another layout may be chosen for that.
@@ -23,6 +24,7 @@ from minisobert.cli import PATIENCE, command, parse
 from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import open_shards
+from minisobert.hub.importing import open_init, open_model
 from minisobert.model import MaskedLM
 from minisobert.parallel import mesh as meshes
 from minisobert.parallel import tensor
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
     config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
     if config.plan:
-        print(report(config))
+        print(report(config, open_model(config.init).model.config if config.init else None))
         return 0
 
     # Data, and whether everything fits together: before any process waits for another and anything is written
@@ -46,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     meshes.check_precision(config.precision)
     world = meshes.from_torchrun("WORLD_SIZE", 1)
     shards = open_shards(config.data, verify=config.verify)
-    model_config = config.model_config(shards.vocab_size)
+    init = open_init(config.init, shards) if config.init else None
+    model_config = config.model_config(shards.vocab_size, init and init.model.config)
     meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
     training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
     validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
     config.check(len(training), world // config.tensor_parallel)
-    run = Run(config, model_config, shards)
+    run = Run(config, model_config, shards, init)
 
     try:
         processes = meshes.start(config.tensor_parallel, config.timeout)
@@ -70,6 +73,8 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
     # its slice, so that the layout cannot change how it begins
     model = MaskedLM(run.model_config).initialise(config.seed)
+    if run.init:
+        model.load_state_dict(run.init.model.state_dict())
     parameters = sum(p.numel() for p in model.parameters())
     model = tensor.shard(model, mesh, config.sequence_parallel).to(mesh.device)
     model.encoder.recompute = config.recompute
@@ -88,7 +93,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
     run.begin(progress.step, mesh)
     if mesh.is_first:
         print(
-            f"{config.preset}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
+            f"{config.name}: {parameters:,} parameters, {precision}, {mesh.data_parallel} × {mesh.tensor_parallel} "
             f"{mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"

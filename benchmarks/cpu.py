@@ -18,12 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks import machine, megatron_bert, modernbert, parser, shards, show
+from benchmarks import machine, parser, shards, show
+from benchmarks.peers import peer
 from minisobert.cli import table
 from minisobert.config import ModelConfig
 from minisobert.corpus.masking import mask_rows
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import CLS, SEP
+from minisobert.hub.configuration import configuration
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
 
@@ -47,7 +49,7 @@ def batches(shards: Shards, count: int) -> list[tuple[list[torch.Tensor], list[t
             ids = shards.tokens[shards.offsets[i] : shards.offsets[i + 1]][:LONGEST].astype(np.int64)
             ids = np.concatenate([[CLS], ids, [SEP]])
             target = np.full(len(ids), -100)
-            where, what = mask_rows(ids[None], draw.integers(0, 2**32, 1, dtype=np.uint32), shards.vocab_size)
+            where, what = mask_rows(ids[None], draw.integers(0, 2**32, 1, dtype=np.uint32), shards.vocabulary)
             target[where] = what
             documents.append(torch.from_numpy(ids))
             labels.append(torch.from_numpy(target))
@@ -85,15 +87,16 @@ def contestants(dropout: float) -> dict:
     """Of each implementation the model and its loss."""
     import transformers
 
-    bert = transformers.BertConfig(**megatron_bert.sizes(MODEL, dropout), attn_implementation="sdpa")
+    sizes = {**configuration(MODEL, "megatron-bert", dropout), "model_type": "bert"}
+    bert = transformers.AutoConfig.for_model(**sizes, attn_implementation="sdpa")
     result = {
         OURS: our_step(MODEL, dropout),
         BERT: their_step(transformers.BertForMaskedLM(bert)),
-        MEGATRON: their_step(megatron_bert.peer(MaskedLM(MODEL).initialise(0), dropout)),
+        MEGATRON: their_step(peer(MaskedLM(MODEL).initialise(0), "megatron-bert", dropout)),
     }
     if not dropout:
         result[OUR_MODERN] = our_step(MODERN, dropout)
-        result[THEIR_MODERN] = their_step(modernbert.peer(MaskedLM(MODERN).initialise(0)))
+        result[THEIR_MODERN] = their_step(peer(MaskedLM(MODERN).initialise(0), "modernbert", attention="sdpa"))
     return result
 
 

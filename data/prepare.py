@@ -36,7 +36,7 @@ from data.inputs import check, documents
 from minisobert.cli import Parser, command
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, write_meta
-from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, token_dtype, train
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
 from minisobert.files import new_folder
 from minisobert.hashing import key, permutation_keys
 
@@ -51,7 +51,7 @@ def prepare(
     inputs: list[str | Path],
     out: str | Path,
     *,
-    vocab_size: int = 50_000,
+    vocab_size: int | None = None,
     workers: int | None = None,
     seed: int = 0,
     min_score: int | None = None,
@@ -61,23 +61,26 @@ def prepare(
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
-    workers: processes; default: one for each core that this process may use. kind: all, questions or answers.
-    tokenizer: the file of a tokenizer to use, in place of training one. decontaminate: TASK=PATH, each a task's files
+    vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
+    this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
+    place of training one. decontaminate: TASK=PATH, each a task's files
     whose dev and test texts the corpus must not hold. Raises ValueError, in one line, for whatever is wrong with the
     input or the settings; `out` appears only when it is complete.
     """
     inputs = [Path(path) for path in inputs]
+    if tokenizer is not None and vocab_size is not None:
+        raise ValueError("--tokenizer has a vocabulary of its own; leave --vocab-size out")
+    vocab_size = 50_000 if vocab_size is None else vocab_size
     _check_settings(vocab_size, workers)
     with ExitStack() as stack:
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
         sources, total_bytes, notes = check(inputs)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        if tokenizer is not None:
-            tokenizer = Tokenizer(tokenizer).sentencepiece.serialized_model_proto()
+        given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
-        spool, model = work / "spool", work / "tokenizer.model"
+        spool = work / "spool"
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             found = documents(sources, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
@@ -88,26 +91,29 @@ def prepare(
         ends = index[:, 2]
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)  # (D, 2): from where to where in the spool
         last = held_out(index[:, 0], index[:, 1], seed)
-        if tokenizer is None:
+        if given is None:
             sample = _sample(spans[~last], seed)
             size = int((sample[:, 1] - sample[:, 0]).sum())
             print(f"training the tokenizer on {size / 1e6:,.1f} MB of text …", file=sys.stderr)
-            tokenizer = _train(spool, sample, vocab_size)
-        model.write_bytes(tokenizer)
+            tokenizer = Tokenizer(_train(spool, sample, vocab_size))
+        else:
+            tokenizer = given
+        model = work / tokenizer.file_name
+        model.write_bytes(tokenizer.content)
 
         spans = np.concatenate([spans[~last], spans[last]])
         lengths = _encode(spool, spans, model, work / "tokens.bin", pool)
         spool.unlink()
         with open(work / "documents.npy", "wb") as file:  # numpy's own writing does not tell that a disk is full
             np.save(SimpleNamespace(write=file.write), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        pieces = Tokenizer(tokenizer).vocab_size
         meta = {
             **counts,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
-            "vocab_size": pieces,
-            "vocab_size_asked": vocab_size,
-            "dtype": token_dtype(pieces).name,
+            "vocab_size": tokenizer.vocab_size,
+            "vocab_size_asked": tokenizer.vocab_size if given else vocab_size,
+            **({} if isinstance(tokenizer, Tokenizer) else {"vocabulary": tokenizer.vocabulary._asdict()}),
+            "dtype": tokenizer.dtype.name,
             "validation_documents": [len(lengths) - int(last.sum()), len(lengths)],
             "dropped": {reason: n for reason, n in dropped.items() if n},
             "length_percentiles": {
@@ -306,21 +312,19 @@ def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> np.
             file.write(content)
             lengths.extend(counts)
             bar.update(int((part[:, 1] - part[:, 0]).sum()))
-    _tokenizer.cache_clear()
+    _opened.cache_clear()
     return np.frombuffer(lengths, np.int64)
 
 
 def _encode_part(task) -> tuple[bytes, list[int]]:
     """In a worker: the ids of some documents in one piece, and how many each has."""
     spool, spans, model = task
-    tokenizer = _tokenizer(model)
+    tokenizer = _opened(model)
     encoded = [tokenizer.encode_bytes(text) for text in _texts(spool, spans)]
     return b"".join(encoded), [len(ids) // tokenizer.dtype.itemsize for ids in encoded]
 
 
-@lru_cache(1)
-def _tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer(model)
+_opened = lru_cache(1)(open_tokenizer)
 
 
 def table(meta: dict) -> str:
@@ -349,8 +353,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist yet")
     parser.add_argument(
-        "--vocab-size", type=int, default=50_000, metavar="N", help="size of the vocabulary (default %(default)s)"
+        "--vocab-size", type=int, metavar="N", help="size of the vocabulary that the tokenizer learns (default 50000)"
     )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH",
+        help="encode with this one in place of learning one: a tokenizer.model or tokenizer.json, or the folder of a "
+        "run, of other shards or of an imported model",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the held-out threads")
     parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a score below N")

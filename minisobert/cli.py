@@ -58,6 +58,8 @@ def check_options(config) -> None:
     """Raises ValueError for the first field of a config that is out of its bounds or not one of its choices."""
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
+        if value is None:  # left open
+            continue
         bounds = {which: bound for which, bound in f.metadata["bounds"].items() if bound is not None}
         if not all(_WITHIN[which](value, bound) for which, bound in bounds.items()):  # NaN is within none
             allowed = " and ".join("finite" if bound == math.inf else f"{w} {bound:,}" for w, bound in bounds.items())

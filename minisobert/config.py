@@ -150,23 +150,17 @@ class TrainConfig:
     verify: bool = _data(False, "check the checksums of the data before training", resumable=True)
     row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
 
+    init: str = _model("", "run, or Hugging Face folder, to continue from; --preset then names the recipe alone",
+                       metavar="PATH", resumable=True)  # fmt: skip
     preset: str = _model("base", "model and recipe, of which every number is an option too", choices=tuple(PRESETS))
     layers: int = _size(help="blocks", least=1)
     hidden: int = _size(help="width of the hidden states", least=1)
     heads: int = _size(help="attention heads", least=1)
     ffn: int = _size(help="features inside the MLP of a block; of modern presets, of each of its two halves", least=1)
-    global_every: int = _size(
-        help="of modern presets: every N-th block attends to whole documents, the others to a window", least=1
-    )
-    window: int = _size(
-        help="of modern presets: how many tokens away, to either side, the keys in such a window may be", least=1
-    )
-    rope_base: float = _size(
-        help="of modern presets: base of the rotary positions in blocks that attend to whole documents", above=1
-    )
-    local_rope_base: float = _size(
-        help="of modern presets: base of the rotary positions in blocks that attend to a window", above=1
-    )
+    global_every: int = _size(help="of modern presets: every N-th block sees whole documents, others a window", least=1)
+    window: int = _size(help="of modern presets: how many tokens to either side such a window reaches", least=1)
+    rope_base: float = _size(help="of modern presets: base of rotary positions in blocks without a window", above=1)
+    local_rope_base: float = _size(help="of modern presets: base of rotary positions in blocks with a window", above=1)
     gelu: str = _model("erf", "form of the GELU: exact (erf), or the approximation that Megatron-LM fuses (tanh)",
                        choices=("erf", "tanh"))  # fmt: skip
     dropout: float = _of_preset(
@@ -252,9 +246,13 @@ class TrainConfig:
         check_options(self)
         model = PRESETS[self.preset]
         others = [name for name in MODERN_SIZES if getattr(self, name) != getattr(model, name)]
-        if others and not model.is_modern:
+        if self.init:
+            if given := [name for name in (*SIZES, *MODERN_SIZES) if getattr(self, name) is not None]:
+                raise ValueError(f"{flag(given[0])} cannot be changed in the model of --init; leave it out")
+        elif others and not model.is_modern:
             raise ValueError(f"{flag(others[0])} is for modern presets, and --preset is {self.preset}; leave it out")
-        self._sized()  # fits together
+        else:
+            self._check_row(self._sized(), self.preset)  # sizes fit together, too
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"--warmup-fraction {self.warmup_fraction:g} and --decay-fraction {self.decay_fraction:g} add up to "
@@ -263,18 +261,25 @@ class TrainConfig:
         self.mask_rate_after(0)
         if (largest := max(size for _, size in self.batch_ramp)) > MOST_TOKENS:
             raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
+
+    def _check_row(self, model: ModelConfig, whose: str) -> None:
         if not model.is_modern and self.row_tokens > model.positions:
             raise ValueError(
-                f"--row-tokens is {self.row_tokens:,}, and {self.preset} has a table of {model.positions:,} positions; "
+                f"--row-tokens is {self.row_tokens:,}, and {whose} has a table of {model.positions:,} positions; "
                 f"choose {model.positions:,} or less, or a modern preset, which needs no such table"
             )
 
     def _settle(self) -> None:
-        """Gives every option that was left out what the preset says."""
+        """Gives every option that was left out what the preset says; with --init the sizes stay open."""
         if self.preset in PRESETS:
-            for name, value in {**dataclasses.asdict(PRESETS[self.preset]), **RECIPES[self.preset]}.items():
+            sizes = {} if self.init else dataclasses.asdict(PRESETS[self.preset])
+            for name, value in {**sizes, **RECIPES[self.preset]}.items():
                 if getattr(self, name, value) is None:
                     object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        return self.init.rstrip("/").rpartition("/")[2] or self.preset
 
     @property
     def batch_ramp(self) -> list[tuple[int, int]]:
@@ -326,9 +331,11 @@ class TrainConfig:
             )
         return first + (last - first) * min(consumed / self.train_tokens, 1)
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model for a tokenizer of vocab_size pieces."""
-        model = dataclasses.replace(self._sized(), vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
+    def model_config(self, vocab_size: int, init: ModelConfig | None = None) -> ModelConfig:
+        """The model for a tokenizer of vocab_size pieces, or the one of --init for rows of this length."""
+        if init:
+            self._check_row(init, self.init)
+        model = init or dataclasses.replace(self._sized(), vocabulary=padded_vocabulary(vocab_size), gelu=self.gelu)
         return dataclasses.replace(model, positions=self.row_tokens) if model.is_modern else model
 
     def _sized(self) -> ModelConfig:

@@ -206,7 +206,9 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+def safetensors_header(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
     """Of a file with tensors of these dtypes ("float32") and shapes: its beginning, where each tensor begins, its size.
 
     Format: 8 bytes, the header's length (little endian); the header, JSON of dtype, shape and place of each tensor,
@@ -216,7 +218,7 @@ def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * _BYTES[dtype]
         header[name], at = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}, at + size
-    text = json.dumps(header).encode()
+    text = json.dumps({"__metadata__": metadata, **header} if metadata else header).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
     places = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
@@ -241,10 +243,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file of fp32 or fp64 tensors, or whatever else numpy knows, copied to the CPU one at a time."""
     header, _, _ = safetensors_header(
-        {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+        {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}, metadata
     )
     with open(path, "wb") as file:
         file.write(header)

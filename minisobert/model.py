@@ -227,17 +227,21 @@ class MaskedLM(Model):
 
 
 class Classifier(Model):
-    """The encoder with a classifier of single states: what fine-tuning trains.
+    """The encoder with a classifier of tokens, or of documents: what fine-tuning trains.
 
-    In between is what Hugging Face's classes of the two architectures have there. modernbert: the head, whose weights
-    pre-training has made. megatron-bert: where the states are first tokens of documents (pooled), the pooler, a dense
-    layer and tanh, which begins at random; for other states nothing.
+    pooling: "" for tokens; for documents what stands for each, the state of its first token ("cls") or the mean of its
+    states ("mean", of modernbert alone). Between that and the classifier is what Hugging Face's classes of the two
+    architectures have there. modernbert: the head, whose weights pre-training has made. megatron-bert: for documents
+    the pooler, a dense layer and tanh, which begins at random; for tokens nothing.
     """
 
-    def __init__(self, config: ModelConfig, classes: int, pooled: bool):
+    def __init__(self, config: ModelConfig, classes: int, pooling: str):
         super().__init__(config)
+        if pooling == "mean" and not config.is_modern:
+            raise ValueError(f"pooling is 'mean', which a {config.architecture} does not have; choose 'cls'")
+        self.pooling = pooling
         self.head = Head(config) if config.is_modern else None
-        self.pooler = nn.Linear(config.hidden, config.hidden) if pooled and not config.is_modern else None
+        self.pooler = nn.Linear(config.hidden, config.hidden) if pooling and not config.is_modern else None
         self.classifier = nn.Linear(config.hidden, classes)
 
     def start_from(self, trained: MaskedLM) -> None:
@@ -254,11 +258,17 @@ class Classifier(Model):
         places: Tensor,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """places: (R,) int64, different indices into the T tokens. Returns their logits (R, classes).
+        """places: (R,) int64, different indices into the T tokens: those to classify, or the first of each document.
+        Returns their logits (R, classes).
 
         dropout: with keys for one layer more than the encoder has; the last are the head's.
         """
-        x = self.encoder(tokens, positions, documents, dropout).index_select(0, places)
+        x = self.encoder(tokens, positions, documents, dropout)
+        if self.pooling == "mean":
+            lengths = documents.bounds.diff().to(x.device)
+            x = torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0).to(x.dtype)
+        else:
+            x = x.index_select(0, places)
         if self.head is not None:
             x = self.head(x)
         if self.pooler is not None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import megatron_bert, modernbert
+from benchmarks.peers import peer
 from minisobert.config import PRESETS, ModelConfig
+from minisobert.hub.configuration import configuration
+from minisobert.hub.weights import to_theirs
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, cross_entropy
 
@@ -56,7 +58,8 @@ def test_modern_presets_have_as_many_parameters_as_transformers_model_and_the_fo
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         model = MaskedLM(PRESETS[preset])
-        theirs = transformers.ModernBertForMaskedLM(modernbert.configuration(model))
+        sizes = transformers.AutoConfig.for_model(**configuration(model.config, "modernbert"))
+        theirs = transformers.AutoModelForMaskedLM.from_config(sizes)
     layers, h, f, v = (getattr(model.config, name) for name in ("layers", "hidden", "ffn", "vocabulary"))
     # qkv, attention's output, 2f in and f out, and two norms, of which the first block lacks one
     encoder = (v + 1) * h + layers * (4 * h * h + 3 * h * f + 2 * h) - h + h
@@ -65,14 +68,41 @@ def test_modern_presets_have_as_many_parameters_as_transformers_model_and_the_fo
     assert sum(p.numel() for p in theirs.parameters()) == encoder + h * h + h + v
 
 
+@pytest.fixture
+def one_thread():
+    """Sums of several threads' parts are rounded in as many ways as there are threads free: once on a busy machine
+    a gradient was 1.5e-5 of its largest from the other's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients_under_their_names(model: MaskedLM, format: str) -> dict[str, torch.Tensor]:
+    return to_theirs({name: p.grad for name, p in model.named_parameters()}, model.config, format)
+
+
+def gradients_apart(ours: dict[str, torch.Tensor], theirs: torch.nn.Module) -> dict[str, float]:
+    """Of each parameter whose gradients are apart by more than 1e-5 of the largest: by how much."""
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert ours.keys() == expected.keys()
+    apart = {name: float((g - expected[name]).abs().max() / expected[name].abs().max()) for name, g in ours.items()}
+    return {name: by for name, by in apart.items() if not by <= 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("format", "attention"), [("megatron-bert", "eager"), ("xlm-roberta-xl", "eager"), ("xlm-roberta-xl", "sdpa")]
+)
 @pytest.mark.parametrize("head_width", [64, 96])
 @pytest.mark.parametrize("lengths", [[53], [7, 1, 40, 24]], ids=["one document", "several documents"])
-def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_width, lengths):
+def test_outputs_and_gradients_are_those_of_transformers(format, attention, head_width, lengths, one_thread):
+    """Of the paper's model: packed here, padded there."""
     pytest.importorskip("transformers")
     config = ModelConfig(layers=2, hidden=2 * head_width, heads=2, ffn=160, vocabulary=384, positions=64)
     model = with_signal_everywhere(MaskedLM(config))
-    theirs = megatron_bert.peer(model).eval()
+    theirs = peer(model, format, attention=attention).eval()
     tokens, positions, documents, masked, targets = packed(lengths, config.vocabulary)
+    assert 0 not in tokens  # theirs cuts the lookup's gradient of the padding id
 
     logits = model(tokens, positions, documents, masked)
     cross_entropy(logits, targets).sum().backward()
@@ -82,21 +112,11 @@ def test_outputs_and_gradients_are_those_of_transformers_megatron_bert(head_widt
     F.cross_entropy(their_logits, targets, reduction="sum").backward()
 
     assert (logits - their_logits).abs().max() < 1e-5
-    theirs_by_name = dict(theirs.named_parameters())
-    ours_by_name = megatron_bert.by_their_names(model, lambda tensor: tensor.grad)
-    assert theirs_by_name.keys() == ours_by_name.keys() | (theirs_by_name.keys() & {"cls.predictions.decoder.bias"})
-    largest_bias_of_a_key = 0.0
-    for name, ours in ours_by_name.items():
-        expected = theirs_by_name[name].grad
-        if name.endswith("word_embeddings.weight"):
-            # theirs cuts the lookup's gradient of the padding id, which no document holds here
-            assert 0 not in tokens
-        if name.endswith("key.bias"):
-            # a constant added to all keys changes no softmax: the true gradient is zero, and rounding all there is
-            largest_bias_of_a_key = max(largest_bias_of_a_key, float(ours.abs().max()))
-            continue
-        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max(), name
-    assert largest_bias_of_a_key < 1e-4
+    apart = gradients_apart(gradients_under_their_names(model, format), theirs)
+    # a constant added to all keys changes no softmax: the true gradient is zero, and rounding all there is
+    of_keys = [name for name in apart if name.endswith("key.bias")]
+    assert apart.keys() == set(of_keys)
+    assert all(dict(theirs.named_parameters())[name].grad.abs().max() < 1e-4 for name in of_keys)
 
 
 LENGTHS = [1, 63, 64, 65, 129, 700, 2_048]  # around the window, and the longest row of the paper's presets
@@ -114,29 +134,20 @@ def local_alone(model: MaskedLM) -> MaskedLM:
     return model
 
 
-@pytest.fixture
-def one_thread():
-    """Sums of several threads' parts are rounded in as many ways as there are threads free: once on a busy machine
-    a gradient was 1.5e-5 of its largest from the other's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("kind", "layers", "every"), [("global", 1, 1), ("local", 2, 3), ("mixed", 4, 3)])
 def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers, every, one_thread):
     pytest.importorskip("transformers")
     model = with_signal_everywhere(MaskedLM(modern(layers=layers, global_every=every)))
+    types = {"layer_types": ["sliding_attention"] * 2} if kind == "local" else {}
     model = local_alone(model) if kind == "local" else model
     lengths = LENGTHS if kind == "mixed" else LENGTHS[:-1]
     tokens, positions, documents, masked, targets = packed(lengths, model.config.vocabulary)
     logits = model(tokens, positions, documents, masked)
     cross_entropy(logits, targets).sum().backward()
-    ours = modernbert.by_their_names(model, lambda tensor: tensor.grad)
+    ours = gradients_under_their_names(model, "modernbert")
 
     for attention in ("eager", "sdpa"):
-        theirs, their_logits = modernbert.peer(model, attention=attention).eval(), []
+        theirs, their_logits = peer(model, "modernbert", attention=attention, **types).eval(), []
         for some in (slice(0, 5), slice(5, 7)):  # two batches, so that the longest do not pad all the others
             ids, real = padded(torch.cat(tokens.split(lengths)[some]), lengths[some])
             their_logits.append(theirs(ids, attention_mask=real).logits[real.bool()])
@@ -144,10 +155,7 @@ def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers
         F.cross_entropy(their_logits, targets, reduction="sum").backward()
 
         assert (logits - their_logits).abs().max() < 1e-5
-        expected = {name: p.grad for name, p in theirs.named_parameters()}
-        assert ours.keys() == expected.keys()
-        apart = {name: float((g - expected[name]).abs().max() / expected[name].abs().max()) for name, g in ours.items()}
-        assert {name: by for name, by in apart.items() if not by <= 1e-5} == {}, attention
+        assert gradients_apart(ours, theirs) == {}, attention
 
 
 @pytest.mark.parametrize("architecture", ["megatron-bert", "modernbert"])

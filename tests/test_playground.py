@@ -12,7 +12,7 @@ import torch
 
 import train
 from data import stdlib
-from minisobert import playground, plot
+from minisobert import inference, playground, plot
 from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
 from minisobert.training.run import open_run
@@ -29,14 +29,14 @@ def run(corpus, tmp_path_factory):
 
 def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands(run, capsys):
     trained = open_run(run)
-    ids, places = playground.with_masks(trained, "bar[MASK] gin [MASK]")
+    ids, places = inference.with_masks(trained, "bar[MASK] gin [MASK]")
     assert [int(ids[place]) for place in places] == [MASK, MASK] and len(places) == 2
     tokens = torch.tensor([CLS, *ids.tolist(), SEP])
     documents = Documents.from_bounds([0, len(tokens)])
     with torch.no_grad():
         logits = trained.model(tokens, torch.arange(len(tokens)), documents, torch.tensor(places) + 1)
     expected = logits[:, : trained.tokenizer.vocab_size].softmax(1)
-    for row, guesses in zip(expected, playground.guess(trained, ids, places, best=4)):
+    for row, guesses in zip(expected, inference.guess(trained, ids, places, best=4)):
         assert [p for _, p in guesses] == pytest.approx(row.sort(descending=True).values[:4].tolist())
         assert guesses[0][0] == trained.tokenizer.decode([int(row.argmax())])
     playground.main([str(run), "bar [MASK]", "--best", "2"])
@@ -45,7 +45,7 @@ def test_guesses_are_the_likeliest_pieces_of_the_saved_model_where_a_mask_stands
 
 def test_a_mask_takes_the_space_before_it(run):
     trained = open_run(run)
-    found = [playground.with_masks(trained, text) for text in ("bar [MASK] gin", "bar[MASK] gin")]
+    found = [inference.with_masks(trained, text) for text in ("bar [MASK] gin", "bar[MASK] gin")]
     assert found[0][0].tolist() == found[1][0].tolist() and found[0][1] == found[1][1]
     assert trained.tokenizer.decode(found[0][0][found[0][1][0] + 1 :]) == " gin"
 
@@ -58,9 +58,9 @@ def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_
         (playground.main, [str(run), "no mask"], "the text has no [MASK]"),
         (playground.main, [str(tmp_path), "a [MASK]"], "holds no checkpoint"),
         (playground.main, [str(run), "bar [MASK] " * 3_000], "the model reads up to 2,046"),
-        (playground.main, [str(run), "a [MASK]", "--best", "100000"], "--best is 100,000; it must be from 1 to 400"),
-        (playground.main, [str(run), "a [MASK]", "--best", "0"], "--best is 0; it must be from 1 to 400"),
-        (playground.main, [str(run), "a [MASK]", "--best", "-1"], "--best is -1; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "100000"], "best is 100,000; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "0"], "best is 0; it must be from 1 to 400"),
+        (playground.main, [str(run), "a [MASK]", "--best", "-1"], "best is -1; it must be from 1 to 400"),
         (playground.main, [str(run), "a [MASK]", "--best", "many"], "'many' is not a whole number"),
         (plot.main, [str(tmp_path)], "holds no run (no metrics.jsonl)"),
         (plot.main, [str(empty)], "is empty: the run has made no step yet"),
@@ -75,7 +75,7 @@ def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_
 def test_a_run_that_lacks_a_file_is_named_with_it(run, tmp_path, capsys):
     other_fields = '{"tokenizer": 1, "model": {"depth": 2}}'
     for name, change, message in (
-        ("tokenizer.model", Path.unlink, "tokenizer.model: No such file or directory"),
+        ("tokenizer.model", Path.unlink, "holds no tokenizer.model and no tokenizer.json"),
         ("tokenizer.model", lambda path: path.write_bytes(b"x"), "tokenizer.model is another model's"),
         ("config.json", Path.unlink, "config.json: No such file or directory"),
         ("config.json", lambda path: path.write_text("{"), "config.json is damaged"),

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks import megatron_bert
 from benchmarks.gpu.setting import DTYPE, Setting
 from benchmarks.gpu.timing import Disagreement, seconds
+from benchmarks.peers import peer
 from minisobert.config import ModelConfig
 from minisobert.corpus.loader import MicroBatch
-from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, PAD
+from minisobert.corpus.tokenizer import PAD
+from minisobert.hub.configuration import configuration
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout, cross_entropy, cross_entropy_reference
 from minisobert.training import meter
@@ -128,14 +129,13 @@ def their_model(name: str, config: ModelConfig, dropout: float, device: torch.de
     transformers.logging.set_verbosity_error()
     with torch.device(device):
         if name == "MegatronBert":
-            model = megatron_bert.peer(ours, dropout)
+            model = peer(ours, "megatron-bert", dropout)
         else:
-            ids = dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), FIRST_ORDINARY_ID)
-            drop = dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), dropout)
             # its MLP has three matrices where ours has two: two thirds as wide has as many weights, as many FLOPs
-            sizes = megatron_bert.sizes(config, dropout) | {"intermediate_size": config.ffn * 2 // 3}
-            model = transformers.ModernBertForMaskedLM(
-                transformers.ModernBertConfig(**sizes, **ids, **drop, pad_token_id=PAD, attn_implementation="sdpa")
+            narrow = dataclasses.replace(config, architecture="modernbert", ffn=config.ffn * 2 // 3)
+            sizes = configuration(narrow, "modernbert", dropout)
+            model = transformers.AutoModelForMaskedLM.from_config(
+                transformers.AutoConfig.for_model(**sizes), attn_implementation="sdpa"
             )
     return model.to(device, DTYPE).train()
 

@@ -19,7 +19,6 @@ from minisobert import hashing
 from minisobert.corpus.masking import EVALUATION_RATE, mask_rows
 from minisobert.corpus.packing import SPECIALS, Epoch, Packing
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import CLS, PAD, SEP
 from minisobert.ops.attention import Documents
 
 PREFETCH = 4  # micro-batches made ahead
@@ -99,18 +98,19 @@ class Rows:
         starts, stops = bounds[:-1][~is_padding], bounds[1:][~is_padding]
 
         positions = np.arange(rows * width) - np.repeat(bounds[:-1], document_lengths)
-        tokens = np.full(rows * width, PAD, dtype=np.int32)
+        vocabulary = self.shards.vocabulary
+        tokens = np.full(rows * width, vocabulary.pad, dtype=np.int32)
         # All ids are gathered at once; a loop over documents in Python would cost more than everything else here
         inner = lengths - SPECIALS
         nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # of an id, in its chunk
         places = np.repeat(starts + 1, inner) + nth
         source = np.repeat(self.packing.chunk_start[chunks], inner) + nth
         tokens[places] = self.shards.tokens[source]
-        tokens[starts], tokens[stops - 1] = CLS, SEP
+        tokens[starts], tokens[stops - 1] = vocabulary.cls, vocabulary.sep
 
         coordinates = zip(epochs.tolist(), row_in_epoch.tolist())
         keys = np.array([hashing.key(self.seed, self.purpose, *at) for at in coordinates], dtype=np.uint32)
-        masked, targets = mask_rows(tokens.reshape(rows, width), keys, self.shards.vocab_size, mask_rate)
+        masked, targets = mask_rows(tokens.reshape(rows, width), keys, vocabulary, mask_rate)
         return MicroBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(positions.astype(np.int32)),

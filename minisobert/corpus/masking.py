@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK
+from minisobert.corpus.tokenizer import Vocabulary
 from minisobert.hashing import lowbias32
 
 EVALUATION_RATE = 0.15  # whatever training masks, so that held-out losses can be compared
@@ -17,28 +17,30 @@ TO_MASK, TO_RANDOM = 0.8, 0.1  # the rest stays as it is
 
 
 def mask_rows(
-    tokens: np.ndarray, row_keys: np.ndarray, vocab_size: int, rate: float = EVALUATION_RATE
+    tokens: np.ndarray, row_keys: np.ndarray, vocabulary: Vocabulary, rate: float = EVALUATION_RATE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masks `tokens` (rows, row_tokens) in place. row_keys: (rows,) uint32; rate: from 0 to 1. Specials and padding are
     never chosen.
 
     Returns (M,) int64 indices into the flat tokens and (M,) int64, what stood there. M may be 0.
     """
-    if vocab_size <= FIRST_ORDINARY_ID:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be more than the {FIRST_ORDINARY_ID} special ids")
+    first, ordinary = vocabulary.first, vocabulary.stop - vocabulary.first
+    if ordinary < 1:
+        raise ValueError(f"the vocabulary has {vocabulary.size} ids, and all of them are special")
     # three independent numbers per place: is it chosen, what becomes of it, which random piece
     place = np.arange(3 * tokens.shape[1], dtype=np.uint32).reshape(3, -1)
     chosen_by, fate_by, piece_by = lowbias32(place)
 
     chosen = lowbias32(row_keys[:, None] ^ chosen_by) < np.uint64(round(rate * 2**32))  # up to 2**32, which is all
-    chosen &= tokens >= FIRST_ORDINARY_ID
+    chosen &= (tokens >= first) & (tokens < vocabulary.stop)
     row, column = np.nonzero(chosen)
     targets = tokens[row, column].astype(np.int64)
 
     fate = lowbias32(row_keys[row] ^ fate_by[column])
     piece = lowbias32(row_keys[row] ^ piece_by[column]).astype(np.uint64)
-    piece = FIRST_ORDINARY_ID + (piece * np.uint64(vocab_size - FIRST_ORDINARY_ID) >> np.uint64(32)).astype(np.int64)
-    replaced = np.where(fate < _share(TO_MASK), MASK, np.where(fate < _share(TO_MASK + TO_RANDOM), piece, targets))
+    piece = first + (piece * np.uint64(ordinary) >> np.uint64(32)).astype(np.int64)
+    replaced = np.where(fate < _share(TO_MASK + TO_RANDOM), piece, targets)
+    replaced[fate < _share(TO_MASK)] = vocabulary.mask
     tokens[row, column] = replaced
     return row * tokens.shape[1] + column, targets
 

@@ -2,7 +2,7 @@
 
     tokens.bin       the ids of all documents, one after the other, little-endian uint16 (uint32 past 65,536 pieces)
     documents.npy    (D+1,) int64, the offset in tokens at which each document starts; the last is the total
-    tokenizer.model  the SentencePiece model that made the ids
+    tokenizer.model  the SentencePiece model that made the ids; or the tokenizer.json of another model
     meta.json        counts, vocabulary, seed, sources, the held-out documents, size and checksum of the other three
 
 Held-out documents come last, so that training and validation are two ranges.
@@ -19,12 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.corpus.tokenizer import Tokenizer, token_dtype
+from minisobert.corpus.tokenizer import (
+    TOKENIZER_FILES,
+    Tokenizer,
+    Vocabulary,
+    open_tokenizer,
+    our_vocabulary,
+    token_dtype,
+)
 from minisobert.files import sha256
 from minisobert.hashing import key, mix
 
 FORMAT = 1
-FILES = ("tokens.bin", "documents.npy", "tokenizer.model")
+FILES = ("tokens.bin", "documents.npy")  # and one of TOKENIZER_FILES
 HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads
 _SCAN = 1 << 24  # tokens looked at at a time
 
@@ -43,6 +50,16 @@ class Shards:
         return self.meta["vocab_size"]
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """meta.json has it where the tokenizer is not one of ours."""
+        theirs = self.meta.get("vocabulary")
+        return Vocabulary(**theirs) if theirs else our_vocabulary(self.vocab_size)
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / _tokenizer_file(self.meta)
+
+    @property
     def training_documents(self) -> range:
         return range(self.meta["validation_documents"][0])
 
@@ -53,11 +70,11 @@ class Shards:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any byte of the three files, and with nothing else: which corpus a checkpoint was made on."""
-        checksums = "".join(self.meta["files"][name]["sha256"] for name in FILES)
+        checksums = "".join(self.meta["files"][name]["sha256"] for name in (*FILES, self.tokenizer_file.name))
         return hashlib.sha256(checksums.encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.folder / "tokenizer.model")
+        return open_tokenizer(self.tokenizer_file)
 
 
 def open_shards(folder: str | Path, verify: bool = False) -> Shards:
@@ -72,13 +89,14 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
             f"python -m data.prepare --input path/to/site.7z --out {folder}"
         )
     meta = _read_meta(folder / "meta.json")
-    for name in FILES:
+    tokenizer_file = _tokenizer_file(meta)
+    for name in (*FILES, tokenizer_file):
         path, expected = folder / name, meta["files"][name]
         if not path.is_file():
             raise ValueError(f"{path} is missing; prepare the data again")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise ValueError(f"{path} has {size:,} bytes, meta.json says {expected['bytes']:,}; prepare the data again")
-        if (verify or name == "tokenizer.model") and sha256(path) != expected["sha256"]:
+        if (verify or name == tokenizer_file) and sha256(path) != expected["sha256"]:
             raise ValueError(f"{path} is not the file that meta.json describes (checksum); prepare the data again")
 
     dtype, tokens_bytes = token_dtype(meta["vocab_size"]), meta["files"]["tokens.bin"]["bytes"]
@@ -108,11 +126,13 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
                 "prepare the data again"
             )
     shards = Shards(folder, meta, tokens, offsets)
-    if (pieces := shards.tokenizer().vocab_size) != meta["vocab_size"]:
+    tokenizer = shards.tokenizer()
+    if (pieces := tokenizer.vocab_size) != meta["vocab_size"]:
         raise ValueError(
-            f"{folder / 'tokenizer.model'} has {pieces} pieces, meta.json says {meta['vocab_size']}; "
-            "prepare the data again"
+            f"{shards.tokenizer_file} has {pieces} pieces, meta.json says {meta['vocab_size']}; prepare the data again"
         )
+    if tokenizer.vocabulary != shards.vocabulary:
+        raise ValueError(f"{shards.tokenizer_file} has other special ids than meta.json says; prepare the data again")
     return shards
 
 
@@ -123,8 +143,10 @@ def _read_meta(path: Path) -> dict:
         if meta["format"] != FORMAT:
             raise ValueError(f"{path} has format {meta['format']}, this version reads {FORMAT}; prepare the data again")
         counts = [meta["documents"], meta["tokens"], meta["vocab_size"], *meta["validation_documents"]]
-        counts += [meta["files"][name]["bytes"] for name in FILES]
-        checksums = [meta["files"][name]["sha256"] for name in FILES]
+        counts += Vocabulary(**meta.get("vocabulary", our_vocabulary(0)._asdict()))
+        files = [meta["files"][name] for name in (*FILES, _tokenizer_file(meta))]
+        counts += [file["bytes"] for file in files]
+        checksums = [file["sha256"] for file in files]
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
     first, last = meta["validation_documents"]
@@ -132,6 +154,10 @@ def _read_meta(path: Path) -> dict:
     if not (sound and meta["tokens"] > 0 and first <= last == meta["documents"]):
         raise ValueError(f"{path} is damaged: its counts contradict each other; prepare the data again")
     return meta
+
+
+def _tokenizer_file(meta: dict) -> str:
+    return next((name for name in TOKENIZER_FILES if name in meta["files"]), TOKENIZER_FILES[0])
 
 
 def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
@@ -150,7 +176,7 @@ def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
 def write_meta(folder: Path, **meta) -> None:
     """Write meta.json over the other three files, which must be in place. The keywords go in as they are."""
     files = {}
-    for name in FILES:
+    for name in (*FILES, *(name for name in TOKENIZER_FILES if (folder / name).exists())):
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}

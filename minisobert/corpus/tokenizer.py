@@ -17,13 +17,34 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 FIRST_ORDINARY_ID = 5  # below: the special pieces, which no text encodes to
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # as folders hold them; of two, the first
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Vocabulary(NamedTuple):
+    """What the data path has to know of a tokenizer's ids: how many there are, four special ones, and from where to
+    where the ordinary ones go, of which no other is masked or put in place of one that is."""
+
+    size: int
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+    first: int  # of the ordinary ids
+    stop: int
+
+
+def our_vocabulary(size: int) -> Vocabulary:
+    """Of a tokenizer that `train` made."""
+    return Vocabulary(size, PAD, CLS, SEP, MASK, FIRST_ORDINARY_ID, size)
+
 
 _SPACE_MARK = "\u2581"
 # Training sentences are cut to this many characters: SentencePiece ignores longer lines than it was told to expect and
@@ -93,17 +114,26 @@ class Tokenizer:
     chunks seen before, each the price of a dictionary lookup.
     """
 
+    file_name = "tokenizer.model"
+
     def __init__(self, model: str | Path | bytes):
+        name = "this" if isinstance(model, bytes) else str(model)
+        self.content = model if isinstance(model, bytes) else Path(model).read_bytes()
         try:
-            proto = model if isinstance(model, bytes) else Path(model).read_bytes()
-            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            if not self.content:  # of which SentencePiece makes a model without pieces
+                raise RuntimeError
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except RuntimeError:
-            raise ValueError(f"{'this' if isinstance(model, bytes) else model} is no SentencePiece model") from None
+            raise ValueError(f"{name} is no SentencePiece model") from None
         processor = self.sentencepiece
         self.vocab_size: int = processor.vocab_size()
+        self.vocabulary = our_vocabulary(self.vocab_size)
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         if tuple(pieces[:FIRST_ORDINARY_ID]) != SPECIAL_PIECES:
-            raise ValueError(f"the tokenizer's first pieces are {pieces[:5]}, not {list(SPECIAL_PIECES)}")
+            raise ValueError(
+                f"{name} is no tokenizer of minisobert: its first pieces are {pieces[:5]}, not {list(SPECIAL_PIECES)}; "
+                "of another model give tokenizer.json"
+            )
         byte = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
         self._bytes = [
             byte[piece] if processor.is_byte(i) else piece.replace(_SPACE_MARK, " ").encode()
@@ -133,6 +163,36 @@ class Tokenizer:
         character (half of one was cut off, or masked) come out as U+FFFD."""
         table = self._bytes
         return b"".join([table[i] for i in ids]).decode(errors="replace")
+
+
+def tokenizer_files(path: str | Path) -> list[Path]:
+    """Those that a folder holds, or the file itself. Raises ValueError where the folder holds none."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    if there := [path / name for name in TOKENIZER_FILES if (path / name).is_file()]:
+        return there
+    raise ValueError(f"{path} holds no {' and no '.join(TOKENIZER_FILES)}")
+
+
+def open_tokenizer(path: str | Path):
+    """The tokenizer of a file (a SentencePiece model of ours, or a tokenizer.json) or of a folder that holds one: a
+    `Tokenizer` or a `JsonTokenizer`. Raises ValueError where it cannot be used."""
+    ours, *theirs = tokenizer_files(path)
+    try:
+        content = ours.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{ours}: {error.strerror}") from None
+    if content[:1] == b"{":
+        from minisobert.corpus.tokenizer_json import JsonTokenizer  # which needs an extra
+
+        return JsonTokenizer(content, str(ours))
+    try:
+        return Tokenizer(ours)
+    except ValueError:
+        if theirs:  # the tokenizer.model was another library's
+            return open_tokenizer(theirs[0])
+        raise
 
 
 class _Cache(dict):

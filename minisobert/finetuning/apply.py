@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.texts import texts
 from minisobert.finetuning import encoder, huggingface, marking
 from minisobert.finetuning.loop import predict
@@ -16,10 +18,9 @@ from minisobert.tasks.dataset import Example
 SHOWN = 60  # characters of a post beside its class
 
 
-def apply(model: str, source: str) -> None:
-    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
-    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
-    is no such model or file."""
+def open_fine_tuned(model: str | Path) -> tuple[encoder.Network | huggingface.Network, dict, Callable[[str], str]]:
+    """The network that a finetune.py kept, its task.json, and what the texts it was trained on were cleaned by. Raises
+    ValueError where there is none."""
     folder = Path(model) / "model"
     try:
         task = json.loads((folder / "task.json").read_text())
@@ -33,15 +34,24 @@ def apply(model: str, source: str) -> None:
             f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
             "minisobert does not know; use the version that trained it"
         )
-    posts = list(map(known[task["cleaning"]], read(source)))  # as the texts it was trained on
     network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
+    return network, task, known[task["cleaning"]]
+
+
+def apply(model: str, source: str) -> None:
+    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
+    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
+    is no such model or file."""
+    network, task, clean = open_fine_tuned(model)
+    posts = list(map(clean, read(source)))
     spans = [marking.word_spans(post) for post in posts]
     examples = [
         Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
         for i, (post, inside) in enumerate(zip(posts, spans))
     ]
-    labels = task["labels"]
-    for post, inside, p in zip(posts, spans, predict(network, network.encode(examples))):
+    labels, probabilities = task["labels"], predict(network, network.encode(examples))
+    say_cut(network, len(posts))
+    for post, inside, p in zip(posts, spans, probabilities):
         if not post.strip():
             print()
         elif task["kind"] == "token":
@@ -50,6 +60,14 @@ def apply(model: str, source: str) -> None:
         else:
             shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
             print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
+
+
+def say_cut(network: encoder.Network | huggingface.Network, count: int) -> None:
+    """Says how many of `count` texts were too long for a network of ours, if any."""
+    if cut := getattr(network, "cut", 0):
+        longest = network.module.config.positions
+        print(f"{cut:,} of {count:,} texts were cut to their first {longest - SPECIALS:,} tokens", file=sys.stderr)
+        network.cut = 0
 
 
 def read(source: str) -> list[str]:

@@ -42,6 +42,10 @@ class FineTuneConfig:
         most=MOST_TOKENS,
     )  # fmt: skip
     dropout: float = _recipe(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
+    pooling: str = _recipe(
+        "cls", "what is classified of a document: the state of its first token, or of modern models the mean of all",
+        choices=("cls", "mean"),
+    )  # fmt: skip
     class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
     predict: str = option(
         "",

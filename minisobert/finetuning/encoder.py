@@ -4,7 +4,7 @@ A folder that `save` wrote:
 
     model.safetensors    the weights, under the model's own names
     config.json          the model's sizes
-    tokenizer.model      the run's own
+    tokenizer.model      the run's own; of an imported model tokenizer.json
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor
 from minisobert.cli import words
 from minisobert.config import PRESETS, ModelConfig, padded_vocabulary
 from minisobert.corpus.packing import SPECIALS
-from minisobert.corpus.tokenizer import CLS, SEP, Tokenizer
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
+from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import Encoded, Outcome, fit
+from minisobert.hub.importing import open_model
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
-from minisobert.training.run import open_run
 
 
 class Network:
@@ -36,11 +37,14 @@ class Network:
 
     format = "minisobert"
 
-    def __init__(self, model: Classifier, tokenizer: Tokenizer, kind: str, dropout: float = 0.0, seed: int = 0):
+    def __init__(
+        self, model: Classifier, tokenizer: Tokenizer | JsonTokenizer, kind: str, dropout: float = 0.0, seed: int = 0
+    ):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
+        self.cut = 0  # examples that were longer than the model reads
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
@@ -59,7 +63,9 @@ class Network:
 
     def _whole(self, ids: np.ndarray) -> np.ndarray:
         longest = self.module.config.positions - SPECIALS
-        return np.concatenate([[CLS], ids[:longest], [SEP]]).astype(np.int64)
+        special = self.tokenizer.vocabulary
+        self.cut += len(ids) > longest
+        return np.concatenate([[special.cls], ids[:longest], [special.sep]]).astype(np.int64)
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         return [items]  # nothing is padded
@@ -81,15 +87,16 @@ class Network:
         weights = {name: parameter.detach().float() for name, parameter in self.module.named_parameters()}
         write_safetensors(folder / "model.safetensors", weights)
         write_json(folder / "config.json", dataclasses.asdict(self.module.config))
-        (folder / "tokenizer.model").write_bytes(self.tokenizer.sentencepiece.serialized_model_proto())
+        (folder / self.tokenizer.file_name).write_bytes(self.tokenizer.content)
 
 
 def open_network(folder: Path, task: dict) -> Network:
     """What `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    model = Classifier(config, len(task["labels"]), task["kind"] == "sequence")
+    pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had no other
+    model = Classifier(config, len(task["labels"]), pooling)
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-    return Network(model, Tokenizer(folder / "tokenizer.model"), task["kind"])
+    return Network(model, open_tokenizer(folder), task["kind"])
 
 
 class Start:
@@ -105,8 +112,7 @@ class Start:
                     f"{config.model} needs --tokenizer: the train.py run, or the tokenizer.model, of the model that it "
                     "is compared with, so that the two differ in their weights alone"
                 )
-            path = Path(config.tokenizer)
-            self.tokenizer = _tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+            self.tokenizer = open_tokenizer(config.tokenizer)
             vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
             self.model_config = dataclasses.replace(PRESETS[like], vocabulary=vocabulary)
             return
@@ -118,25 +124,19 @@ class Start:
         run = like if source == "random" else config.model
         if not Path(run).is_dir():
             raise ValueError(
-                f"--model is {config.model}, which is no folder; give the --out of a train.py, random: before one, or "
+                f"--model is {config.model}, which is no folder; give a run, an export, random: before one, or "
                 f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
             )
         if config.tokenizer:
             raise ValueError("--tokenizer is for random:PRESET; a run has its own")
-        trained = open_run(run)
+        trained = open_model(run)
         self.tokenizer, self.model_config = trained.tokenizer, trained.model.config
         self.trained = None if source == "random" else trained.model
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        model = Classifier(self.model_config, len(data.labels), data.kind == "sequence").initialise(seed)
+        pooling = self.config.pooling if data.kind == "sequence" else ""
+        model = Classifier(self.model_config, len(data.labels), pooling).initialise(seed)
         if self.trained is not None:
             model.start_from(self.trained)
         network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)
         return fit(network, data, self.config, seed, score)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer(path)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; --tokenizer takes a train.py run or a tokenizer.model") from None

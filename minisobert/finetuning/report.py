@@ -50,7 +50,7 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         (folder / "model").mkdir()
         best.network.save(folder / "model")
         task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
-        write_json(folder / "model/task.json", {**task, "format": best.network.format})
+        write_json(folder / "model/task.json", {**task, "format": best.network.format, "pooling": config.pooling})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 

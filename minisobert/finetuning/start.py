@@ -19,6 +19,10 @@ def read_data(config: FineTuneConfig) -> Dataset:
 
 def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start:
     """Something with train(data, seed, score). Raises ValueError where there is no such model."""
+    if config.pooling == "mean" and (config.model == "tfidf" or config.model.startswith("hf:")):
+        raise ValueError(
+            f"--pooling mean is for modern models of minisobert, and --model is {config.model}; leave it out"
+        )
     if config.model == "tfidf":
         return baselines.TfIdf(config)
     return (huggingface if config.model.startswith("hf:") else encoder).Start(config)

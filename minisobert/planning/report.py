@@ -92,18 +92,19 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
         raise ValueError(f"{split}; choose {', or '.join(choices)}")
     if not found:
         raise ValueError(
-            f"{config.preset} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
+            f"{config.name} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
             "choose a --gpu with more, or more --gpus to split it over"
         )
     return found
 
 
-def report(config: TrainConfig) -> str:
+def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
     """What `train.py --plan` prints: the run, the layouts that fit its GPUs, and, below them, the one that was given.
+    init: the model of --init.
 
     Raises ValueError where --gpu is not known or nothing fits.
     """
-    model, gpu, mfu = config.model_config(ModelConfig.vocabulary), config.gpu, config.mfu
+    model, gpu, mfu = config.model_config(ModelConfig.vocabulary, init), config.gpu, config.mfu
     given = Layout(
         max(config.gpus // config.tensor_parallel, 1), config.tensor_parallel, config.micro_batch_rows,
         config.sequence_parallel, config.shard_optimizer, config.recompute,
@@ -115,8 +116,8 @@ def report(config: TrainConfig) -> str:
     fitting = layouts(model, config, config.gpus, chip.memory)
     gigabytes = f"{'GB of each GPU':^57} {'GB it sends a step':>19}"
     lines = [
-        f"{config.preset}: {parameters(model):,} parameters in {model.layers} layers, hidden {model.hidden:,}, "
-        f"{model.heads} heads, vocabulary {model.vocabulary:,}",
+        f"{config.name}: {parameters(model):,} parameters in {model.layers} layers, "
+        f"hidden {model.hidden:,}, {model.heads} heads, vocabulary {model.vocabulary:,}",
         f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
         f"{_mean_flops(model, config, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows "
         "(less otherwise)",

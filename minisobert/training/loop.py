@@ -176,7 +176,7 @@ def train(
     *_, (last, size) = config.batch_sizes()
 
     bar = tqdm(
-        total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.preset,
+        total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.name,
         disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
     shown, stopped = "", 0

@@ -1,8 +1,9 @@
-"""The folder of a run: config.json, metrics.jsonl, tokenizer.model and checkpoints/, and where a run in it goes on."""
+"""The folder of a run: config.json, metrics.jsonl, its tokenizer and checkpoints/, and where a run in it goes on."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from minisobert.cli import flag, reason
+from minisobert.cli import flag, reason, words
 from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
-from minisobert.corpus.tokenizer import Tokenizer
-from minisobert.files import locked, read_json_lines, sha256, write_json
+from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
+from minisobert.corpus.tokenizer_json import JsonTokenizer
+from minisobert.files import locked, read_json_lines, read_safetensors, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint
@@ -48,16 +50,19 @@ class Progress:
 class Run:
     """Looks at the folder and writes nothing until `claimed`."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards):
-        """Raises ValueError where nothing can be written to the folder, or it holds a run of another config or on other
-        data."""
-        self.config, self.model_config, self.shards = config, model_config, shards
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards, init: Trained | None = None):
+        """init: what the run begins with, where that is no random model. Raises ValueError where nothing can be written
+        to the folder, or it holds a run of another config or on other data."""
+        self.config, self.model_config, self.shards, self.init = config, model_config, shards, init
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.resumable_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
-        tokenizer = shards.meta["files"]["tokenizer.model"]["sha256"]
-        self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer}
+        if init:
+            self.identity["init"] = init.identity()
+        tokenizer = shards.meta["files"][shards.tokenizer_file.name]["sha256"]
+        corpus = {name: value for name, value in shards.meta.items() if name != "files"}
+        self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer, "corpus": corpus}
         self.fresh = config.fresh
         self._unwritten = b""  # of metrics.jsonl
         for folder in (self.folder, self.folder / "checkpoints"):
@@ -75,6 +80,10 @@ class Run:
     def _identity_of(self, path: Path) -> dict:
         """The run that a checkpoint is of. A field that is newer than the checkpoint had its default."""
         run = checkpoint.read_state(path)["run"]
+        if not run:
+            raise ValueError(
+                f"{self.folder} holds an imported model; give it as --init and choose another folder as --out"
+            )
         defaults = dataclasses.asdict(TrainConfig(preset=run["train"]["preset"]))
         run["train"] = {**{name: defaults[name] for name in self.identity["train"]}, **run["train"]}
         run["model"] = {**{f.name: f.default for f in dataclasses.fields(ModelConfig)}, **run.get("model", {})}
@@ -93,6 +102,8 @@ class Run:
         for name, value in self.identity["train"].items():
             if (old := before["train"][name]) != value:
                 raise ValueError(f"{here} with {flag(name)} {old}, given is {value}; give the same, {otherwise}")
+        if before.get("init") != self.identity.get("init"):
+            raise ValueError(f"{here} that began with other weights than those of --init; give the same, {otherwise}")
         if before.get("data") != self.identity["data"]:
             raise ValueError(f"{here} on other data than {self.config.data}; give the same --data, {otherwise}")
         if before != self.identity:
@@ -178,7 +189,8 @@ class Run:
             beside.write_bytes(b"".join(_line(line) for line in lines if line["step"] <= step))
             os.replace(beside, metrics)
         write_json(self.folder / "config.json", self.described)
-        shutil.copyfile(self.shards.folder / "tokenizer.model", self.folder / "tokenizer.model")
+        tokenizer = self.shards.tokenizer_file
+        shutil.copyfile(tokenizer, self.folder / tokenizer.name)
 
     def log(self, line: dict) -> None:
         """Appends one step's figures to metrics.jsonl. Training goes on where that fails; the next call tries again."""
@@ -256,26 +268,50 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Trained:
-    model: MaskedLM
-    tokenizer: Tokenizer
+    model: MaskedLM  # in fp32 on the CPU
+    tokenizer: Tokenizer | JsonTokenizer
+    history: list[dict]  # what the weights have been through: a line for each run, and for an import
+
+    def identity(self) -> dict:
+        """Of the weights a run begins with."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        return {"weights": digest.hexdigest(), "history": self.history}
 
 
-def open_run(run: str | Path) -> Trained:
-    """The model of a run's last checkpoint, in fp32 on the CPU. Raises ValueError where there is none, or where the
-    tokenizer beside it is another model's."""
-    run = Path(run)
-    saved = checkpoint.steps(run / "checkpoints")
+def checkpoint_of(run: str | Path, which: str = "last") -> Path:
+    """which: "last", "best" (the lowest validation loss) or "step-N". Raises ValueError where a run has none such."""
+    folder = Path(run) / "checkpoints"
+    saved = checkpoint.steps(folder)
     if not saved:
         raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
+    named = {f"step-{checkpoint.step_of(path)}": path for path in saved} | {"last": saved[-1]}
+    if best := checkpoint.best(folder):
+        named["best"] = best
+    if which not in named:
+        why = " (none was evaluated)" if which == "best" else ""
+        raise ValueError(f"{run} has no checkpoint {which!r}{why}; choose {words(named)}")
+    return named[which]
+
+
+def open_run(run: str | Path, path: Path | None = None) -> Trained:
+    """The model of a run's checkpoint, by default the last, in fp32 on the CPU. Raises ValueError where there is none,
+    or where the tokenizer beside it is another model's."""
+    run = Path(run)
+    path = path or checkpoint_of(run)
     try:
         described = json.loads((run / "config.json").read_text())
         model_config, checksum = ModelConfig(**described["model"]), described["tokenizer"]
+        history = described.get("init", {}).get("history", [])
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
-    tokenizer = run / "tokenizer.model"
+    tokenizer = tokenizer_files(run)[0]
     if sha256(tokenizer) != checksum:
         raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
     model = MaskedLM(model_config)
-    checkpoint.verify(saved[-1])
-    model.load_state_dict(checkpoint.read(saved[-1])["model"])
-    return Trained(model.eval(), Tokenizer(tokenizer))
+    checkpoint.verify(path)
+    model.load_state_dict(read_safetensors(path / "model.safetensors"))
+    if (progress := checkpoint.read_state(path)["progress"])["step"]:
+        history = [*history, {"run": run.resolve().name, "row positions": progress["consumed_tokens"]}]
+    return Trained(model.eval(), open_tokenizer(tokenizer), history)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minisobert.corpus.loader import Rows, prefetch, spans
-from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, PAD, SEP
+from minisobert.corpus.tokenizer import CLS, FIRST_ORDINARY_ID, PAD, SEP, our_vocabulary
 
 ROW = 2_048
 
@@ -122,7 +122,7 @@ def test_the_example_of_micro_batch_is_what_it_makes():
     a, b, c, d, e = ids = np.arange(5) + FIRST_ORDINARY_ID
     tokens = np.zeros(75, np.uint16)
     tokens[[70, 71, 72, 20, 21]] = ids
-    shards = SimpleNamespace(offsets=np.array([20, 22, 70, 73]), tokens=tokens, vocab_size=50)
+    shards = SimpleNamespace(offsets=np.array([20, 22, 70, 73]), tokens=tokens, vocabulary=our_vocabulary(50))
     rows = Rows(shards, range(3), 1, 10)
     two = rows.packing.chunk_start != 22  # the two documents of the example, without what lies between them
     rows.packing.chunk_start, rows.packing.chunk_length = rows.packing.chunk_start[two], rows.packing.chunk_length[two]

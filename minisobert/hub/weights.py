@@ -1,0 +1,214 @@
+"""Our weights under Hugging Face's names, and theirs under ours: one table for each of their architectures.
+
+    modernbert       our modernbert
+    megatron-bert    our megatron-bert, which transformers runs with eager attention alone
+    xlm-roberta-xl   our megatron-bert again: the same function, with SDPA and FlashAttention in transformers
+
+A table maps modules; their weights and biases go together. All tensors go over as they are but two kinds:
+
+    qkv         our 3h rows are (H, 3, d), so that a slice of them is whole heads; theirs are (3, H, d), in one matrix
+                or cut into three
+    positions   xlm-roberta-xl counts positions from its padding id + 1 on: one row, of zeros, comes before ours
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from minisobert.cli import words
+from minisobert.config import ModelConfig
+from minisobert.model import Classifier, MaskedLM, Model
+
+# Ours → theirs; {i} is the block's number. For qkv a tuple: modules whose rows, one after the other, are (3, H, d)
+TABLES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "modernbert": {
+        "encoder.embeddings.word": "model.embeddings.tok_embeddings",
+        "encoder.embeddings.norm": "model.embeddings.norm",
+        "encoder.blocks.{i}.attention_norm": "model.layers.{i}.attn_norm",  # the first block has none, there too
+        "encoder.blocks.{i}.qkv": ("model.layers.{i}.attn.Wqkv",),
+        "encoder.blocks.{i}.attention_output": "model.layers.{i}.attn.Wo",
+        "encoder.blocks.{i}.ffn_norm": "model.layers.{i}.mlp_norm",
+        "encoder.blocks.{i}.gated_ffn_input": "model.layers.{i}.mlp.Wi",
+        "encoder.blocks.{i}.ffn_output": "model.layers.{i}.mlp.Wo",
+        "encoder.final_norm": "model.final_norm",
+    },
+    "megatron-bert": {
+        "encoder.embeddings.word": "bert.embeddings.word_embeddings",
+        "encoder.embeddings.position": "bert.embeddings.position_embeddings",
+        "encoder.embeddings.token_type": "bert.embeddings.token_type_embeddings",
+        "encoder.blocks.{i}.attention_norm": "bert.encoder.layer.{i}.attention.ln",
+        "encoder.blocks.{i}.qkv": tuple(
+            f"bert.encoder.layer.{{i}}.attention.self.{name}" for name in ("query", "key", "value")
+        ),
+        "encoder.blocks.{i}.attention_output": "bert.encoder.layer.{i}.attention.output.dense",
+        "encoder.blocks.{i}.ffn_norm": "bert.encoder.layer.{i}.ln",
+        "encoder.blocks.{i}.ffn_input": "bert.encoder.layer.{i}.intermediate.dense",
+        "encoder.blocks.{i}.ffn_output": "bert.encoder.layer.{i}.output.dense",
+        "encoder.final_norm": "bert.encoder.ln",
+    },
+    "xlm-roberta-xl": {
+        "encoder.embeddings.word": "roberta.embeddings.word_embeddings",
+        "encoder.embeddings.position": "roberta.embeddings.position_embeddings",
+        "encoder.embeddings.token_type": "roberta.embeddings.token_type_embeddings",
+        "encoder.blocks.{i}.attention_norm": "roberta.encoder.layer.{i}.attention.self_attn_layer_norm",
+        "encoder.blocks.{i}.qkv": tuple(
+            f"roberta.encoder.layer.{{i}}.attention.self.{name}" for name in ("query", "key", "value")
+        ),
+        "encoder.blocks.{i}.attention_output": "roberta.encoder.layer.{i}.attention.output.dense",
+        "encoder.blocks.{i}.ffn_norm": "roberta.encoder.layer.{i}.LayerNorm",
+        "encoder.blocks.{i}.ffn_input": "roberta.encoder.layer.{i}.intermediate.dense",
+        "encoder.blocks.{i}.ffn_output": "roberta.encoder.layer.{i}.output.dense",
+        "encoder.final_norm": "roberta.encoder.LayerNorm",
+    },
+}
+FORMATS = tuple(TABLES)
+
+# What stands above the encoder: of a MaskedLM, and of a Classifier of sequences ("pooled") or of tokens
+_HEADS: dict[str, dict[str, dict[str, str]]] = {
+    "modernbert": {
+        "masked": {"mlm_head.dense": "head.dense", "mlm_head.norm": "head.norm", "mlm_head.decoder": "decoder"},
+        "pooled": {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"},
+        "token": {"head.dense": "head.dense", "head.norm": "head.norm", "classifier": "classifier"},
+    },
+    "megatron-bert": {
+        "masked": {
+            "mlm_head.dense": "cls.predictions.transform.dense",
+            "mlm_head.norm": "cls.predictions.transform.LayerNorm",
+            "mlm_head.decoder": "cls.predictions",
+        },
+        "pooled": {"pooler": "bert.pooler.dense", "classifier": "classifier"},
+        "token": {"classifier": "classifier"},
+    },
+    "xlm-roberta-xl": {
+        "masked": {
+            "mlm_head.dense": "lm_head.dense",
+            "mlm_head.norm": "lm_head.layer_norm",
+            "mlm_head.decoder": "lm_head",
+        },
+        "pooled": {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
+        "token": {"classifier": "classifier"},
+    },
+}
+
+# Copies that a file may hold of a tensor that it has under another name too, or has under this name alone
+_TIED = {
+    "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    "megatron-bert": {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    "xlm-roberta-xl": {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+}
+# Tensors that a file may hold and that the model does not need: buffers, which old versions of transformers saved, and
+# beside a masked language model the pooler, with the head of next-sentence prediction that goes with it
+_BUFFERS = re.compile(r"(bert|roberta)\.embeddings\.(position_ids|token_type_ids)")
+_BESIDE_MASKED = re.compile(r"(bert|roberta)\.pooler\.|cls\.seq_relationship\.")
+_POOLERS = "pooler.weight", "bert.pooler.dense.weight", "classifier.dense.weight"  # ours, and theirs
+_CLASSES = "classifier.weight", "classifier.out_proj.weight"  # theirs, a row for each class
+
+
+def to_theirs(named: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
+    """A model's parameters under the names of `format`; or their gradients, which have the same names and shapes.
+
+    named: by our names, all of a MaskedLM or of a Classifier. Nothing tied is written twice. Raises ValueError where
+    the format is of another architecture than the config.
+    """
+    table, theirs = _table(config, format, _kind(named)), {}
+    for name, tensor in named.items():
+        if _is_shifted(name, format):
+            tensor = torch.cat([tensor.new_zeros(1, tensor.shape[1]), tensor])
+        elif ".qkv." in name:
+            tensor = tensor.unflatten(0, (config.heads, 3, config.head_width)).transpose(0, 1).flatten(0, 2)
+        names = _their_names(name, table)
+        theirs.update(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor]))
+    return theirs
+
+
+def to_ours(tensors: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
+    """The reverse of `to_theirs`, for the `load_state_dict` of a MaskedLM or a Classifier with this config.
+
+    tensors: of a masked language model, or of a classifier of sequences or of tokens; their names say which. Copies of
+    tied tensors, buffers, and beside a masked language model a pooler are left out. Raises ValueError for tensors that
+    are missing, have another shape, or are unexpected.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not _BUFFERS.fullmatch(name)}
+    for copy, original in _TIED[format].items():
+        if copy in tensors and not torch.equal(tensors.setdefault(original, tensors[copy]), tensors.pop(copy)):
+            raise ValueError(f"{copy} differs from {original}; models of minisobert have one tensor for both")
+    kind = _kind(tensors)
+    table = _table(config, format, kind)
+    if kind == "masked":
+        tensors = {name: tensor for name, tensor in tensors.items() if not _BESIDE_MASKED.match(name)}
+    found, problems = {}, {"missing": [], "of another shape": []}
+    for name, shape in _shapes(tensors, config, kind).items():
+        names = _their_names(name, table)
+        if lacking := [each for each in names if each not in tensors]:
+            problems["missing"] += lacking
+            continue
+        parts = [tensors.pop(each) for each in names]
+        extra = int(_is_shifted(name, format))
+        expected = [(shape[0] + extra) // len(names), *shape[1:]]
+        if wrong := [
+            f"{each} {list(p.shape)}, not {expected}" for each, p in zip(names, parts) if list(p.shape) != expected
+        ]:
+            problems["of another shape"] += wrong
+            continue
+        tensor = torch.cat(parts)[extra:] if len(parts) > 1 or extra else parts[0]
+        if ".qkv." in name:
+            tensor = tensor.unflatten(0, (3, config.heads, config.head_width)).transpose(0, 1).flatten(0, 2)
+        found[name] = tensor
+    problems["unexpected"] = sorted(tensors)
+    said = [
+        f"{len(names):,} {what} ({names[0]}{', …' if len(names) > 1 else ''})"
+        for what, names in problems.items()
+        if names
+    ]
+    if said:
+        raise ValueError(f"the weights are not those of a {format} with the sizes of its config: {'; '.join(said)}")
+    return found
+
+
+def _kind(names: Iterable[str]) -> str:
+    """Of these names, ours or theirs, whose model they are: "masked", or a classifier, "pooled" or "token"."""
+    if not any(name.startswith("classifier.") for name in names):
+        return "masked"
+    return "pooled" if any(name in names for name in _POOLERS) else "token"
+
+
+def _table(config: ModelConfig, format: str, kind: str) -> dict[str, str | tuple[str, ...]]:
+    if config.is_modern != (format == "modernbert"):
+        others = [name for name in FORMATS if (name == "modernbert") == config.is_modern]
+        raise ValueError(
+            f"a {config.architecture} of minisobert is no {format} of transformers; choose {words(others)}"
+        )
+    return TABLES[format] | _HEADS[format][kind]
+
+
+def _their_names(name: str, table: dict[str, str | tuple[str, ...]]) -> list[str]:
+    module, _, kind = name.rpartition(".")
+    number = re.search(r"\.(\d+)\.", name)
+    found = table[module.replace(number[0], ".{i}.") if number else module]
+    each = (found,) if isinstance(found, str) else found
+    return [f"{module.replace('{i}', number[1]) if number else module}.{kind}" for module in each]
+
+
+def _is_shifted(name: str, format: str) -> bool:
+    return format == "xlm-roberta-xl" and name == "encoder.embeddings.position.weight"
+
+
+def _shapes(tensors: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, torch.Size]:
+    """Of the parameters of the model that tensors of theirs are of."""
+    with torch.device("meta"):
+        if kind == "masked":
+            model: Model = MaskedLM(config)
+        else:
+            classes = next(len(tensors[name]) for name in _CLASSES if name in tensors)
+            model = Classifier(config, classes, "cls" if kind == "pooled" else "")
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

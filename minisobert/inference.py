@@ -1,0 +1,207 @@
+"""A trained model in three lines.
+
+    import minisobert
+    model = minisobert.load("runs/base")
+    model.fill_mask("How do I [MASK] a list in Python?")
+
+What is loaded: a run of `train.py`, the result of a `finetune.py`, or a folder in Hugging Face's format whose model is
+one of ours. Texts go through the model one after the other in a row, by tokens and without padding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisobert.corpus.packing import SPECIALS
+from minisobert.finetuning import encoder, huggingface, marking
+from minisobert.finetuning.apply import open_fine_tuned, say_cut
+from minisobert.finetuning.loop import batches, predict
+from minisobert.hub import importing
+from minisobert.model import MaskedLM
+from minisobert.ops import Documents
+from minisobert.tasks import metrics
+from minisobert.tasks.dataset import Example
+from minisobert.training.run import Trained
+
+TOKENS = 16_384  # of texts that go through the model together
+CHUNK = 512  # texts that are encoded at a time
+PATIENCE = 2.0  # seconds after which a progress bar appears
+
+
+class Entity(NamedTuple):
+    kind: str
+    start: int  # in characters of its text
+    stop: int
+    text: str
+
+
+class Loaded:
+    """model: a MaskedLM or a Classifier, in fp32. tokenizer: with encode and decode. labels: of a Classifier, in the
+    order of its columns."""
+
+    def __init__(self, name: str, model, tokenizer, network=None, labels: Sequence[str] = (), clean=str):
+        """network: of a Classifier, as fine-tuning has it; clean: what texts go through before they are read."""
+        self._name, self._network, self._clean, self.labels = name, network, clean, tuple(labels)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+
+    def fill_mask(self, text: str, best: int = 5) -> list[list[tuple[str, float]]]:
+        """The `best` likeliest pieces for each [MASK] of a text, which stands for one piece, with their probabilities.
+
+        A piece begins with the space before it. Raises ValueError where there is no [MASK], the text is too long, or
+        the model is none that guesses.
+        """
+        if not isinstance(self.model, MaskedLM):
+            raise ValueError(f"{self._name} was fine-tuned and guesses no more; load the run that it began with")
+        return guess(self, *with_masks(self, text), best)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, h) fp32: of each text the mean of its final states, those of [CLS] and [SEP] included, as
+        sentence-transformers has it. Compare them by cosine. A text that is too long is cut, and that is said."""
+        texts = _several(texts)
+        if isinstance(self._network, huggingface.Network):
+            raise ValueError(f"{self._name} is a model of transformers; take its embeddings there")
+        vectors = np.empty((len(texts), self.model.config.hidden), np.float32)
+        for indices, ids in self._batches(texts):
+            lengths = torch.tensor([len(each) for each in ids])
+            hidden = self._states(ids)
+            owner = torch.arange(len(ids)).repeat_interleave(lengths).to(self.device)
+            sums = torch.zeros(len(ids), hidden.shape[1], device=self.device).index_add_(0, owner, hidden.float())
+            vectors[indices] = (sums / lengths.to(self.device)[:, None]).cpu().numpy()
+        return vectors
+
+    def classify(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, classes): of each text the probability of each of `labels`. Raises ValueError where the model was not
+        fine-tuned to classify texts."""
+        self._check("sequence", "classifies")
+        texts = _several(texts)
+        found = [p[0] for p in self._predict([Example(str(i), self._clean(text)) for i, text in enumerate(texts)])]
+        return np.stack(found) if found else np.empty((0, len(self.labels)))
+
+    def entities(self, texts: Sequence[str]) -> list[list[Entity]]:
+        """Of each text its entities, in order. Words are cut as `finetuning.marking` says. Raises ValueError where the
+        model was not fine-tuned to find any."""
+        self._check("token", "tags")
+        texts = [self._clean(text) for text in _several(texts)]
+        spans = [marking.word_spans(text) for text in texts]
+        examples = [
+            Example(str(i), text, words=tuple(text[slice(*span)] for span in inside))
+            for i, (text, inside) in enumerate(zip(texts, spans))
+        ]
+        results = []
+        for text, inside, p in zip(texts, spans, self._predict(examples)):
+            found = sorted(metrics.entities([self.labels[i] for i in p.argmax(1)]), key=lambda entity: entity[1])
+            ends = [(kind, inside[first][0], inside[stop - 1][1]) for kind, first, stop in found]
+            results.append([Entity(kind, start, stop, text[start:stop]) for kind, start, stop in ends])
+        return results
+
+    def _check(self, kind: str, does: str) -> None:
+        if self._network is None or self._network.kind != kind:
+            raise ValueError(f"{self._name} is no model that {does} texts; load the --out of such a finetune.py")
+
+    def _predict(self, examples: list[Example]) -> Iterator[np.ndarray]:
+        with tqdm(total=len(examples), unit="text", delay=PATIENCE) as bar:
+            for start in range(0, len(examples), CHUNK):
+                part = examples[start : start + CHUNK]
+                yield from predict(self._network, self._network.encode(part))
+                bar.update(len(part))
+        say_cut(self._network, len(examples))
+
+    def _batches(self, texts: list[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+        """Which texts go through the model together, and their ids."""
+        longest = self.model.config.positions - SPECIALS
+        special, cut = self.tokenizer.vocabulary, 0
+        with tqdm(total=len(texts), unit="text", delay=PATIENCE) as bar:
+            for start in range(0, len(texts), CHUNK):
+                encoded = [self.tokenizer.encode(self._clean(text)) for text in texts[start : start + CHUNK]]
+                cut += sum(len(ids) > longest for ids in encoded)
+                ids = [np.concatenate([[special.cls], each[:longest], [special.sep]]) for each in encoded]
+                for batch in batches(np.array([len(each) for each in ids]), TOKENS, np.arange(len(ids))):
+                    yield [start + i for i in batch], [ids[i].astype(np.int64) for i in batch]
+                    bar.update(len(batch))
+        if cut:
+            print(f"{cut:,} of {len(texts):,} texts were cut to their first {longest:,} tokens", file=sys.stderr)
+
+    def _states(self, ids: list[np.ndarray]) -> Tensor:
+        """(T, h): the final states of some documents, one after the other."""
+        lengths = [len(each) for each in ids]
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        documents = Documents.from_bounds(np.concatenate([[0], np.cumsum(lengths)]), self.device)
+        tokens = torch.from_numpy(np.concatenate(ids))
+        return self.model.encoder(tokens.to(self.device), positions.to(self.device), documents)
+
+
+def load(path: str | Path) -> Loaded:
+    """The model of a run of train.py, of the result of a finetune.py, or of a folder in Hugging Face's format. Raises
+    ValueError where there is none that can be loaded."""
+    folder, name = Path(path), str(path)
+    if (folder / "model/task.json").is_file():
+        network, task, clean = open_fine_tuned(folder)
+        return Loaded(name, network.module, network.tokenizer, network, task["labels"], clean)
+    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+        trained = importing.open_model(folder)
+        return Loaded(name, trained.model, trained.tokenizer)
+    imported = importing.read(folder)
+    network = None
+    if imported.labels:
+        kind = "sequence" if imported.of_documents else "token"
+        network = encoder.Network(imported.model, imported.tokenizer, kind)
+    return Loaded(name, imported.model, imported.tokenizer, network, imported.labels)
+
+
+def _several(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts; of a single one, a list with that one")
+    return list(texts)
+
+
+@torch.no_grad()
+def guess(
+    trained: Trained | Loaded, ids: np.ndarray, masked: list[int], best: int = 3
+) -> list[list[tuple[str, float]]]:
+    """ids: (n,) of a text, without specials; masked: the places in it that the model must not see.
+
+    Returns for each of those the `best` likeliest pieces, with their probabilities.
+    """
+    positions = trained.model.config.positions
+    if len(ids) > positions - SPECIALS:
+        raise ValueError(f"the text has {len(ids):,} tokens; the model reads up to {positions - SPECIALS:,}")
+    if not 1 <= best <= trained.tokenizer.vocab_size:
+        raise ValueError(f"best is {best:,}; it must be from 1 to {trained.tokenizer.vocab_size:,}, the vocabulary")
+    special = trained.tokenizer.vocabulary
+    tokens = torch.tensor([special.cls, *ids.tolist(), special.sep])
+    places = torch.tensor(masked) + 1
+    tokens[places] = special.mask
+    device = next(trained.model.parameters()).device
+    documents = Documents.from_bounds([0, len(tokens)], device)
+    logits = trained.model(tokens.to(device), torch.arange(len(tokens)).to(device), documents, places.to(device))
+    # rows beyond the vocabulary are padding of the matrix: no text has them
+    probabilities, pieces = logits[:, : trained.tokenizer.vocab_size].softmax(1).topk(best)
+    return [
+        [(trained.tokenizer.decode([piece]), p) for piece, p in zip(*row)]
+        for row in zip(pieces.tolist(), probabilities.tolist())
+    ]
+
+
+def with_masks(trained: Trained | Loaded, text: str) -> tuple[np.ndarray, list[int]]:
+    """The ids of a text in which [MASK] stands for one piece each, and their places. ValueError where none stands.
+
+    A piece begins with the space before it, so " [MASK]" is one: a space of its own before a word is nothing that a
+    model has seen."""
+    parts = text.replace(" [MASK]", "[MASK]").split("[MASK]")
+    if len(parts) == 1:
+        raise ValueError('the text has no [MASK]; write one where the model shall guess, as in "for i in [MASK](10):"')
+    ids, places = [trained.tokenizer.encode(parts[0])], []
+    for part in parts[1:]:
+        places.append(sum(map(len, ids)))
+        ids += [np.array([trained.tokenizer.vocabulary.mask]), trained.tokenizer.encode(part)]
+    return np.concatenate(ids).astype(np.int64), places
