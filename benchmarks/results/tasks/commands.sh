@@ -13,18 +13,23 @@ mkdir -p runs/logs
 
 # 1. the corpus, without the texts of dev and test
 $python -m data.prepare --input "$1"/text/titles.txt.xz "$1"/text/question_bodies.jsonl.xz "$1"/dumps/*.7z \
-    --vocab-size 8000 --out data/prepared --decontaminate $(
+    --vocab-size 8000 --out runs/prepared --decontaminate $(
         for task in ner closed quality; do for file in ${files[$task]}; do echo "$task=$file"; done; done
     ) >runs/logs/prepare.txt
 
-# 2. pre-training: two processes of one thread; a small model and few tokens want small batches, a high rate, no dropout
-.venv/bin/torchrun --nproc_per_node=2 train.py --out runs/tiny --preset tiny --train-tokens 46e6 \
-    --tokens-per-batch 8192 --micro-batch-rows 2 --dropout 0 --learning-rate 2e-3 --warmup-fraction 0.05 \
-    --final-learning-rate-fraction 0 --beta2 0.98 --eval-every-tokens 4e6 --eval-rows 64 \
-    --checkpoint-every-tokens 8e6 >runs/logs/train.txt 2>runs/logs/train.progress
-tr '\r' '\n' <runs/logs/train.progress | tail -1 >>runs/logs/train.txt
-$python -m minisobert.plot runs/tiny
-awk 'NR % 50 == 0 || /validation/' runs/tiny/metrics.jsonl >runs/logs/pretraining.jsonl
+# 2. pre-training: two processes of one thread; a small model and few tokens want small batches, a high rate, no dropout.
+# Of the modern model the last of three layers attends to the whole text: what is classified has seen all of it
+pretrain() {    # name, options
+    .venv/bin/torchrun --nproc_per_node=2 train.py --data runs/prepared --out runs/$1 --eval-rows 64 \
+        --checkpoint-every-tokens 8e6 ${@:2} >runs/logs/train-$1.txt 2>runs/logs/train-$1.progress
+    tr '\r' '\n' <runs/logs/train-$1.progress | tail -1 >>runs/logs/train-$1.txt
+    awk 'NR % 50 == 0 || /validation/' runs/$1/metrics.jsonl >runs/logs/pretraining-$1.jsonl
+}
+pretrain tiny --preset tiny --train-tokens 46e6 --tokens-per-batch 8192 --micro-batch-rows 2 --dropout 0 \
+    --learning-rate 2e-3 --warmup-fraction 0.05 --final-learning-rate-fraction 0 --beta2 0.98 --eval-every-tokens 4e6
+pretrain modern --preset modern-tiny --layers 3 --global-every 2 --train-tokens 20.5e6 --tokens-per-batch 4096 \
+    --micro-batch-rows 1 --learning-rate 4e-3 --muon-learning-rate 6e-3 --warmup-fraction 0.03 --eval-every-tokens 2e6
+$python -m minisobert.plot runs/tiny runs/modern --png runs/logs/loss.png
 
 # 3. fine-tuning; what each model needs was seen on dev
 finetune() {    # task, model, name of the model, settings
