@@ -82,7 +82,8 @@ def words(values: Iterable, joint: str = "or") -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     """The lines of a Markdown table."""
     cells = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
-    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in cells)]
+    header = (column.replace("|", "\\|") for column in columns)
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def flag(name: str) -> str:
@@ -194,6 +195,21 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def add_argument(
+    group, name: str, kind: type, default, help: str, metavar: str | None, choices: Collection[str] | None = None
+) -> None:
+    """A flag. kind: bool for a switch, tuple for one or more values."""
+    help = help.replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag(name), action="store_true", help=help)
+        return
+    several = "+" if typing.get_origin(kind) is tuple or kind is tuple else None
+    kind = kind if kind in (int, float) else str
+    group.add_argument(
+        flag(name), type=kind, nargs=several, default=default, metavar=metavar, choices=choices, help=help
+    )
+
+
 def parse(cls, argv: list[str] | None = None, prog: str | None = None, description: str | None = None):
     """A config from command-line words, one flag per field in kebab case. Mistakes leave by `fail`."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
@@ -202,22 +218,11 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
         title, help = f.metadata["group"], f.metadata["help"]
         group = groups.setdefault(title, parser.add_argument_group(title) if title and title not in groups else parser)
         kind = types[f.name]
-        if kind is bool:
-            group.add_argument(flag(f.name), action="store_true", help=help.replace("%", "%%"))
-            continue
-        several = kind == tuple[str, ...]
         default = f"{f.default:,}" if kind is int and (f.default or 0) >= 10_000 else f.default
         default = f.metadata["shown"] or default
-        shown = "" if default in ("", ()) else f" (default {default})"
-        group.add_argument(
-            flag(f.name),
-            type=kind if kind in (int, float) else str,
-            nargs="+" if several else None,
-            default=f.default,
-            metavar=None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"]),
-            choices=f.metadata["choices"],
-            help=f"{help}{shown}".replace("%", "%%"),
-        )
+        shown = "" if default in ("", ()) or kind is bool else f" (default {default})"
+        metavar = None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"])
+        add_argument(group, f.name, kind, f.default, f"{help}{shown}", metavar, f.metadata["choices"])
     values = vars(parser.parse_args(argv))
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -25,6 +25,7 @@ from minisobert.finetuning.config import FineTuneConfig
 from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.metrics import MANY
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.schedule import learning_rate
 
@@ -188,8 +189,9 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
     for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
             found = network.logits(part, None).double().softmax(1).cpu().numpy()
+            found = found.astype(np.float32) if found.shape[1] > MANY else found  # or thousands of classes fill memory
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
-                whole = np.zeros((item.size, found.shape[1]))
+                whole = np.zeros((item.size, found.shape[1]), found.dtype)
                 whole[:, 0] = 1
                 whole[item.word_indices] = p
                 results[number[id(item)]] = whole

@@ -82,6 +82,8 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     task = json.loads((out / "model/task.json").read_text())
     if task["format"] == "transformers":
         raise ValueError(f"{out / 'model'} is in Hugging Face's format already; use that folder")
+    if task["format"] == "tfidf":
+        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a model that is a network")
     results = json.loads((out / "metrics.json").read_text())
     network = encoder.open_network(out / "model", task)
     kind = "SequenceClassification" if task["kind"] == "sequence" else "TokenClassification"

@@ -1,0 +1,140 @@
+"""Your own labels: a class for each text, from tables with your own columns.
+
+    python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/teams
+
+Rows without a text or a class, and rows that cannot be read, are left out and counted. The splits are those in the
+names of the files, or of the column --split, or they are drawn class by class; the same text is never in two of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+from minisobert.tasks.dataset import Dataset, Example, Option, Task
+from minisobert.tasks.files import DUMP, SPLITS, File, find
+from minisobert.tasks.splits import Labelled, dataset, fingerprint
+from minisobert.tasks.tables import KINDS, NOT_UTF8, check_columns, plain, rows, text_of
+
+ADVICE = "name yours with --text, --label and --split"
+
+
+def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "") -> Dataset:
+    """The classes are ordered by how many rows they have, the commonest first; those that train lacks are kept, and
+    count as wrong. text, label, split: columns; by default "text", "label" and none. Raises ValueError for whatever is
+    wrong with the files as a whole."""
+    columns, label = text or ("text",), label or "label"
+    notes: list[str] = []
+    found = [each for file in _files(paths) for each in _labelled(file, columns, label, split, notes)]
+    counts = Counter(name for _, name in found)
+    if len(counts) < 2:
+        only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
+        raise ValueError(f"labels: {only}; two classes at least can be learnt" + "".join(f"; {note}" for note in notes))
+    classes = sorted(counts, key=lambda name: (-counts[name], name))
+    index = {name: i for i, name in enumerate(classes)}
+    items = [
+        item._replace(example=dataclasses.replace(item.example, label=index[name]), group=index[name])
+        for item, name in found
+    ]
+    data = dataset(TASK, classes, items, seed, notes, unit="text", columns=columns)
+    return _settled(data, counts)
+
+
+def _files(paths: list[Path]) -> list[File]:
+    files = [file for file in find(paths, KINDS) if file.named or file.kind != ".txt"]
+    for file in files:
+        if file.kind in (DUMP, ".txt"):
+            what = "a dump" if file.kind == DUMP else "text without columns"
+            raise ValueError(
+                f"{file} is {what}; labels reads .csv, .tsv and .jsonl with a text and a class in each row"
+            )
+    if not files:
+        raise ValueError(f"no .csv, .tsv or .jsonl in {', '.join(map(str, paths))}")
+    return files
+
+
+def _labelled(
+    file: File, columns: tuple[str, ...], label: str, split: str, notes: list[str]
+) -> list[tuple[Labelled, str]]:
+    """The examples of a file with their classes' names. What was left out is appended to the notes."""
+    found, left_out, there = [], Counter(), {}
+    first: dict[str, int] = {}  # reason → line
+    for row in rows(file):
+        there |= dict.fromkeys(row.fields)
+        if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
+            raise ValueError(f"{file}:{row.line}: {row.problem}")
+        if row.fields and file.kind != ".jsonl":
+            check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            found.append(_example(file, row.line, row.fields, columns, label, split))
+        except ValueError as error:
+            left_out[str(error)] += 1
+            first.setdefault(str(error), row.line)
+    check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
+    for why, n in left_out.items():
+        notes.append(f"{file}: {n:,} row{'s' * (n > 1)} left out, {why} (first: line {first[why]:,})")
+    return found
+
+
+def _example(file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str):
+    """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
+    text = text_of(fields, columns)
+    name = class_name(plain(fields, label))
+    where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
+    if not text.strip():
+        raise ValueError("without a text")
+    if not name:
+        raise ValueError(f"without a {label}")
+    if split and not where:
+        raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
+    thread = hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
+    return Labelled(thread, where, Example(f"{file.stem}:{line}", text)), name
+
+
+def class_name(given: str) -> str:
+    """As it stands there, on one line and without control characters, which reports and terminals could not show."""
+    return " ".join("".join(c for c in given if c.isspace() or unicodedata.category(c) != "Cc").split())
+
+
+def _settled(data: Dataset, counts: Counter) -> Dataset:
+    """Without the classes that lost all their examples as duplicates, and with notes about the others."""
+    splits = {name: getattr(data, name) for name in ("train", "dev", "test")}
+    there = sorted({e.label for part in splits.values() for e in part})
+    trained = {e.label for e in data.train}
+    if len(trained) < 2:
+        raise ValueError("labels: train holds a single class; two at least can be learnt")
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    pairs = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    gone = [name for i, name in enumerate(data.labels) if i not in set(there)]
+    unknown = [data.labels[i] for i in there if i not in trained]
+    notes = [
+        (pairs, "classes differ in case or form alone and are kept apart"),
+        (gone, "classes left out, all their rows are duplicates of others"),
+        (unknown, "classes of dev or test are not in train; their rows count as wrong"),
+    ]
+    data.notes.extend(f"{len(names):,} {what}: {', '.join(names[:5])}" for names, what in notes if names)
+    if not gone:
+        return data
+    index = {old: new for new, old in enumerate(there)}
+    moved = {n: [dataclasses.replace(e, label=index[e.label]) for e in part] for n, part in splits.items()}
+    return dataclasses.replace(data, labels=tuple(data.labels[i] for i in there), **moved)
+
+
+TASK = Task(
+    "labels",
+    read,
+    "You sort texts into classes.",
+    options={
+        "text": Option("for labels, columns that make up a text (default text)", ()),
+        "label": Option("for labels, column of the class (default label)", ""),
+        "split": Option("for labels, column that says train, dev or test", ""),
+    },
+    own_classes=True,
+)
