@@ -20,7 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import sys
 from functools import partial
 
-from minisobert.cli import command, parse
+from minisobert.cli import command, parse, printable
 from minisobert.files import new_folder
 from minisobert.finetuning import apply, evaluation, report
 from minisobert.finetuning.config import FineTuneConfig, config_class
@@ -52,7 +52,7 @@ def say(data: Dataset) -> None:
     """What is learnt, and what was left out of it, on standard error before training begins."""
     counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
     what = "classes" if data.kind == "sequence" else "tags"
-    print(f"{counts}; {len(data.labels):,} {what}", *data.notes, sep="\n  ", file=sys.stderr)
+    print(printable("\n  ".join([f"{counts}; {len(data.labels):,} {what}", *data.notes])), file=sys.stderr)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:

@@ -191,7 +191,7 @@ def fail(message: object) -> NoReturn:
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
     if message:
-        print(" ".join(str(message).split()), file=sys.stderr)
+        print(printable(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -244,6 +244,15 @@ def whole_number(text: str) -> int:
     if value != int(value):
         raise ValueError(text)
     return int(value) if abs(value) < 2**53 else int(Decimal(text.replace(",", "")))  # above, floats are not exact
+
+
+# what moves a terminal's cursor, changes its colours or title, or turns the order of letters around
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    """With a mark for each character that a terminal would obey and not show; tabs and line ends stay."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _integer(text: str) -> int:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from minisobert.cli import words
+from minisobert.cli import printable, words
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.texts import texts
 from minisobert.files import new_file
@@ -84,7 +84,7 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
     count = 0
     with _writer(out, task) as write, tqdm(unit="text", delay=PATIENCE, disable=not out) as bar:
         while chunk := list(islice(posts, CHUNK)):
-            spans = [marking.word_spans(post.cleaned) for post in chunk]
+            spans = [marking.word_spans(post.cleaned) if task["kind"] == "token" else [] for post in chunk]
             examples = [
                 Example("", post.cleaned, words=tuple(post.cleaned[slice(*span)] for span in inside))
                 for post, inside in zip(chunk, spans)
@@ -132,7 +132,7 @@ def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str
             text = _text(row, columns)
         except ValueError as error:
             count += 1
-            bad += [marking.printable(f"{source}:{row.line}: {error}")] if count <= NAMED else []
+            bad += [f"{source}:{row.line}: {error}"] if count <= NAMED else []
             continue
         texts_there += bool(text.strip())
         if texts_there and bad:
@@ -196,14 +196,14 @@ def _print_class(labels: list[str]) -> Callable[[Post, list, np.ndarray], None]:
             return
         shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
         line = f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.cleaned.split())[:SHOWN]}"
-        print(marking.printable(line))
+        print(printable(line))
 
     return write
 
 
 def _print_marked(labels: list[str]) -> Callable[[Post, list[tuple[int, int]], np.ndarray], None]:
     def write(post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> None:
-        text = marking.printable(post.cleaned)  # as long as before: the words are where they were
+        text = printable(post.cleaned)  # as long as before: the words are where they were
         tags = [labels[i] for i in p.argmax(1)]
         print(marking.mark(text, inside, tags, colour=sys.stdout.isatty()) if text.strip() else "")
 

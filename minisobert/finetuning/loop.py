@@ -96,6 +96,10 @@ def fit(
     """Trains the network on data.train. score: of probabilities for data.dev, higher is better; of epochs with the
     same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
     training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
+    if cut := getattr(network, "cut", 0):
+        note = f"{cut:,} texts were longer than the model reads, and cut at their end"
+        data.notes.extend([note] * (note not in data.notes))  # every seed cuts the same ones
+        network.cut = 0
     lengths = np.array([len(item.ids) for item in training])
     total = config.epochs * int(lengths.sum())
     device = next(network.module.parameters()).device

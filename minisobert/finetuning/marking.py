@@ -13,15 +13,6 @@ WORD = re.compile(r"\w[^\s,;:!?()\"']*[\w+#]|\w|[^\w\s]")
 COLOURS = 31, 32, 33, 34, 35, 36
 
 
-# what moves a terminal's cursor, changes its colours or title, or turns the order of letters around
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
-
-
-def printable(text: str) -> str:
-    """With a mark for each character that a terminal would obey and not show; tabs and line ends stay."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
 def word_spans(text: str) -> list[tuple[int, int]]:
     """From where to where in the text each word goes."""
     return [match.span() for match in WORD.finditer(text)]

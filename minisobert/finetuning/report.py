@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.cli import table
+from minisobert.cli import printable, table
 from minisobert.files import write_json
 from minisobert.finetuning import evaluation, figures, marking
 from minisobert.finetuning.config import FineTuneConfig, task_options
@@ -182,7 +182,7 @@ def _matrix(evaluated: Evaluation, data: Dataset) -> str:
 
 def _quoted(text: str) -> str:
     """As code in an item of a list, whatever marks it has."""
-    return "".join(f"        {line}\n" for line in marking.printable(text).splitlines())
+    return "".join(f"        {line}\n" for line in printable(text).splitlines())
 
 
 def _plus_minus(results: dict, name: str) -> str:

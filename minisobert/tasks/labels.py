@@ -115,11 +115,11 @@ def _settled(data: Dataset, counts: Counter) -> Dataset:
     gone = [name for i, name in enumerate(data.labels) if i not in set(there)]
     unknown = [data.labels[i] for i in there if i not in trained]
     notes = [
-        (pairs, "classes differ in case or form alone and are kept apart"),
-        (gone, "classes left out, all their rows are duplicates of others"),
-        (unknown, "classes of dev or test are not in train; their rows count as wrong"),
+        (pairs, "classes that differ in case or form alone, kept apart"),
+        (gone, "classes left out, since all their rows are duplicates of others"),
+        (unknown, "classes of dev or test that train lacks, whose rows count as wrong"),
     ]
-    data.notes.extend(f"{len(names):,} {what}: {', '.join(names[:5])}" for names, what in notes if names)
+    data.notes.extend(f"{what}: {len(names):,} ({', '.join(names[:5])})" for names, what in notes if names)
     if not gone:
         return data
     index = {old: new for new, old in enumerate(there)}

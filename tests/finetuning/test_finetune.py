@@ -250,6 +250,17 @@ def test_words_past_the_last_position_have_no_entity(pieces):
     assert (p[len(item.word_indices) :] == [1, 0, 0]).all()
 
 
+def test_texts_that_are_cut_are_said_once(pieces):
+    data = sequence_task([], 0)
+    config = FineTuneConfig("quality", "random:tiny", ("toy",), "out", epochs=1)
+    short = [network(pieces, "sequence", positions=10) for _ in range(2)]
+    longer = sum(len(short[0].tokenizer.encode(e.text)) > 8 for e in (*data.train, *data.dev, *data.test))
+    for each in short:
+        loop.fit(each, data, config, 1, lambda probabilities: 0.0)
+    assert 0 < longer < 320
+    assert data.notes[1:] == [f"{longer} texts were longer than the model reads, and cut at their end"]
+
+
 def test_a_prediction_does_not_depend_on_its_batch(pieces):
     ours = network(pieces, "sequence")
     items = ours.encode(sequence_task([], 0).dev)

@@ -48,7 +48,9 @@ def lines(pairs, sep: str = ",", end: str = "\n") -> str:
 def test_every_kind_of_table_gives_the_same_examples(name, text, encoding, tmp_path):
     data = labels.read([table(tmp_path / name, text, encoding)], 0, text=("body",), label="team")
     assert shown(data) == dict(many()) and data.columns == ("body",)
-    assert any("classes differ in case" in note and "'billing team' and 'BILLING TEAM'" in note for note in data.notes)
+    assert any(
+        "classes that differ in case" in note and "'billing team' and 'BILLING TEAM'" in note for note in data.notes
+    )
     packed = tmp_path / f"{name}.gz"
     packed.write_bytes(gzip.compress(text.encode(encoding)))
     again = labels.read([packed], 0, text=("body",), label="team")
@@ -121,7 +123,9 @@ def test_thousands_of_classes_and_some_with_a_single_row(tmp_path):
     path = table(tmp_path / "t.csv", "text,label\n" + "".join(f"text {i},class {c}\n" for i, c in enumerate(of)))
     data = labels.read([path], 0)
     assert len(data.labels) == 3_000 and {e.label for e in data.train} == set(range(3_000))
-    assert all(1_000 < len(part) < 1_200 for part in (data.dev, data.test))  # 10 %, but for what classes of one or two owe
+    assert all(
+        1_000 < len(part) < 1_200 for part in (data.dev, data.test)
+    )  # 10 %, but for what classes of one or two owe
     count = Counter(of)
     assert list(data.labels) == sorted(data.labels, key=lambda name: (-count[int(name[6:])], name))
 
@@ -133,8 +137,8 @@ def test_classes_that_train_lacks_stay_and_those_without_examples_go(tmp_path):
     data = labels.read([tmp_path], 0)
     assert set(data.labels) == {"x", "y", "new"} and shown(data)["b"] == "new" and shown(data)["t1"] == "y"
     assert data.notes[-2:] == [
-        "1 classes left out, all their rows are duplicates of others: gone",
-        "1 classes of dev or test are not in train; their rows count as wrong: new",
+        "classes left out, since all their rows are duplicates of others: 1 (gone)",
+        "classes of dev or test that train lacks, whose rows count as wrong: 1 (new)",
     ]
 
 
