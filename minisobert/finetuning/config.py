@@ -50,8 +50,8 @@ class FineTuneConfig:
     class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
     predict: str = option(
         "",
-        "classify the texts of a file (.csv, .tsv, .jsonl, or one a line) or of - (standard input); prints, or writes "
-        "--out, a new .jsonl or .csv",
+        "classify the texts of a file (.csv, .tsv, .jsonl, .parquet or a text a line) or of - (stdin); prints, or "
+        "writes --out, a new .jsonl or .csv",
         metavar="FILE",
         group="prediction",
     )

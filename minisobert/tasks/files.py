@@ -35,7 +35,7 @@ class File:
 
     @property
     def stem(self) -> str:
-        return re.sub(r"(\.(csv|tsv|jsonl|txt|conll|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
+        return re.sub(r"(\.(csv|tsv|jsonl|parquet|txt|conll|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
 
     @property
     def split(self) -> str | None:

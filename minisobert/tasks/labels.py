@@ -49,10 +49,10 @@ def _files(paths: list[Path]) -> list[File]:
         if file.kind in (DUMP, ".txt"):
             what = "a dump" if file.kind == DUMP else "text without columns"
             raise ValueError(
-                f"{file} is {what}; labels reads .csv, .tsv and .jsonl with a text and a class in each row"
+                f"{file} is {what}; labels reads .csv, .tsv, .jsonl and .parquet, a text and a class in each row"
             )
     if not files:
-        raise ValueError(f"no .csv, .tsv or .jsonl in {', '.join(map(str, paths))}")
+        raise ValueError(f"no .csv, .tsv, .jsonl or .parquet in {', '.join(map(str, paths))}")
     return files
 
 
@@ -66,7 +66,7 @@ def _labelled(
         there |= dict.fromkeys(row.fields)
         if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
             raise ValueError(f"{file}:{row.line}: {row.problem}")
-        if row.fields and file.kind != ".jsonl":
+        if row.fields and file.kind != ".jsonl" and not found:
             check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
         try:
             if row.problem:

@@ -1,4 +1,5 @@
-"""Tables as people have them, a row at a time: .csv (comma, semicolon or tab), .tsv, .jsonl, and lines of .txt.
+"""Tables as people have them, a row at a time: .csv (comma, semicolon or tab), .tsv, .jsonl, .parquet (extra [tables]),
+and lines of .txt.
 
 A row that cannot be read costs itself alone: it comes with the reason, so that whoever reads can count it or name it.
 """
@@ -13,12 +14,12 @@ from typing import NamedTuple
 
 from minisobert.tasks.files import LONGEST_FIELD, File
 
-KINDS = (".csv", ".tsv", ".jsonl", ".txt")
+KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
 
 
 class Row(NamedTuple):
-    line: int  # on which it begins, from 1
+    line: int  # on which it begins, from 1; of a .parquet its number
     fields: dict  # column → value: text, or of a .jsonl whatever JSON has
     problem: str = ""  # why it cannot be read; then it has no fields
 
@@ -26,6 +27,9 @@ class Row(NamedTuple):
 def rows(file: File) -> Iterator[Row]:
     """file: of one of KINDS; a .txt has the column "text". Empty lines are left out, but not of a .txt. Raises
     ValueError where the file has no header, or is no text at all."""
+    if file.kind == ".parquet":
+        yield from _parquet(file)
+        return
     read = {".jsonl": _jsonl, ".txt": _lines}.get(file.kind, _csv)
     with file.text(newline="" if read is _csv else "\n", errors="surrogateescape") as stream:
         yield from read(stream, file)
@@ -85,6 +89,19 @@ def _csv(stream, file: File) -> Iterator[Row]:
             yield Row(line, {}, NOT_UTF8)
         elif fields:
             yield Row(line, dict(zip(columns, fields)))
+
+
+def _parquet(file: File) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{file} needs pyarrow: pip install 'minisobert[tables]'") from None
+    try:
+        batches = parquet.ParquetFile(file.path).iter_batches(1_024)
+        fields = (each for batch in batches for each in batch.to_pylist())
+        yield from (Row(number, each) for number, each in enumerate(fields, 1))
+    except ArrowException as error:
+        raise ValueError(f"{file} is no readable .parquet file ({error})") from None
 
 
 def _jsonl(stream, file: File) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,29 @@ def test_every_kind_of_table_gives_the_same_examples(name, text, encoding, tmp_p
     packed.write_bytes(gzip.compress(text.encode(encoding)))
     again = labels.read([packed], 0, text=("body",), label="team")
     assert (again.labels, shown(again)) == (data.labels, shown(data))
+
+
+def test_a_parquet_file_gives_them_too(tmp_path):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        pytest.skip("pyarrow is not installed: pip install 'minisobert[tables]'")
+    bodies, teams = zip(*many(), (None, "x"), ("no team", None))
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"body": bodies, "team": teams, "n": range(62)}), path)
+    data = labels.read([path], 0, text=("body",), label="team")
+    assert shown(data) == dict(many()) and sum("1 row left out, without a" in note for note in data.notes) == 2
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"t\.parquet is no readable \.parquet file"):
+        labels.read([path], 0)
+
+
+def test_a_parquet_file_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"t\.parquet needs pyarrow: pip install 'minisobert\[tables\]'"):
+        labels.read([tmp_path / "t.parquet"], 0)
 
 
 def test_fields_with_quotes_newlines_tabs_and_nothing(tmp_path):
