@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisobert.corpus.packing import SPECIALS
-from minisobert.finetuning import apply, encoder, huggingface, marking
+from minisobert.finetuning import apply, encoder, huggingface
 from minisobert.finetuning.baselines import Linear
 from minisobert.finetuning.loop import batches
 from minisobert.hub import importing
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
 from minisobert.tasks.dataset import Example
+from minisobert.tasks.words import word_spans
 from minisobert.training.run import Trained
 
 TOKENS = 16_384  # of texts that go through the model together
@@ -89,11 +90,11 @@ class Loaded:
         return np.stack(found) if found else np.empty((0, len(self.labels)))
 
     def entities(self, texts: Sequence[str]) -> list[list[Entity]]:
-        """Of each text its entities, in order. Words are cut as `finetuning.marking` says. Raises ValueError where the
+        """Of each text its entities, in order. Words are cut as `tasks.words` says. Raises ValueError where the
         model was not fine-tuned to find any."""
         self._check("token", "tags")
         texts = [self._clean(text) for text in _several(texts)]
-        spans = [marking.word_spans(text) for text in texts]
+        spans = [word_spans(text) for text in texts]
         examples = [
             Example(str(i), text, words=tuple(text[slice(*span)] for span in inside))
             for i, (text, inside) in enumerate(zip(texts, spans))

@@ -30,6 +30,7 @@ from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Example
 from minisobert.tasks.files import DUMP, File, find
 from minisobert.tasks.tables import KINDS, Row, check_columns, rows, text_of
+from minisobert.tasks.words import word_spans
 
 SHOWN = 60  # characters of a post beside its class
 LIKELIEST = 10  # of more than MANY classes, those whose probabilities are told
@@ -84,7 +85,7 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
     count = 0
     with _writer(out, task) as write, tqdm(unit="text", delay=PATIENCE, disable=not out) as bar:
         while chunk := list(islice(posts, CHUNK)):
-            spans = [marking.word_spans(post.cleaned) if task["kind"] == "token" else [] for post in chunk]
+            spans = [word_spans(post.cleaned) if task["kind"] == "token" else [] for post in chunk]
             examples = [
                 Example("", post.cleaned, words=tuple(post.cleaned[slice(*span)] for span in inside))
                 for post, inside in zip(chunk, spans)

@@ -175,9 +175,10 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
 
 def _matrix(evaluated: Evaluation, data: Dataset) -> str:
     """The title of the confusion matrix: which classes it shows."""
-    if len(data.labels) <= metrics.MANY or len(evaluated.classes) <= metrics.MANY:
+    if len(evaluated.classes) <= metrics.MANY:
         return "Confusion matrix"
-    return f"Confusion matrix of the {metrics.MANY} commonest in test of {len(data.labels):,} classes"
+    count = len(data.labels if data.kind == "sequence" else evaluated.per_class)
+    return f"Confusion matrix of the {metrics.MANY} commonest in test of {count:,} classes"
 
 
 def _quoted(text: str) -> str:

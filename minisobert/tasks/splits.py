@@ -31,8 +31,9 @@ def dataset(
     """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
     those with the smallest hashes of (seed, question).
 
-    Duplicates are removed, whatever their case and white space, but not among sentences whose files name a split, since
-    published ones repeat some. A question that is in two splits stays in test before dev, and in dev before train.
+    Duplicates are removed, whatever their case and white space, but not among sentences of a published task whose files
+    name a split, since some are repeated there. A question that is in two splits stays in test before dev, and in dev
+    before train.
     notes: what was done is appended. cleaning, columns: see Dataset. unit: what a thread is called. Raises ValueError
     for an empty split and, where the task has classes of its own, for one that train does not hold.
     """
@@ -53,7 +54,7 @@ def dataset(
         notes.append(
             f"{' and '.join(missing)}: {SHARE:.0%} of the {unit}s each, taken from train by {unit}, seed {seed}"
         )
-    if task.kind == "sequence" or own == {None}:
+    if task.kind == "sequence" or task.own_classes or own == {None}:
         parts = _unique(parts, notes, unit)
     examples = {split: [item.example for item in part] for split, part in parts.items()}
     _check(task, labels, examples)

@@ -27,6 +27,7 @@ from minisobert.hub.weights import FORMATS
 from minisobert.model import Classifier, MaskedLM
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.words import word_spans
 from minisobert.training.run import open_run
 from tests.test_model import with_signal_everywhere
 
@@ -199,7 +200,7 @@ def test_entities_of_standard_input_are_marked(results):
 
 def test_colours_surround_an_entity_on_a_terminal_alone():
     text, tags = "use numpy, please", ["O", "B-Library", "O", "O"]
-    spans = marking.word_spans(text)
+    spans = word_spans(text)
     assert marking.mark(text, spans, tags, colour=False) == "use [numpy](Library), please"
     coloured = marking.mark(text, spans, tags, colour=True)
     assert coloured.startswith("use \x1b[1;3") and coloured.endswith("Library\x1b[0m, please")
@@ -210,7 +211,7 @@ def test_colours_surround_an_entity_on_a_terminal_alone():
     ("a  b\n", ["a", "b"]),
 ])  # fmt: skip
 def test_words_are_cut_as_in_the_corpus(text, words):
-    assert [text[a:b] for a, b in marking.word_spans(text)] == words
+    assert [text[a:b] for a, b in word_spans(text)] == words
 
 
 def network(

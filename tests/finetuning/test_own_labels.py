@@ -188,6 +188,46 @@ def test_results_are_compared_with_those_of_the_same_classes(results, tmp_path):
     assert tfidf.startswith("| tfidf --text title body |") and tfidf.count("(n ") == 2
 
 
+def write(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_tags_are_learnt_from_spans_and_what_is_predicted_can_be_learnt_from(results, tmp_path, capsys):
+    draw, lines = random.Random(2), []
+    for i in range(150):
+        words, spans, at = [], [], 0
+        for _ in range(5):
+            word = draw.choice(WORDS)
+            if word[:2] in ("ba", "du"):
+                spans.append([at, at + len(word), "Größe" if word[:2] == "ba" else "own type"])
+            words.append(word)
+            at += len(word) + 1
+        lines.append({"text": " ".join([*words, str(i)]), "spans": spans})
+    write(tmp_path / "spans.jsonl", lines)
+    finetune.main(["--task", "tags", "--data", str(tmp_path / "spans.jsonl"), "--out", str(tmp_path / "out"), "--model",
+                   "random:tiny", "--tokenizer", str(results / "tokenizer.model"), "--epochs", "8", "--dropout", "0",
+                   "--learning-rate", "5e-3", "--tokens-per-batch", "300"])  # fmt: skip
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert found["mean"]["f1"] > 0.95 and set(found["per_class"]) == {"Größe", "own type", "all entities"}
+    write(tmp_path / "new.jsonl", [{"text": "ban  kor\tdust"}, {"text": ""}, {"text": "fin\nban dun"}])
+    model = ("--model", str(tmp_path / "out"))
+    told, _ = predict(capsys, str(tmp_path / "new.jsonl"), *model)
+    assert told == "[ban](Größe)  kor\t[dust](own type)\n\nfin\n[ban](Größe) [dun](own type)\n"
+    predict(capsys, str(tmp_path / "new.jsonl"), *model, "--out", str(tmp_path / "a.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["spans"] for row in rows] == [
+        [[0, 3, "Größe"], [9, 13, "own type"]], [], [[4, 7, "Größe"], [8, 11, "own type"]]
+    ]  # fmt: skip
+    (entity, *_), *_ = minisobert.load(tmp_path / "out").entities([rows[0]["text"]])
+    assert list(entity)[1:3] == rows[0]["spans"][0][:2]
+    predict(capsys, str(tmp_path / "new.jsonl"), *model, "--out", str(tmp_path / "a.csv"))
+    with open(tmp_path / "a.csv", newline="") as file:
+        assert [json.loads(row["spans"]) for row in csv.DictReader(file)] == [row["spans"] for row in rows]
+    write(tmp_path / "again.jsonl", [{**row, "text": f"{row['text']} {i}"} for i, row in enumerate(rows * 20)])
+    data = TASKS["tags"].read([tmp_path / "again.jsonl"], 0)
+    assert {data.labels[tag] for e in data.train for tag in e.tags} == {"O", "B-Größe", "B-own type"}
+
+
 # finetune.py --predict
 
 
