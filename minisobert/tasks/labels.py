@@ -19,6 +19,9 @@ from minisobert.tasks.files import DUMP, SPLITS, File, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 from minisobert.tasks.tables import KINDS, NOT_UTF8, check_columns, plain, rows, text_of
 
+LABEL = Option(
+    "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
+)
 ADVICE = "name yours with --text, --label and --split"
 
 
@@ -132,8 +135,8 @@ TASK = Task(
     read,
     "You sort texts into classes.",
     options={
-        "text": Option("for labels, columns that make up a text (default text)", ()),
-        "label": Option("for labels, column of the class (default label)", ""),
+        "text": Option("for labels and --predict, columns that make up a text (default text)", ()),
+        "label": LABEL,
         "split": Option("for labels, column that says train, dev or test", ""),
     },
     own_classes=True,

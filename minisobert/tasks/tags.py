@@ -3,9 +3,9 @@
     python finetune.py --task tags --data train.conll dev.conll --model runs/base --out results/parts
     python finetune.py --task tags --data spans.jsonl --model runs/base --out results/parts
 
-- CoNLL columns (.conll, .bio, .iob, .txt, .tsv): a word first and its tag last in each line, tabs or spaces between; a
-  blank line ends a sentence, a line of -DOCSTART- a document. Tags are BIO, in either form, or BIOES with its relatives
-  (E or L ends an entity, S or U is a whole one, M is inside).
+- CoNLL columns (.conll, .bio, .iob, .txt, .tsv): a word first and its tag last in each line, or in the column that
+  --label counts, tabs or spaces between; a blank line ends a sentence, a line of -DOCSTART- a document. Tags are BIO,
+  in either form, or BIOES with its relatives (E or L ends an entity, S or U is a whole one, M is inside).
 - .jsonl: {"text": "…", "spans": [[start, end, "Type"], …]}, in characters, which --predict --out writes too. A span is
   widened to whole words, which are cut as in prediction (`words.py`).
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.files import DUMP, File, find
-from minisobert.tasks.labels import class_name
+from minisobert.tasks.labels import LABEL, class_name
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 from minisobert.tasks.tables import NOT_UTF8, rows, text_of
 from minisobert.tasks.words import word_spans
@@ -39,8 +39,9 @@ class Sentence(NamedTuple):
     tags: tuple[str, ...]  # BIO
 
 
-def read(paths: list[Path], seed: int) -> Dataset:
-    """The labels are "O", then B- and I- of each type, the commonest first. Raises ValueError for whatever is wrong
+def read(paths: list[Path], seed: int, *, label: str = "") -> Dataset:
+    """The labels are "O", then B- and I- of each type, the commonest first. label: the number of the tags' column, from
+    1, which is the word's; by default it is the last. Raises ValueError for whatever is wrong
     with the files as a whole."""
     files = find(paths, (*COLUMNS, ".jsonl"))
     if not files or any(file.kind == DUMP for file in files):
@@ -48,8 +49,10 @@ def read(paths: list[Path], seed: int) -> Dataset:
             f"{', '.join(map(str, paths))}: tags reads words and tags in {', '.join(COLUMNS)}, or texts with spans in "
             ".jsonl"
         )
+    if label and not (label.isdecimal() and int(label) > 1):
+        raise ValueError(f"--label is {label!r}; for tags give the number of a column, 2 or more (1 is the word's)")
     notes: list[str] = []
-    found = [(file, each) for file in files for each in _sentences(file, notes)]
+    found = [(file, each) for file in files for each in _sentences(file, int(label or 0), notes)]
     types = Counter(tag[2:] for _, sentence in found for tag in sentence.tags if tag[0] == "B")
     if not types:
         raise ValueError("; ".join(["tags: no sentence has an entity", *notes]))
@@ -70,14 +73,14 @@ def read(paths: list[Path], seed: int) -> Dataset:
     return data
 
 
-def _sentences(file: File, notes: list[str]) -> Iterator[Sentence]:
+def _sentences(file: File, column: int, notes: list[str]) -> Iterator[Sentence]:
     counts: Counter = Counter()
-    yield from (_of_spans if file.kind == ".jsonl" else _of_columns)(file, counts)
+    yield from _of_spans(file, counts) if file.kind == ".jsonl" else _of_columns(file, column, counts)
     notes += [f"{file}: {what}: {count:,}" for what, count in counts.items() if count]
 
 
-def _of_columns(file: File, counts: Counter) -> Iterator[Sentence]:
-    for document, line, block in _blocks(file):
+def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
+    for document, line, block in _blocks(file, column):
         kept = [(word, tag) for word, tag in block if word.strip()]
         counts["words left out, they are white space"] += len(block) - len(kept)
         if not kept:
@@ -94,9 +97,10 @@ def _of_columns(file: File, counts: Counter) -> Iterator[Sentence]:
             yield Sentence(f"{file}:{document}" if document else id, id, words, bio)
 
 
-def _blocks(file: File) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
+def _blocks(file: File, column: int) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
     """(document, counted from 1, or 0 where none are marked; the line on which it begins; words and tags) of each
-    sentence. A line whose only field is its word has the tag "", which is none."""
+    sentence. column: of the tags, from 1, or 0 for the last; a line that is too short for it has the tag "", which is
+    none."""
     block: list[tuple[str, str]] = []
     document = 0
     with file.text(newline=None) as stream:
@@ -104,8 +108,9 @@ def _blocks(file: File) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
             fields = line.rstrip("\n").split("\t") if "\t" in line else [*filter(None, line.rstrip("\n").split(" "))]
             is_document = bool(fields) and fields[0] == "-DOCSTART-"
             is_comment = bool(fields) and fields[0].startswith("#") and _split(fields[-1].strip()) is None
+            there = len(fields) >= max(column, 2)
             if line.strip() and not is_document and not is_comment:
-                block.append((fields[0], fields[-1].strip() if len(fields) > 1 else ""))
+                block.append((fields[0], fields[column - 1].strip() if there else ""))
             elif block and not is_comment:
                 yield document, number - len(block), block
                 block = []
@@ -204,5 +209,6 @@ TASK = Task(
     "You find entities in sentences, which are given as words with a space between.",
     kind="token",
     figures=("f1",),
+    options={"label": LABEL},
     own_classes=True,
 )

@@ -63,6 +63,11 @@ def test_schemes_are_those_of_seqeval():
         assert {(start, stop, kind) for kind, start, stop in ours} == {(a, b, kind) for kind, a, b in theirs}
 
 
+def test_an_entity_that_has_ended_does_not_go_on():
+    bio, repaired = tags.to_bio([tags._split(tag) for tag in ("B-A", "E-A", "I-A", "S-B", "M-B", "O", "I-B")])
+    assert bio == ("B-A", "I-A", "B-A", "B-B", "B-B", "O", "B-B") and repaired == 3
+
+
 def everything(data) -> dict[str, list[str]]:
     return {
         " ".join(e.words): [data.labels[tag] for tag in e.tags] for e in (*data.train, *data.dev, *data.test)
@@ -73,12 +78,14 @@ def sentences(n: int = 40) -> list[list[tuple[str, str]]]:
     return [[(f"Part{i}", "B-Teil Nr"), ("x", "I-Teil Nr"), ("of", "O"), (f"Größe{i}", "B-Maß")] for i in range(n)]
 
 
-@pytest.mark.parametrize("line", ["{0}\t{1}", "{0}\tNN\t_\t{1}"])
+@pytest.mark.parametrize(("line", "label"), [("{0}\t{1}", ""), ("{0}\tNN\t_\t{1}", ""), ("{0}\t{1}\t{0}\tO", "2")])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_columns_as_people_have_them(line, end, tmp_path):
+def test_columns_as_people_have_them(line, label, end, tmp_path):
     lines = [x for s in sentences() for x in (*(line.format(*word) for word in s), "")]
     (tmp_path / "all.conll").write_bytes(("\ufeff" + end.join(["# made by hand", *lines])).encode())
-    data = tags.read([tmp_path / "all.conll"], 0)
+    data = tags.read([tmp_path / "all.conll"], 0, label=label)
+    with pytest.raises(ValueError, match="--label is 'tag'; for tags give the number of a column"):
+        tags.read([tmp_path / "all.conll"], 0, label="tag")
     assert data.labels == ("O", "B-Maß", "I-Maß", "B-Teil Nr", "I-Teil Nr")
     assert everything(data)["Part3 x of Größe3"] == ["B-Teil Nr", "I-Teil Nr", "O", "B-Maß"]
     assert [len(part) for part in (data.train, data.dev, data.test)] == [32, 4, 4]
