@@ -82,7 +82,8 @@ class Loaded:
         return vectors
 
     def classify(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, classes): of each text the probability of each of `labels`. Raises ValueError where the model was not
+        """(n, classes): of each text the probability of each of `labels`, which add up to 1 unless a text may have
+        several. Raises ValueError where the model was not
         fine-tuned to classify texts."""
         self._check("sequence", "classifies")
         texts = _several(texts)
@@ -157,7 +158,7 @@ def load(path: str | Path) -> Loaded:
     network = None
     if imported.labels:
         kind = "sequence" if imported.of_documents else "token"
-        network = encoder.Network(imported.model, imported.tokenizer, kind)
+        network = encoder.Network(imported.model, imported.tokenizer, kind, several=imported.several)
     return Loaded(name, imported.model, imported.tokenizer, network, imported.labels)
 
 

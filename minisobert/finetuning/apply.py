@@ -163,13 +163,20 @@ def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, in
     """What takes a post, the places of its words and its probabilities. out: "" for standard output."""
     labels, is_token = task["labels"], task["kind"] == "token"
     if not out:
-        yield _print_marked(labels) if is_token else _print_class(labels)
+        yield _print_marked(labels) if is_token else _print_class(labels, task.get("several", False))
         return
     with new_file(out, (".jsonl", ".csv")) as path, open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
+        several = task.get("several", False)
         wide = not is_token and len(labels) <= metrics.MANY
         if Path(out).suffix == ".csv":
-            names = ["spans"] if is_token else ["label", *(f"p_{name}" for name in labels)] if wide else ["label", "p"]
+            names = (
+                ["spans"]
+                if is_token
+                else ["label", *(f"p_{name}" for name in labels)]
+                if wide
+                else ["label", *["p"] * (not several)]
+            )
             table.writerow(["line", "text", *names])
 
         def write(post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> None:
@@ -178,10 +185,18 @@ def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, in
                 found = {"spans": [[a, b, kind] for kind, a, b in entities(labels, inside, p)]}
                 cells = [json.dumps(found["spans"], ensure_ascii=False)]
             else:
-                label = None if is_empty else labels[p[0].argmax()]
                 shares = {} if is_empty else {name: round(float(x), 6) for name, x in likeliest(labels, p[0])}
-                found = {"label": label, "probabilities": shares}
-                cells = [label, *(shares.get(name) for name in (labels if wide else [label]))]
+                if several:
+                    found, label = (
+                        {"labels": classes(labels, p[0]) if shares else None},
+                        ";".join(classes(labels, p[0])),
+                    )
+                    label = label if shares else None
+                else:
+                    label = None if is_empty else labels[p[0].argmax()]
+                    found = {"label": label}
+                found["probabilities"] = shares
+                cells = [label, *(shares.get(name) for name in (labels if wide else [] if several else [label]))]
             if Path(out).suffix == ".csv":
                 table.writerow([post.line, post.text, *cells])
             else:
@@ -190,13 +205,14 @@ def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, in
         yield write
 
 
-def _print_class(labels: list[str]) -> Callable[[Post, list, np.ndarray], None]:
+def _print_class(labels: list[str], several: bool) -> Callable[[Post, list, np.ndarray], None]:
     def write(post: Post, inside: list, p: np.ndarray) -> None:
         if not post.cleaned.strip():
             print()
             return
         shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
-        line = f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.cleaned.split())[:SHOWN]}"
+        found = "; ".join(classes(labels, p[0])) if several else labels[p[0].argmax()]
+        line = f"{found}\t{shares}\t{' '.join(post.cleaned.split())[:SHOWN]}"
         print(printable(line))
 
     return write
@@ -215,6 +231,11 @@ def likeliest(labels: Sequence[str], p: np.ndarray) -> Iterable[tuple[str, float
     """(class, probability) of all classes in their order, or of more than MANY those of the LIKELIEST."""
     order = np.arange(len(p)) if len(p) <= metrics.MANY else np.argsort(-p, kind="stable")[:LIKELIEST]
     return [(labels[i], p[i]) for i in order]
+
+
+def classes(labels: Sequence[str], p: np.ndarray) -> list[str]:
+    """Where a text has several: those that are likelier than not."""
+    return [labels[i] for i in np.flatnonzero(p >= 0.5)]
 
 
 def entities(labels: Sequence[str], spans: list[tuple[int, int]], p: np.ndarray) -> list[tuple[str, int, int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minisobert.finetuning import evaluation
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import Outcome
 from minisobert.tasks import TASKS
@@ -27,13 +28,13 @@ CHUNK = 1_024  # texts whose scores are in memory at a time
 
 
 class Linear:
-    """A class for a text from its TF-IDF: softmax(x · weightᵀ + bias)."""
+    """Classes for a text from its TF-IDF: softmax(x · weightᵀ + bias), or a sigmoid where a text has several."""
 
     format, kind = "tfidf", "sequence"
 
-    def __init__(self, vectorizer, weight, bias: np.ndarray):
+    def __init__(self, vectorizer, weight, bias: np.ndarray, several: bool = False):
         """vectorizer: scikit-learn's, fitted. weight: (C, V), NumPy or scipy's sparse; bias: (C,)."""
-        self.vectorizer, self.weight, self.bias = vectorizer, weight, bias
+        self.vectorizer, self.weight, self.bias, self.several = vectorizer, weight, bias, several
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """(n, C): of each text the probability of each class."""
@@ -41,8 +42,11 @@ class Linear:
         for start in range(0, len(texts), CHUNK):
             scores = self.vectorizer.transform(texts[start : start + CHUNK]) @ self.weight.T
             scores = (scores if isinstance(scores, np.ndarray) else scores.toarray()) + self.bias
-            shares = np.exp(scores - scores.max(1, keepdims=True))
-            shares /= shares.sum(1, keepdims=True)
+            if self.several:
+                shares = 0.5 + 0.5 * np.tanh(scores / 2)  # a sigmoid that does not overflow
+            else:
+                shares = np.exp(scores - scores.max(1, keepdims=True))
+                shares /= shares.sum(1, keepdims=True)
             parts.append(shares.astype(np.float32) if len(self.bias) > MANY else shares)
         return np.concatenate(parts)
 
@@ -68,7 +72,7 @@ def open_network(folder: Path, task: dict) -> Linear:
         vectorizer.idf_ = arrays["idf"]
         shape = len(task["labels"]), len(terms)
         weight = csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
-        return Linear(vectorizer, weight, arrays["bias"])
+        return Linear(vectorizer, weight, arrays["bias"], task.get("several", False))
 
 
 class TfIdf:
@@ -97,11 +101,14 @@ class TfIdf:
             training = vectorizer.fit_transform([e.text for e in data.train])
         except ValueError:
             raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
-        labels = np.array([e.label for e in data.train])
-        few = len(data.labels) <= MANY_CLASSES
+        labels, few = evaluation.truth_of(data, data.train), len(data.labels) <= MANY_CLASSES
+        if data.several and not few:
+            raise ValueError(f"--model tfidf learns up to {MANY_CLASSES} classes with --several; choose another model")
         best = None
         for strength in self.STRENGTHS if few else self.SHARPNESS:
-            model = (self._regression if few else self._means)(vectorizer, training, labels, strength, data, seed)
+            model = (self._regressions if data.several else self._regression if few else self._means)(
+                vectorizer, training, labels, strength, data, seed
+            )
             dev, test = ([e.text for e in split] for split in (data.dev, data.test))
             on_dev = list(model.predict(dev)[:, None])
             if best is None or score(on_dev) > best.score:
@@ -120,6 +127,16 @@ class TfIdf:
         weight[model.classes_] = np.concatenate(rows)  # a class that train lacks has no share
         bias[model.classes_] = np.concatenate(biases)
         return Linear(vectorizer, weight, bias)
+
+    def _regressions(self, vectorizer, training, truth, strength: float, data: Dataset, seed: int) -> Linear:
+        """One for each class. truth: (N, C) bool."""
+        from sklearn.linear_model import LogisticRegression
+
+        weight, bias = np.zeros((len(data.labels), training.shape[1])), np.where(truth.any(0), np.inf, -np.inf)
+        for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):  # the others are none's or everybody's
+            model = LogisticRegression(C=strength, max_iter=1_000, random_state=seed).fit(training, truth[:, c])
+            weight[c], bias[c] = model.coef_[0], model.intercept_[0]
+        return Linear(vectorizer, weight, bias, several=True)
 
     def _means(self, vectorizer, training, labels, sharpness: float, data: Dataset, seed: int) -> Linear:
         """Rocchio's classifier: the cosine to the mean of each class."""

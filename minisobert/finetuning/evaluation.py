@@ -16,7 +16,7 @@ from minisobert.tasks.dataset import Dataset, Example
 class Evaluation:
     """Of one split. figures: what metrics.json has. per_class: of classes, or of entity types and all entities.
     confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class; of more than MANY the
-    commonest ones, and all others as the last."""
+    commonest ones, and all others as the last; empty where a text has several classes."""
 
     figures: dict[str, float]
     per_class: dict[str, metrics.Scores]
@@ -25,18 +25,43 @@ class Evaluation:
 
 
 def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    if data.several:
+        return _several(data, examples, np.concatenate(probabilities))
     return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)
 
 
 def _sequence(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
     p = np.concatenate(probabilities)  # (N, C)
-    truth, found, classes = np.array([e.label for e in examples]), p.argmax(1), len(data.labels)
+    truth, found, classes = truth_of(data, examples), p.argmax(1), len(data.labels)
     figures = {"accuracy": metrics.accuracy(truth, found), "macro_f1": metrics.macro_f1(truth, found, classes)}
     # of thousands of classes it would take minutes; finite: there are two classes or more in the split
     if classes <= metrics.MANY and np.isfinite(area := metrics.roc_auc(truth, p)):
         figures["roc_auc"] = area
     scores = dict(zip(data.labels, metrics.per_class(truth, found, classes)))
     return Evaluation(figures, scores, *confusion(data.labels, truth, found))
+
+
+def _several(data: Dataset, examples: list[Example], p: np.ndarray) -> Evaluation:
+    """p: (N, C). A text has the classes that are likelier than not; accuracy is that of whole sets."""
+    truth, found = truth_of(data, examples), p >= 0.5
+    micro, scores = metrics.of_sets(truth, found)
+    occurs = (truth | found).any(0)
+    figures = {
+        "accuracy": float((truth == found).all(1).mean()),
+        "micro_f1": micro.f1,
+        "macro_f1": float(np.mean([s.f1 for s, there in zip(scores, occurs) if there] or [0.0])),
+    }
+    return Evaluation(figures, dict(zip(data.labels, scores)), (), np.zeros((0, 0), np.int64))
+
+
+def truth_of(data: Dataset, examples: list[Example]) -> np.ndarray:
+    """(N,) the class of each text, or (N, C) bool where a text has several."""
+    if not data.several:
+        return np.array([e.label for e in examples])
+    truth = np.zeros((len(examples), len(data.labels)), bool)
+    for row, e in zip(truth, examples):
+        row[list(e.tags)] = True
+    return truth
 
 
 def _token(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:

@@ -37,13 +37,14 @@ def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray, title: str
 
 def curves(path: Path, labels: Sequence[str], truth: np.ndarray, probabilities: np.ndarray) -> None:
     """ROC and precision-recall curves of each class against the others, or of the second of two; of the CURVES classes
-    with most examples, where there are more."""
+    with most examples, where there are more. truth: (N,) the class of each, or (N, C) bool."""
     plt = pyplot()
     figure, (roc, pr) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    drawn = np.argsort(-np.bincount(truth, minlength=len(labels)), kind="stable")[:CURVES]
-    for i, c in enumerate([1] if len(labels) == 2 else sorted(drawn)):
+    of_class = truth.T if truth.ndim == 2 else truth == np.arange(len(labels))[:, None]  # (C, N) bool
+    drawn = np.argsort(-of_class.sum(1), kind="stable")[:CURVES]
+    for i, c in enumerate([1] if len(labels) == 2 and truth.ndim == 1 else sorted(drawn)):
         color = f"C{c if len(labels) <= CURVES else i}"
-        positive = truth == c
+        positive = of_class[c]
         if not 0 < positive.sum() < len(truth):
             continue  # no curve without examples of both kinds
         false_rate, true_rate = metrics.roc_curve(positive, probabilities[:, c])

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from minisobert.finetuning.config import FineTuneConfig
@@ -40,7 +41,8 @@ class Encoded:
 
     ids: (n,) with the tokenizer's special tokens, cut at the network's length. places: (r,) the tokens to classify:
     the first of a document, or the first piece of each word that was not cut off. word_indices: (r,) which words these
-    are. targets: (r,) their classes. size: how many words the example has; 1 for a document.
+    are. targets: (r,) their classes; of a document that may have several (1, C) fp32, 1 for those
+    it has. size: how many words the example has; 1 for a document.
     """
 
     ids: np.ndarray
@@ -50,8 +52,12 @@ class Encoded:
     size: int
 
     @staticmethod
-    def document(example: Example, ids: np.ndarray) -> Encoded:
-        return Encoded(ids, np.array([0]), np.array([0]), np.array([example.label]), 1)
+    def document(example: Example, ids: np.ndarray, several: int = 0) -> Encoded:
+        """several: of how many classes it may have any number; 0 where it has one class."""
+        targets = np.zeros((1, several), np.float32) if several else np.array([example.label])
+        if several:
+            targets[0, list(example.tags)] = 1
+        return Encoded(ids, np.array([0]), np.array([0]), targets, 1)
 
     @staticmethod
     def sentence(example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray) -> Encoded:
@@ -176,8 +182,13 @@ def _backward(network: Network, items: list[Encoded], tokens: int, step: int, we
     for part in network.parts(items, tokens):
         targets = torch.from_numpy(np.concatenate([item.targets for item in part])).to(weights.device)
         if len(targets):
-            weight = weights[targets]
-            loss = (cross_entropy(network.logits(part, step), targets) * weight).sum()
+            logits = network.logits(part, step)
+            if targets.is_floating_point():
+                losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
+                weight = torch.ones_like(losses)
+            else:
+                losses, weight = cross_entropy(logits, targets), weights[targets]
+            loss = (losses * weight).sum()
             loss.backward()
             sums += torch.stack([loss.detach(), weight.sum()])
     loss, weight = sums.tolist()
@@ -192,7 +203,8 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
     number = {id(item): i for i, item in enumerate(items)}
     for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
-            found = network.logits(part, None).double().softmax(1).cpu().numpy()
+            logits = network.logits(part, None).double()
+            found = (logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)).cpu().numpy()
             found = found.astype(np.float32) if found.shape[1] > MANY else found  # or thousands of classes fill memory
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
                 whole = np.zeros((item.size, found.shape[1]), found.dtype)
@@ -204,5 +216,8 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
 
 def mean_loss(probabilities: list[np.ndarray], items: list[Encoded]) -> float:
     """In nats, over all places that the network saw."""
-    of_targets = [p[item.word_indices, item.targets] for p, item in zip(probabilities, items)]
+    of_targets = [
+        np.where(item.targets, p, 1 - p)[0] if item.targets.ndim == 2 else p[item.word_indices, item.targets]
+        for p, item in zip(probabilities, items)
+    ]
     return float(-np.log(np.maximum(np.concatenate(of_targets), 1e-30)).mean())

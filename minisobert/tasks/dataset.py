@@ -42,13 +42,14 @@ class Example:
     text: str = ""  # of a sequence task
     label: int = 0  # of a sequence task: index into Dataset.labels
     words: tuple[str, ...] = ()  # of a token task
-    tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels
+    tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels; or a text's several ones
 
 
 @dataclass(frozen=True)
 class Dataset:
     """labels: classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of what the files' texts went
-    through, "" if nothing. columns: of a table, those that make up a text."""
+    through, "" if nothing. columns: of a table, those that make up a text. several: whether a text has any number of
+    classes, its `tags`, and not one, its `label`."""
 
     task: Task
     labels: tuple[str, ...]
@@ -58,6 +59,7 @@ class Dataset:
     notes: list[str] = field(default_factory=list)  # what was normalised, removed or repaired, one line each
     cleaning: str = ""
     columns: tuple[str, ...] = ()
+    several: bool = False
 
     @property
     def kind(self) -> str:

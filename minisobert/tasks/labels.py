@@ -25,25 +25,30 @@ LABEL = Option(
 ADVICE = "name yours with --text, --label and --split"
 
 
-def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "") -> Dataset:
+def read(
+    paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "", several: bool = False
+) -> Dataset:
     """The classes are ordered by how many rows they have, the commonest first; those that train lacks are kept, and
-    count as wrong. text, label, split: columns; by default "text", "label" and none. Raises ValueError for whatever is
-    wrong with the files as a whole."""
+    count as wrong. text, label, split: columns; by default "text", "label" and none. several: a text has any number of
+    classes, a list in a .jsonl or else with ; between. Raises ValueError for whatever is wrong with the files as a
+    whole."""
     columns, label = text or ("text",), label or "label"
     notes: list[str] = []
-    found = [each for file in _files(paths) for each in _labelled(file, columns, label, split, notes)]
-    counts = Counter(name for _, name in found)
-    if len(counts) < 2:
+    found = [each for file in _files(paths) for each in _labelled(file, columns, label, split, several, notes)]
+    counts = Counter(name for _, names in found for name in names)
+    if len(counts) < (1 if several else 2):
         only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
         raise ValueError(f"labels: {only}; two classes at least can be learnt" + "".join(f"; {note}" for note in notes))
     classes = sorted(counts, key=lambda name: (-counts[name], name))
     index = {name: i for i, name in enumerate(classes)}
-    items = [
-        item._replace(example=dataclasses.replace(item.example, label=index[name]), group=index[name])
-        for item, name in found
-    ]
+    items = []
+    for item, names in found:
+        of = tuple(sorted(index[name] for name in names))
+        known = {"tags": of} if several else {"label": of[0]}
+        # several: by the rarest of them, or the rare ones would be drawn by chance
+        items.append(item._replace(example=dataclasses.replace(item.example, **known), group=max(of, default=0)))
     data = dataset(TASK, classes, items, seed, notes, unit="text", columns=columns)
-    return _settled(data, counts)
+    return _settled(dataclasses.replace(data, several=several), counts)
 
 
 def _files(paths: list[Path]) -> list[File]:
@@ -60,8 +65,8 @@ def _files(paths: list[Path]) -> list[File]:
 
 
 def _labelled(
-    file: File, columns: tuple[str, ...], label: str, split: str, notes: list[str]
-) -> list[tuple[Labelled, str]]:
+    file: File, columns: tuple[str, ...], label: str, split: str, several: bool, notes: list[str]
+) -> list[tuple[Labelled, tuple[str, ...]]]:
     """The examples of a file with their classes' names. What was left out is appended to the notes."""
     found, left_out, there = [], Counter(), {}
     first: dict[str, int] = {}  # reason → line
@@ -74,7 +79,7 @@ def _labelled(
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            found.append(_example(file, row.line, row.fields, columns, label, split))
+            found.append(_example(file, row.line, row.fields, columns, label, split, several))
         except ValueError as error:
             left_out[str(error)] += 1
             first.setdefault(str(error), row.line)
@@ -84,19 +89,25 @@ def _labelled(
     return found
 
 
-def _example(file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str):
+def _example(
+    file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str, several: bool
+) -> tuple[Labelled, tuple[str, ...]]:
     """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
     text = text_of(fields, columns)
-    name = class_name(plain(fields, label))
+    value = fields.get(label)
+    if isinstance(value, list) and not several:
+        raise ValueError(f"{label} is a list, which --several takes")
+    given = value if isinstance(value, list) else plain(fields, label).split(";") if several else [value]
+    names = tuple(dict.fromkeys(filter(None, (class_name(plain({label: each}, label)) for each in given))))
     where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
     if not text.strip():
         raise ValueError("without a text")
-    if not name:
+    if not names and not several:
         raise ValueError(f"without a {label}")
     if split and not where:
         raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
     thread = hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
-    return Labelled(thread, where, Example(f"{file.stem}:{line}", text)), name
+    return Labelled(thread, where, Example(f"{file.stem}:{line}", text)), names
 
 
 def class_name(given: str) -> str:
@@ -107,10 +118,12 @@ def class_name(given: str) -> str:
 def _settled(data: Dataset, counts: Counter) -> Dataset:
     """Without the classes that lost all their examples as duplicates, and with notes about the others."""
     splits = {name: getattr(data, name) for name in ("train", "dev", "test")}
-    there = sorted({e.label for part in splits.values() for e in part})
-    trained = {e.label for e in data.train}
-    if len(trained) < 2:
+    there = sorted({c for part in splits.values() for e in part for c in _classes(data, e)})
+    trained = {c for e in data.train for c in _classes(data, e)}
+    if len(trained) < (1 if data.several else 2):
         raise ValueError("labels: train holds a single class; two at least can be learnt")
+    if none := sum(not _classes(data, e) for part in splits.values() for e in part):
+        data.notes.append(f"texts of no class: {none:,}")
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
@@ -126,8 +139,15 @@ def _settled(data: Dataset, counts: Counter) -> Dataset:
     if not gone:
         return data
     index = {old: new for new, old in enumerate(there)}
-    moved = {n: [dataclasses.replace(e, label=index[e.label]) for e in part] for n, part in splits.items()}
+    moved = {
+        n: [dataclasses.replace(e, label=index.get(e.label, 0), tags=tuple(index[c] for c in e.tags)) for e in part]
+        for n, part in splits.items()
+    }
     return dataclasses.replace(data, labels=tuple(data.labels[i] for i in there), **moved)
+
+
+def _classes(data: Dataset, e: Example) -> tuple[int, ...]:
+    return e.tags if data.several else (e.label,)
 
 
 TASK = Task(
@@ -137,6 +157,7 @@ TASK = Task(
     options={
         "text": Option("for labels and --predict, columns that make up a text (default text)", ()),
         "label": LABEL,
+        "several": Option("for labels, any number of classes a text: lists, or with ; between"),
         "split": Option("for labels, column that says train, dev or test", ""),
     },
     own_classes=True,

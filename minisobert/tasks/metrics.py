@@ -47,6 +47,12 @@ def macro_f1(truth, predicted, classes: int) -> float:
     return float(np.mean([s.f1 for s, there in zip(per_class(truth, predicted, classes), occurs) if there] or [0.0]))
 
 
+def of_sets(truth: np.ndarray, predicted: np.ndarray) -> tuple[Scores, list[Scores]]:
+    """Scores over all classes of all texts (micro average), and of each class. truth, predicted: (N, C) bool."""
+    counts = np.stack([(truth & predicted).sum(0), predicted.sum(0), truth.sum(0)])
+    return _scores(*counts.sum(1)), [_scores(*of) for of in counts.T]
+
+
 def roc_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:
     """(false positive rate, true positive rate) at each threshold, the highest first, from (0, 0) to (1, 1).
 

@@ -188,6 +188,62 @@ def test_results_are_compared_with_those_of_the_same_classes(results, tmp_path):
     assert tfidf.startswith("| tfidf --text title body |") and tfidf.count("(n ") == 2
 
 
+@pytest.mark.parametrize("model", ["net", "tfidf", "hf"])
+def test_several_classes_a_text(model, results, tmp_path, capsys):
+    draw, lines = random.Random(3), []
+    for i in range(160):
+        words = draw.choices(WORDS, k=3)
+        of = [name for name, start in (("Größe", "ba"), ("own; type", "du")) if any(w[:2] == start for w in words)]
+        lines.append({"text": " ".join([*words, str(i)]), "label": [*of, "all"]})
+    write(tmp_path / "several.jsonl", lines)
+    made = ["--model", "tfidf"]
+    if model == "net":
+        made = ["--model", "random:tiny", "--tokenizer", str(results / "tokenizer.model")]
+    if model == "hf":
+        hub(["export", str(results / "net"), "--out", str(tmp_path / "exported")])
+        made = ["--model", f"hf:{tmp_path / 'exported'}"]
+    task, out = ["--task", "labels", "--several", "--data", str(tmp_path / "several.jsonl")], tmp_path / "out"
+    finetune.main([*task, "--out", str(out), *made, "--epochs", "10", "--dropout", "0", "--learning-rate", "5e-3",
+                   "--tokens-per-batch", "200"])  # fmt: skip
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["mean"]["micro_f1"] > 0.9 and found["mean"]["macro_f1"] > 0.85
+    assert {path.name for path in out.iterdir()} == {
+        "curves.png",
+        "metrics.json",
+        "model",
+        "predictions.csv",
+        "report.md",
+    }
+    assert "accuracy is that of whole sets" in (out / "report.md").read_text()
+    texts = [next(e["text"] for e in lines if len(e["label"]) == n) for n in (3, 1)]
+    write(tmp_path / "new.jsonl", [{"text": texts[0]}, {"text": ""}, {"text": texts[1]}])
+    predict(capsys, str(tmp_path / "new.jsonl"), "--model", str(out), "--out", str(tmp_path / "new.out.jsonl"))
+    both, empty, one = map(json.loads, (tmp_path / "new.out.jsonl").read_text().splitlines())
+    loaded = minisobert.load(out)
+    shares = loaded.classify(texts)
+    np.testing.assert_allclose([list(each["probabilities"].values()) for each in (both, one)], shares, atol=1e-6)
+    likely = [[name for name, p in zip(loaded.labels, row) if p >= 0.5] for row in shares]
+    assert [both["labels"], one["labels"]] == likely and empty["labels"] is None
+    assert len(both["labels"]) > 1 and one["labels"] == ["all"] and shares.sum(1).max() > 1.2
+    told, _ = predict(capsys, str(tmp_path / "new.jsonl"), "--model", str(out))
+    assert told.startswith("; ".join(both["labels"]) + "\tall ")
+    predict(capsys, str(tmp_path / "new.jsonl"), "--model", str(out), "--out", str(tmp_path / "new.csv"))
+    with open(tmp_path / "new.csv", newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == [";".join(both["labels"]), "", "all"]
+    if model == "net":
+        hub(["export", str(out), "--out", str(tmp_path / "again")])
+        np.testing.assert_allclose(minisobert.load(tmp_path / "again").classify(texts), shares, atol=1e-6)
+        transformers = pytest.importorskip("transformers")
+        pipe = transformers.pipeline("text-classification", str(tmp_path / "again"), top_k=None)
+        theirs = {each["label"]: each["score"] for each in pipe(texts)[0]}
+        np.testing.assert_allclose([theirs[name] for name in loaded.labels], shares[0], atol=1e-5)
+    if model == "tfidf":
+        assert (shares[:, 0] == 1).all()  # of the class that every text has
+        with pytest.raises(SystemExit):
+            finetune.main([*task, "--out", str(tmp_path / "b"), "--model", "tfidf", "--class-weights"])
+        assert "--class-weights is for texts of one class" in capsys.readouterr().err
+
+
 def write(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -348,5 +404,5 @@ def test_an_option_of_columns_is_for_its_task_or_for_prediction():
     with pytest.raises(ValueError, match="--text is for --task labels, given is quality"):
         config_class()(task="quality", model="tfidf", data=("x",), out="y", text=("a",))
     assert config_class()(predict="x", model="y", text=("a",), out="z.csv").text == ("a",)
-    with pytest.raises(ValueError, match="--label is for --task labels, given is none"):
+    with pytest.raises(ValueError, match="--label is for --task labels or tags, given is none"):
         config_class()(predict="x", model="y", label="a")

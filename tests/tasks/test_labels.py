@@ -141,6 +141,24 @@ def test_splits_by_a_column_and_drawn_class_by_class(tmp_path):
     assert drawn == labels.read([tmp_path / "t.csv"], 0, text=("body",), label="team")
 
 
+def test_a_text_may_have_several_classes(tmp_path):
+    given = [["b c", "a"], ["a"], [], ["a", "a", "d"]]
+    cells = [";".join([*each, " "]) for each in given]
+    table(tmp_path / "t.csv", "text,label\n" + "".join(f"text {i},{cells[i % 4]}\n" for i in range(120)))
+    lists = [json.dumps({"text": f"text {i}", "label": given[i % 4]}) for i in range(120)]
+    table(tmp_path / "t.jsonl", "\n".join(lists))
+    for name in ("t.csv", "t.jsonl"):
+        data = labels.read([tmp_path / name], 0, several=True)
+        assert data.several and data.labels == ("a", "b c", "d")
+        found = {e.text: {data.labels[c] for c in e.tags} for e in everything(data)}
+        assert found == {f"text {i}": set(given[i % 4]) for i in range(120)}
+        drawn = Counter(e.tags for e in data.test)  # by the rarest class of a text
+        assert drawn[0, 1] == drawn[0, 2] == 3 and drawn[0,] + drawn[()] == 6
+        assert data.notes[-1] == "texts of no class: 30"
+    with pytest.raises(ValueError, match="label is a list, which --several takes"):
+        labels.read([tmp_path / "t.jsonl"], 0)
+
+
 def test_thousands_of_classes_and_some_with_a_single_row(tmp_path):
     draw = np.random.default_rng(0)
     of = [*range(3_000), *(3_000 * draw.random(9_000) ** 2).astype(int)]

@@ -29,6 +29,15 @@ def test_of_classes(drawn):
     np.testing.assert_allclose(np.array(metrics.per_class(truth, predicted, 4)), np.array(theirs).T, atol=1e-12)
 
 
+@given(st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=20))
+def test_of_several_classes_a_text(drawn):
+    truth, predicted = np.array(drawn)[:, :3], np.array(drawn)[:, 3:]
+    micro, scores = metrics.of_sets(truth, predicted)
+    assert micro.f1 == pytest.approx(sk.f1_score(truth, predicted, average="micro", zero_division=0), abs=1e-12)
+    theirs = sk.precision_recall_fscore_support(truth, predicted, zero_division=0)
+    np.testing.assert_allclose(np.array(scores), np.array(theirs).T, atol=1e-12)
+
+
 def test_of_classes_without_examples():
     nothing = metrics.confusion_matrix([], [], 3)
     assert nothing.sum() == metrics.accuracy([], []) == metrics.macro_f1([], [], 3) == 0
