@@ -17,7 +17,7 @@ from pathlib import Path
 from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import DUMP, SPLITS, File, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
-from minisobert.tasks.tables import KINDS, NOT_UTF8, check_columns, plain, rows, text_of
+from minisobert.tasks.tables import KINDS, NOT_UTF8, NoColumn, check_columns, plain, rows, text_of
 
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
@@ -33,8 +33,21 @@ def read(
     classes, a list in a .jsonl or else with ; between. Raises ValueError for whatever is wrong with the files as a
     whole."""
     columns, label = text or ("text",), label or "label"
+    if label in columns:
+        raise ValueError(f"--label {label} is one of the columns of --text; a text must not tell its class")
     notes: list[str] = []
-    found = [each for file in _files(paths) for each in _labelled(file, columns, label, split, several, notes)]
+    found, absent = [], None
+    files = _files(paths)
+    for file in files:
+        try:
+            found += _labelled(file, columns, label, split, several, notes)
+        except NoColumn as error:  # a file of a folder may hold something else
+            if file.named:
+                raise
+            absent = error
+            notes.append(f"{file} left out, it has no column {error.column!r}")
+    if absent and not found:
+        raise absent
     counts = Counter(name for _, names in found for name in names)
     if len(counts) < (1 if several else 2):
         only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
@@ -102,7 +115,7 @@ def _example(
     where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
     if not text.strip():
         raise ValueError("without a text")
-    if not names and not several:
+    if not names and not (several and value is not None):  # an empty list says that it has none
         raise ValueError(f"without a {label}")
     if split and not where:
         raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
@@ -128,7 +141,8 @@ def _settled(data: Dataset, counts: Counter) -> Dataset:
     for name in counts:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
     pairs = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
-    gone = [name for i, name in enumerate(data.labels) if i not in set(there)]
+    left = set(there)
+    gone = [name for i, name in enumerate(data.labels) if i not in left]
     unknown = [data.labels[i] for i in there if i not in trained]
     notes = [
         (pairs, "classes that differ in case or form alone, kept apart"),

@@ -15,7 +15,14 @@ from typing import NamedTuple
 from minisobert.tasks.files import LONGEST_FIELD, File
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+MOST_NAMES, LONGEST_NAME = 30, 40  # of columns in a message; a file without a header has texts there
 NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
+
+
+class NoColumn(ValueError):
+    def __init__(self, column: str, message: str):
+        super().__init__(message)
+        self.column = column
 
 
 class Row(NamedTuple):
@@ -57,11 +64,12 @@ def plain(fields: dict, column: str) -> str:
 
 
 def check_columns(file: File, wanted: Sequence[str], there: Sequence[str], advice: str) -> None:
-    """Raises ValueError for the first column that the file lacks."""
+    """Raises NoColumn for the first one that the file lacks."""
     for column in wanted:
         if column not in there:
-            has = f"its columns are {', '.join(there)}" if there else "it has no rows"
-            raise ValueError(f"{file} has no column {column!r}; {has}; {advice}")
+            names = ", ".join(name[:LONGEST_NAME] for name in there[:MOST_NAMES]) + ", …" * (len(there) > MOST_NAMES)
+            has = f"its columns are {names}" if there else "it has no rows"
+            raise NoColumn(column, f"{file} has no column {column!r}; {has}; {advice}")
 
 
 def _csv(stream, file: File) -> Iterator[Row]:

@@ -141,6 +141,21 @@ def test_splits_by_a_column_and_drawn_class_by_class(tmp_path):
     assert drawn == labels.read([tmp_path / "t.csv"], 0, text=("body",), label="team")
 
 
+def test_other_tables_of_a_folder_are_left_out_and_said(tmp_path):
+    table(tmp_path / "a.csv", "text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(40)))
+    table(tmp_path / "b.csv", "name,price\na,1\n")
+    table(tmp_path / "notes.txt", "mine")
+    data = labels.read([tmp_path], 0)
+    assert data.notes[0] == f"{tmp_path / 'b.csv'} left out, it has no column 'text'" and len(everything(data)) == 40
+    for paths, options in (([tmp_path / "a.csv", tmp_path / "b.csv"], {}), ([tmp_path], {"text": ("body",)})):
+        with pytest.raises(
+            ValueError, match=r"has no column '(text|body)'; its columns are (name, price|text, label);"
+        ):
+            labels.read(paths, 0, **options)
+    with pytest.raises(ValueError, match="--label text is one of the columns of --text"):
+        labels.read([tmp_path], 0, label="text")
+
+
 def test_a_text_may_have_several_classes(tmp_path):
     given = [["b c", "a"], ["a"], [], ["a", "a", "d"]]
     cells = [";".join([*each, " "]) for each in given]
@@ -155,6 +170,10 @@ def test_a_text_may_have_several_classes(tmp_path):
         drawn = Counter(e.tags for e in data.test)  # by the rarest class of a text
         assert drawn[0, 1] == drawn[0, 2] == 3 and drawn[0,] + drawn[()] == 6
         assert data.notes[-1] == "texts of no class: 30"
+    table(tmp_path / "u.jsonl", "\n".join([*lists, '{"text": "a", "label": null}', '{"text": "b"}']))
+    assert "2 rows left out, without a label (first: line 121)" in "".join(
+        labels.read([tmp_path / "u.jsonl"], 0, several=True).notes
+    )
     with pytest.raises(ValueError, match="label is a list, which --several takes"):
         labels.read([tmp_path / "t.jsonl"], 0)
 
