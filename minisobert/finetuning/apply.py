@@ -114,7 +114,7 @@ def _file(source: str) -> File:
         raise ValueError(f"--predict is {source}, a folder; name one file")
     found = find([Path(source)], KINDS)
     if len(found) != 1 or found[0].kind == DUMP:
-        raise ValueError(f"--predict is {source}; give one {words(KINDS)}")
+        raise ValueError(f"--predict is {source}; give a single {words(KINDS)}")
     return found[0]
 
 
@@ -161,70 +161,64 @@ def _text(row: Row, columns: Sequence[str]) -> str:
 @contextmanager
 def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, int]], np.ndarray], None]]:
     """What takes a post, the places of its words and its probabilities. out: "" for standard output."""
-    labels, is_token = task["labels"], task["kind"] == "token"
     if not out:
-        yield _print_marked(labels) if is_token else _print_class(labels, task.get("several", False))
+        yield lambda post, inside, p: print(_line(task, post, inside, p))
         return
     with new_file(out, (".jsonl", ".csv")) as path, open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        several = task.get("several", False)
-        wide = not is_token and len(labels) <= metrics.MANY
-        if Path(out).suffix == ".csv":
-            names = (
-                ["spans"]
-                if is_token
-                else ["label", *(f"p_{name}" for name in labels)]
-                if wide
-                else ["label", *["p"] * (not several)]
-            )
-            table.writerow(["line", "text", *names])
+        is_csv = Path(out).suffix == ".csv"
+        if is_csv:
+            table.writerow(["line", "text", *_columns(task)])
 
         def write(post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> None:
-            is_empty = not post.text.strip()
-            if is_token:
-                found = {"spans": [[a, b, kind] for kind, a, b in entities(labels, inside, p)]}
-                cells = [json.dumps(found["spans"], ensure_ascii=False)]
-            else:
-                shares = {} if is_empty else {name: round(float(x), 6) for name, x in likeliest(labels, p[0])}
-                if several:
-                    found, label = (
-                        {"labels": classes(labels, p[0]) if shares else None},
-                        ";".join(classes(labels, p[0])),
-                    )
-                    label = label if shares else None
-                else:
-                    label = None if is_empty else labels[p[0].argmax()]
-                    found = {"label": label}
-                found["probabilities"] = shares
-                cells = [label, *(shares.get(name) for name in (labels if wide else [] if several else [label]))]
-            if Path(out).suffix == ".csv":
-                table.writerow([post.line, post.text, *cells])
+            found = _answer(task, post, inside, p)
+            if is_csv:
+                table.writerow([post.line, post.text, *_cells(task, found)])
             else:
                 file.write(json.dumps({"line": post.line, "text": post.text, **found}, ensure_ascii=False) + "\n")
 
         yield write
 
 
-def _print_class(labels: list[str], several: bool) -> Callable[[Post, list, np.ndarray], None]:
-    def write(post: Post, inside: list, p: np.ndarray) -> None:
-        if not post.cleaned.strip():
-            print()
-            return
-        shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
-        found = "; ".join(classes(labels, p[0])) if several else labels[p[0].argmax()]
-        line = f"{found}\t{shares}\t{' '.join(post.cleaned.split())[:SHOWN]}"
-        print(printable(line))
-
-    return write
+def _answer(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> dict:
+    """What a line of a .jsonl says of a post."""
+    labels, has_text = task["labels"], bool(post.text.strip())
+    if task["kind"] == "token":
+        return {"spans": [[start, stop, kind] for kind, start, stop in entities(labels, inside, p)]}
+    shares = {name: round(float(x), 6) for name, x in likeliest(labels, p[0])} if has_text else {}
+    if task.get("several"):
+        return {"labels": classes(labels, p[0]) if has_text else None, "probabilities": shares}
+    return {"label": labels[p[0].argmax()] if has_text else None, "probabilities": shares}
 
 
-def _print_marked(labels: list[str]) -> Callable[[Post, list[tuple[int, int]], np.ndarray], None]:
-    def write(post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> None:
-        text = printable(post.cleaned)  # as long as before: the words are where they were
-        tags = [labels[i] for i in p.argmax(1)]
-        print(marking.mark(text, inside, tags, colour=sys.stdout.isatty()) if text.strip() else "")
+def _columns(task: dict) -> list[str]:
+    """Of a .csv, after the text."""
+    if task["kind"] == "token":
+        return ["spans"]
+    if len(task["labels"]) <= metrics.MANY:
+        return ["label", *(f"p_{name}" for name in task["labels"])]
+    return ["label"] if task.get("several") else ["label", "p"]
 
-    return write
+
+def _cells(task: dict, found: dict) -> list:
+    """What `_columns` hold. found: of `_answer`."""
+    if "spans" in found:
+        return [json.dumps(found["spans"], ensure_ascii=False)]
+    label = ";".join(found["labels"] or ()) if "labels" in found else found["label"]
+    names = task["labels"] if len(task["labels"]) <= metrics.MANY else [] if task.get("several") else [label]
+    return [label, *(found["probabilities"].get(name) for name in names)]
+
+
+def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> str:
+    """What a terminal shows of a post."""
+    labels, text = task["labels"], printable(post.cleaned)  # as long as before: the words are where they were
+    if not text.strip():
+        return ""
+    if task["kind"] == "token":
+        return marking.mark(text, inside, [labels[i] for i in p.argmax(1)], colour=sys.stdout.isatty())
+    shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
+    found = "; ".join(classes(labels, p[0])) if task.get("several") else labels[p[0].argmax()]
+    return f"{printable(found)}\t{printable(shares)}\t{' '.join(text.split())[:SHOWN]}"
 
 
 def likeliest(labels: Sequence[str], p: np.ndarray) -> Iterable[tuple[str, float]]:

@@ -18,10 +18,9 @@ import numpy as np
 
 from minisobert.finetuning import evaluation
 from minisobert.finetuning.config import FineTuneConfig
-from minisobert.finetuning.loop import Outcome
+from minisobert.finetuning.loop import WIDE, Outcome
 from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Dataset
-from minisobert.tasks.metrics import MANY
 
 MANY_CLASSES = 200
 CHUNK = 1_024  # texts whose scores are in memory at a time
@@ -47,7 +46,7 @@ class Linear:
             else:
                 shares = np.exp(scores - scores.max(1, keepdims=True))
                 shares /= shares.sum(1, keepdims=True)
-            parts.append(shares.astype(np.float32) if len(self.bias) > MANY else shares)
+            parts.append(shares.astype(np.float32) if len(self.bias) > WIDE else shares)
         return np.concatenate(parts)
 
     def save(self, folder: Path) -> None:

@@ -26,12 +26,12 @@ from minisobert.finetuning.config import FineTuneConfig
 from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
-from minisobert.tasks.metrics import MANY
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.schedule import learning_rate
 
 WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.999), 1.0
 WORSE_EPOCHS = 3  # in a row that are no better than the best, after which training ends
+WIDE = 200  # classes, above which probabilities are kept in single precision
 EVAL_TOKENS = 16_384  # of a batch without gradients
 
 
@@ -205,7 +205,8 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
             logits = network.logits(part, None).double()
             found = (logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)).cpu().numpy()
-            found = found.astype(np.float32) if found.shape[1] > MANY else found  # or thousands of classes fill memory
+            if found.shape[1] > WIDE:  # or those of a large split fill the memory
+                found = found.astype(np.float32)
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
                 whole = np.zeros((item.size, found.shape[1]), found.dtype)
                 whole[:, 0] = 1

@@ -14,10 +14,11 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+from minisobert.cli import words
 from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import DUMP, SPLITS, File, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
-from minisobert.tasks.tables import KINDS, NOT_UTF8, NoColumn, check_columns, plain, rows, text_of
+from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, plain, rows, text_of
 
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
@@ -65,15 +66,11 @@ def read(
 
 
 def _files(paths: list[Path]) -> list[File]:
-    files = [file for file in find(paths, KINDS) if file.named or file.kind != ".txt"]
-    for file in files:
-        if file.kind in (DUMP, ".txt"):
-            what = "a dump" if file.kind == DUMP else "text without columns"
-            raise ValueError(
-                f"{file} is {what}; labels reads .csv, .tsv, .jsonl and .parquet, a text and a class in each row"
-            )
+    files = find(paths, TABLES)
+    if dump := next((file for file in files if file.kind == DUMP), None):
+        raise ValueError(f"{dump} is a dump; labels reads {words(TABLES)} with a text and a class in each row")
     if not files:
-        raise ValueError(f"no .csv, .tsv, .jsonl or .parquet in {', '.join(map(str, paths))}")
+        raise ValueError(f"no {words(TABLES)} in {', '.join(map(str, paths))}")
     return files
 
 

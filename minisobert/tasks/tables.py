@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from minisobert.tasks.files import LONGEST_FIELD, File
 
-KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+KINDS = (*TABLES, ".txt")
 MOST_NAMES, LONGEST_NAME = 30, 40  # of columns in a message; a file without a header has texts there
 NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
 

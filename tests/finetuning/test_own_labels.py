@@ -160,6 +160,19 @@ def test_a_report_of_many_classes_shows_the_commonest(tmp_path, capsys):
     with open(tmp_path / "out/predictions.csv") as file:
         assert next(csv.reader(file)) == ["id", "label", "predicted", "p_of_label", "p_of_predicted"]
     assert "960 in train, 120 in dev, 120 in test; 60 classes" in capsys.readouterr().err
+    (tmp_path / "new.txt").write_text("ban ban\n\n")
+    model = ("--model", str(tmp_path / "out"))
+    told, _ = predict(capsys, str(tmp_path / "new.txt"), *model)
+    assert told.count("class ") == 1 + 10  # the likeliest, and the ten likeliest with their shares
+    predict(capsys, str(tmp_path / "new.txt"), *model, "--out", str(tmp_path / "new.jsonl"))
+    row = json.loads((tmp_path / "new.jsonl").read_text().splitlines()[0])
+    assert len(row["probabilities"]) == 10 and next(iter(row["probabilities"])) == row["label"]
+    predict(capsys, str(tmp_path / "new.txt"), *model, "--out", str(tmp_path / "new.csv"))
+    with open(tmp_path / "new.csv", newline="") as file:
+        assert [*csv.reader(file)] == [
+            ["line", "text", "label", "p"], ["1", "ban ban", row["label"], str(row["probabilities"][row["label"]])],
+            ["2", "", "", ""],
+        ]  # fmt: skip
 
 
 def test_figures_of_many_classes_are_those_of_scikit_learn():
@@ -343,10 +356,9 @@ def test_nothing_that_a_terminal_obeys_is_printed(results, posts, tmp_path, caps
         assert "\N{REPLACEMENT CHARACTER}" in told
     # nor is it in a report, nor in a marked text
     assert "\x1b" not in printable(ESCAPE) and len(printable(ESCAPE)) == len(ESCAPE)
-    write = apply._print_marked(["O", "B-A"])
-    capsys.readouterr()
-    write(apply.Post(1, "", "ban \x1b[2J\r dun"), [(0, 3)], np.array([[0.0, 1.0]]))
-    assert capsys.readouterr().out == "[ban](A) \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} dun\n"
+    task, post = {"kind": "token", "labels": ["O", "B-A"]}, apply.Post(1, "", "ban \x1b[2J\r dun")
+    line = apply._line(task, post, [(0, 3)], np.array([[0.0, 1.0]]))
+    assert line == "[ban](A) \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} dun"
 
 
 def test_columns_are_those_of_training_or_text_or_those_that_are_named(results, tmp_path, capsys):

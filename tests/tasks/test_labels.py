@@ -211,7 +211,7 @@ def test_classes_that_train_lacks_stay_and_those_without_examples_go(tmp_path):
     ("t.csv", "text,text,label\na,b,c\n", "two columns named 'text'"),
     ("t.csv", "text,label\na,x\ncaf\udce9,x\n", ":3: not UTF-8; convert the file"),
     ("t.csv", "\udcff\udcfet\0e\0x\0t\0", "no text in UTF-8"),
-    ("t.txt", "one\n", "is text without columns"),
+    ("t.txt", "one\n", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
     ("t.xlsx", "PK", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl"),
     ("t.csv", "text,label\na,x\nb,y\n", "is empty; there are too few examples"),
 ])  # fmt: skip
