@@ -28,7 +28,7 @@ class FineTuneConfig:
         metavar="MODEL",
     )
     data: tuple[str, ...] = _task((), "files or folders of the task, as they are published")
-    out: str = _task("", "folder of the results; a new one")
+    out: str = _task("", "folder of the results; a new one. With --predict a new .jsonl or .csv")
     tokenizer: str = _task("", "for --model random:PRESET, the run or tokenizer.model whose tokenizer to use")
     seeds: int = _recipe(1, "number of trainings, with the seeds 1 to N and always the same split", least=1)
     epochs: int = _recipe(
