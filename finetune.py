@@ -3,10 +3,11 @@
     python finetune.py --task ner --model runs/base --data ner.7z --out results/ner-base --seeds 5
     python finetune.py --task ner --model random:runs/base --data ner.7z --out results/ner-random
     python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
+    python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/team
     python finetune.py --predict posts.jsonl --model results/ner-base
 
-The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed (of TF-IDF none).
-It appears when all of it is there.
+The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It
+appears when all of it is there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import sys
 from functools import partial
 
-from minisobert.cli import command, parse
+from minisobert.cli import command, parse, printable
 from minisobert.files import new_folder
 from minisobert.finetuning import apply, evaluation, report
 from minisobert.finetuning.config import FineTuneConfig, config_class
@@ -34,16 +35,24 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line on standard error and exit status 2, Ctrl-C in 130."""
     config = parse(config_class(), argv, prog="finetune.py", description=__doc__.splitlines()[0])
     if config.predict:
-        apply.apply(config.model, config.predict)
+        apply.apply(config.model, config.predict, config.out, config.text)
         return 0
     with new_folder(config.out) as folder:
         pyplot()  # is there, or training would be in vain
         start = starting_point(config)
         data = read_data(config)
+        say(data)
         outcomes = train(start, data, config)
         report.write(folder, config, data, outcomes)
     print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
     return 0
+
+
+def say(data: Dataset) -> None:
+    """What is learnt, and what was left out of it, on standard error before training begins."""
+    counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
+    what = "classes" if data.kind == "sequence" else "tags"
+    print(printable("\n  ".join([f"{counts}; {len(data.labels):,} {what}", *data.notes])), file=sys.stderr)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:

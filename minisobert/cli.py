@@ -82,7 +82,8 @@ def words(values: Iterable, joint: str = "or") -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
     """The lines of a Markdown table."""
     cells = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
-    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in cells)]
+    header = (column.replace("|", "\\|") for column in columns)
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def flag(name: str) -> str:
@@ -190,8 +191,23 @@ def fail(message: object) -> NoReturn:
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
     if message:
-        print(" ".join(str(message).split()), file=sys.stderr)
+        print(printable(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(2)
+
+
+def add_argument(
+    group, name: str, kind: type, default, help: str, metavar: str | None, choices: Collection[str] | None = None
+) -> None:
+    """A flag. kind: bool for a switch, tuple for one or more values."""
+    help = help.replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag(name), action="store_true", help=help)
+        return
+    several = "+" if typing.get_origin(kind) is tuple or kind is tuple else None
+    kind = kind if kind in (int, float) else str
+    group.add_argument(
+        flag(name), type=kind, nargs=several, default=default, metavar=metavar, choices=choices, help=help
+    )
 
 
 def parse(cls, argv: list[str] | None = None, prog: str | None = None, description: str | None = None):
@@ -202,22 +218,11 @@ def parse(cls, argv: list[str] | None = None, prog: str | None = None, descripti
         title, help = f.metadata["group"], f.metadata["help"]
         group = groups.setdefault(title, parser.add_argument_group(title) if title and title not in groups else parser)
         kind = types[f.name]
-        if kind is bool:
-            group.add_argument(flag(f.name), action="store_true", help=help.replace("%", "%%"))
-            continue
-        several = kind == tuple[str, ...]
         default = f"{f.default:,}" if kind is int and (f.default or 0) >= 10_000 else f.default
         default = f.metadata["shown"] or default
-        shown = "" if default in ("", ()) else f" (default {default})"
-        group.add_argument(
-            flag(f.name),
-            type=kind if kind in (int, float) else str,
-            nargs="+" if several else None,
-            default=f.default,
-            metavar=None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"]),
-            choices=f.metadata["choices"],
-            help=f"{help}{shown}".replace("%", "%%"),
-        )
+        shown = "" if default in ("", ()) or kind is bool else f" (default {default})"
+        metavar = None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"])
+        add_argument(group, f.name, kind, f.default, f"{help}{shown}", metavar, f.metadata["choices"])
     values = vars(parser.parse_args(argv))
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -239,6 +244,15 @@ def whole_number(text: str) -> int:
     if value != int(value):
         raise ValueError(text)
     return int(value) if abs(value) < 2**53 else int(Decimal(text.replace(",", "")))  # above, floats are not exact
+
+
+# what moves a terminal's cursor, changes its colours or title, or turns the order of letters around
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    """With a mark for each character that a terminal would obey and not show; tabs and line ends stay."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _integer(text: str) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from minisobert.cli import Parser, command
+from minisobert.files import new_file
 from minisobert.finetuning.apply import read
 from minisobert.inference import load
 
@@ -18,17 +17,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE", help="text of each line of a .jsonl, or each line itself; - is stdin")
     parser.add_argument("--out", required=True, metavar="PATH", help="new .npy: a row for each text, in fp32")
     options = parser.parse_args(argv)
-    out = Path(options.out)
-    if out.suffix != ".npy" or out.exists():
-        raise ValueError(f"--out is {out}; choose a new file whose name ends in .npy")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out: {out.absolute().parent} is no folder; make it first")
-    vectors = load(options.model).embed(read(options.file))
-    beside = out.with_name(f".{out.name}.unfinished")
-    with open(beside, "wb") as file:
-        np.save(file, vectors)
-    beside.replace(out)
-    print(f"{out}: {len(vectors):,} texts, {vectors.shape[1]:,} numbers each")
+    with new_file(options.out, (".npy",)) as beside:
+        vectors = load(options.model).embed(read(options.file))
+        with open(beside, "wb") as file:
+            np.save(file, vectors)
+    print(f"{options.out}: {len(vectors):,} texts, {vectors.shape[1]:,} numbers each")
 
 
 if __name__ == "__main__":

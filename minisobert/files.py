@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -138,6 +138,24 @@ def new_folder(out: str | Path) -> Iterator[Path]:
                 advice = "make room there or choose an --out elsewhere"
                 raise ValueError(f"{out} cannot be written: {error.strerror} in {place.parent}; {advice}") from None
             raise
+
+
+@contextmanager
+def new_file(out: str | Path, kinds: Sequence[str]) -> Iterator[Path]:
+    """A hidden path beside `out`, which takes its name when the block ends; the file vanishes if the block fails.
+
+    Raises ValueError where `out` exists, has no folder, or ends in none of `kinds`."""
+    out = Path(out)
+    if out.suffix not in kinds or os.path.lexists(out):
+        raise ValueError(f"--out is {out}; choose a new file whose name ends in {' or '.join(kinds)}")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out: {out.absolute().parent} is no folder; make it first")
+    beside = out.with_name(f".{out.name}.unfinished")
+    try:
+        yield beside
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _check_is_free(out: Path, place: Path) -> None:

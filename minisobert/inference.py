@@ -21,14 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisobert.corpus.packing import SPECIALS
-from minisobert.finetuning import encoder, huggingface, marking
-from minisobert.finetuning.apply import open_fine_tuned, say_cut
-from minisobert.finetuning.loop import batches, predict
+from minisobert.finetuning import apply, encoder, huggingface
+from minisobert.finetuning.baselines import Linear
+from minisobert.finetuning.loop import batches
 from minisobert.hub import importing
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents
-from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Example
+from minisobert.tasks.words import word_spans
 from minisobert.training.run import Trained
 
 TOKENS = 16_384  # of texts that go through the model together
@@ -44,14 +44,14 @@ class Entity(NamedTuple):
 
 
 class Loaded:
-    """model: a MaskedLM or a Classifier, in fp32. tokenizer: with encode and decode. labels: of a Classifier, in the
-    order of its columns."""
+    """model: a MaskedLM or a Classifier, in fp32. tokenizer: with encode and decode. TF-IDF has neither. labels: of a
+    Classifier, in the order of its columns."""
 
     def __init__(self, name: str, model, tokenizer, network=None, labels: Sequence[str] = (), clean=str):
         """network: of a Classifier, as fine-tuning has it; clean: what texts go through before they are read."""
         self._name, self._network, self._clean, self.labels = name, network, clean, tuple(labels)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.model, self.tokenizer = model and model.to(self.device).eval(), tokenizer
 
     def fill_mask(self, text: str, best: int = 5) -> list[list[tuple[str, float]]]:
         """The `best` likeliest pieces for each [MASK] of a text, which stands for one piece, with their probabilities.
@@ -68,6 +68,8 @@ class Loaded:
         """(n, h) fp32: of each text the mean of its final states, those of [CLS] and [SEP] included, as
         sentence-transformers has it. Compare them by cosine. A text that is too long is cut, and that is said."""
         texts = _several(texts)
+        if self.model is None:
+            raise ValueError(f"{self._name} is TF-IDF, which has no embeddings; load a run")
         if isinstance(self._network, huggingface.Network):
             raise ValueError(f"{self._name} is a model of transformers; take its embeddings there")
         vectors = np.empty((len(texts), self.model.config.hidden), np.float32)
@@ -80,7 +82,8 @@ class Loaded:
         return vectors
 
     def classify(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, classes): of each text the probability of each of `labels`. Raises ValueError where the model was not
+        """(n, classes): of each text the probability of each of `labels`, which add up to 1 unless a text may have
+        several. Raises ValueError where the model was not
         fine-tuned to classify texts."""
         self._check("sequence", "classifies")
         texts = _several(texts)
@@ -88,20 +91,19 @@ class Loaded:
         return np.stack(found) if found else np.empty((0, len(self.labels)))
 
     def entities(self, texts: Sequence[str]) -> list[list[Entity]]:
-        """Of each text its entities, in order. Words are cut as `finetuning.marking` says. Raises ValueError where the
+        """Of each text its entities, in order. Words are cut as `tasks.words` says. Raises ValueError where the
         model was not fine-tuned to find any."""
         self._check("token", "tags")
         texts = [self._clean(text) for text in _several(texts)]
-        spans = [marking.word_spans(text) for text in texts]
+        spans = [word_spans(text) for text in texts]
         examples = [
             Example(str(i), text, words=tuple(text[slice(*span)] for span in inside))
             for i, (text, inside) in enumerate(zip(texts, spans))
         ]
         results = []
         for text, inside, p in zip(texts, spans, self._predict(examples)):
-            found = sorted(metrics.entities([self.labels[i] for i in p.argmax(1)]), key=lambda entity: entity[1])
-            ends = [(kind, inside[first][0], inside[stop - 1][1]) for kind, first, stop in found]
-            results.append([Entity(kind, start, stop, text[start:stop]) for kind, start, stop in ends])
+            found = apply.entities(self.labels, inside, p)
+            results.append([Entity(kind, start, stop, text[start:stop]) for kind, start, stop in found])
         return results
 
     def _check(self, kind: str, does: str) -> None:
@@ -112,9 +114,9 @@ class Loaded:
         with tqdm(total=len(examples), unit="text", delay=PATIENCE) as bar:
             for start in range(0, len(examples), CHUNK):
                 part = examples[start : start + CHUNK]
-                yield from predict(self._network, self._network.encode(part))
+                yield from apply.probabilities(self._network, part)
                 bar.update(len(part))
-        say_cut(self._network, len(examples))
+        apply.say_cut(self._network, len(examples))
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """Which texts go through the model together, and their ids."""
@@ -145,7 +147,9 @@ def load(path: str | Path) -> Loaded:
     ValueError where there is none that can be loaded."""
     folder, name = Path(path), str(path)
     if (folder / "model/task.json").is_file():
-        network, task, clean = open_fine_tuned(folder)
+        network, task, clean = apply.open_fine_tuned(folder)
+        if isinstance(network, Linear):
+            return Loaded(name, None, None, network, task["labels"], clean)
         return Loaded(name, network.module, network.tokenizer, network, task["labels"], clean)
     if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
         trained = importing.open_model(folder)
@@ -154,7 +158,7 @@ def load(path: str | Path) -> Loaded:
     network = None
     if imported.labels:
         kind = "sequence" if imported.of_documents else "token"
-        network = encoder.Network(imported.model, imported.tokenizer, kind)
+        network = encoder.Network(imported.model, imported.tokenizer, kind, several=imported.several)
     return Loaded(name, imported.model, imported.tokenizer, network, imported.labels)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import finetune
 import minisobert
 import train
 from minisobert import embed, inference, tasks
-from minisobert.finetuning import apply
 from minisobert.hub.__main__ import main as hub
 from minisobert.ops import Documents
 from minisobert.tasks.dataset import Dataset, Example
@@ -115,9 +112,8 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
                    "--tokens-per-batch", "400", "--learning-rate", "5e-3", "--dropout", "0"])  # fmt: skip
     model, texts = minisobert.load(out), ["bar sees bar", "the  dog\tand bar", "dog", "an other"]
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(apply, "read", lambda source: texts)
-    finetune.main(["--predict", "-", "--model", str(out)])
+    (tmp_path / "posts.txt").write_text("".join(f"{text}\n" for text in texts))
+    finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(out)])
     printed = capsys.readouterr().out.splitlines()
     if kind == "sequence":
         shares = model.classify(texts)

@@ -1,73 +1,242 @@
-"""A fine-tuned model on new posts: `finetune.py --predict FILE|- --model DIR`."""
+"""A fine-tuned model on new posts: `finetune.py --predict FILE|- --model DIR [--out FILE.jsonl|FILE.csv]`.
+
+A file is read, and its predictions are written, some hundred rows at a time, so that it may be larger than memory. A
+row that cannot be read is named and left out. What is printed has no character that a terminal obeys; what goes to a
+file is the text as it was read.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from tqdm import tqdm
+
+from minisobert.cli import printable, words
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.texts import texts
-from minisobert.finetuning import encoder, huggingface, marking
+from minisobert.files import new_file
+from minisobert.finetuning import baselines, encoder, huggingface, marking
 from minisobert.finetuning.loop import predict
-from minisobert.tasks import TASKS
+from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Example
+from minisobert.tasks.files import DUMP, File, find
+from minisobert.tasks.tables import KINDS, Row, check_columns, rows, text_of
+from minisobert.tasks.words import word_spans
 
 SHOWN = 60  # characters of a post beside its class
+LIKELIEST = 10  # of more than MANY classes, those whose probabilities are told
+CHUNK = 512  # texts that are encoded at a time
+NAMED = 20  # rows that cannot be read, after which they are counted alone
+PATIENCE = 2.0  # seconds after which a progress bar appears
+
+Network = encoder.Network | huggingface.Network | baselines.Linear
 
 
-def open_fine_tuned(model: str | Path) -> tuple[encoder.Network | huggingface.Network, dict, Callable[[str], str]]:
+class Post(NamedTuple):
+    line: int
+    text: str  # as it was read
+    cleaned: str  # as the model reads it
+
+
+def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], str]]:
     """The network that a finetune.py kept, its task.json, and what the texts it was trained on were cleaned by. Raises
     ValueError where there is none."""
     folder = Path(model) / "model"
     try:
         task = json.loads((folder / "task.json").read_text())
     except OSError:
-        raise ValueError(
-            f"{model} holds no fine-tuned model; give the --out of a finetune.py that trained one (tfidf keeps none)"
-        ) from None
+        raise ValueError(f"{model} holds no fine-tuned model; give the --out of a finetune.py") from None
     known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
     if task["cleaning"] not in known:
         raise ValueError(
             f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
             "minisobert does not know; use the version that trained it"
         )
-    network = (huggingface if task["format"] == "transformers" else encoder).open_network(folder, task)
-    return network, task, known[task["cleaning"]]
+    kinds = {"transformers": huggingface, "tfidf": baselines}
+    return kinds.get(task["format"], encoder).open_network(folder, task), task, known[task["cleaning"]]
 
 
-def apply(model: str, source: str) -> None:
-    """Prints a line for each post: its class, the probabilities of all and how it begins; for ner the post itself with
-    its entities marked, in colour on a terminal. A post without text gives an empty line. Raises ValueError where there
-    is no such model or file."""
+def probabilities(network: Network, examples: list[Example]) -> list[np.ndarray]:
+    """Of each example (its size, classes), as `loop.predict` has it."""
+    if isinstance(network, baselines.Linear):
+        return list(network.predict([e.text for e in examples])[:, None])
+    return predict(network, network.encode(examples))
+
+
+def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -> None:
+    """Prints a line for each post: its class, the probabilities of all and how it begins; of a token task the post
+    itself with its entities marked, in colour on a terminal. A post without text gives an empty line.
+
+    out: a new .jsonl or .csv to be written instead. columns: those of a table that make up a text; by default those of
+    training, or else "text". Raises ValueError where there is no such model or file, or no text in it.
+    """
     network, task, clean = open_fine_tuned(model)
-    posts = list(map(clean, read(source)))
-    spans = [marking.word_spans(post) for post in posts]
-    examples = [
-        Example(str(i), post, words=tuple(post[slice(*span)] for span in inside))
-        for i, (post, inside) in enumerate(zip(posts, spans))
-    ]
-    labels, probabilities = task["labels"], predict(network, network.encode(examples))
-    say_cut(network, len(posts))
-    for post, inside, p in zip(posts, spans, probabilities):
-        if not post.strip():
-            print()
-        elif task["kind"] == "token":
-            tags = [labels[i] for i in p.argmax(1)]
-            print(marking.mark(post, inside, tags, colour=sys.stdout.isatty()))
-        else:
-            shares = "  ".join(f"{label} {share:.1%}" for label, share in zip(labels, p[0]))
-            print(f"{labels[p[0].argmax()]}\t{shares}\t{' '.join(post.split())[:SHOWN]}")
+    trained = task.get("columns") or ("text",)
+    posts = _posts(_file(source), source, columns or trained, clean, guess=not columns)
+    count = 0
+    with _writer(out, task) as write, tqdm(unit="text", delay=PATIENCE, disable=not out) as bar:
+        while chunk := list(islice(posts, CHUNK)):
+            spans = [word_spans(post.cleaned) if task["kind"] == "token" else [] for post in chunk]
+            examples = [
+                Example("", post.cleaned, words=tuple(post.cleaned[slice(*span)] for span in inside))
+                for post, inside in zip(chunk, spans)
+            ]
+            for post, inside, p in zip(chunk, spans, probabilities(network, examples)):
+                write(post, inside, p)
+            count += len(chunk)
+            bar.update(len(chunk))
+    say_cut(network, count)
+    if out:
+        print(f"{out}: {count:,} texts")
 
 
-def say_cut(network: encoder.Network | huggingface.Network, count: int) -> None:
+def say_cut(network: Network, count: int) -> None:
     """Says how many of `count` texts were too long for a network of ours, if any."""
     if cut := getattr(network, "cut", 0):
         longest = network.module.config.positions
         print(f"{cut:,} of {count:,} texts were cut to their first {longest - SPECIALS:,} tokens", file=sys.stderr)
         network.cut = 0
+
+
+def _file(source: str) -> File:
+    if source == "-":
+        return File(Path("/dev/stdin"), ".txt", named=True)
+    if Path(source).is_dir():
+        raise ValueError(f"--predict is {source}, a folder; name one file")
+    found = find([Path(source)], KINDS)
+    if len(found) != 1 or found[0].kind == DUMP:
+        raise ValueError(f"--predict is {source}; give a single {words(KINDS)}")
+    return found[0]
+
+
+def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str], str], guess: bool) -> Iterator[Post]:
+    """Names the rows that cannot be read on standard error, once there is one that can. guess: whether the column
+    "text" will do. Raises ValueError at the end where no row has text."""
+    bad: list[str] = []
+    count = total = texts_there = 0
+    for row in rows(file):
+        total += 1
+        if guess and "text" in row.fields and not any(column in row.fields for column in columns):
+            columns = ("text",)
+        if row.fields and file.kind != ".jsonl":
+            check_columns(file, columns, list(row.fields), "name those that make up a text with --text")
+        try:
+            text = _text(row, columns)
+        except ValueError as error:
+            count += 1
+            bad += [f"{source}:{row.line}: {error}"] if count <= NAMED else []
+            continue
+        texts_there += bool(text.strip())
+        if texts_there and bad:
+            print(*bad, sep="\n", file=sys.stderr)
+            bad = []
+        yield Post(row.line, text, clean(text))
+    if not texts_there:
+        first = f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give a post a line, or a .jsonl"
+        raise ValueError(first)
+    if bad:
+        print(*bad, sep="\n", file=sys.stderr)
+    if count:
+        print(f"{count:,} of {total:,} rows of {source} were left out", file=sys.stderr)
+
+
+def _text(row: Row, columns: Sequence[str]) -> str:
+    """Raises ValueError, with the reason, for a row that cannot be used."""
+    if row.problem:
+        raise ValueError(row.problem)
+    if not any(column in row.fields for column in columns):
+        raise ValueError(f"it has no {words(columns)}")
+    return text_of(row.fields, columns)
+
+
+@contextmanager
+def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, int]], np.ndarray], None]]:
+    """What takes a post, the places of its words and its probabilities. out: "" for standard output."""
+    if not out:
+        yield lambda post, inside, p: print(_line(task, post, inside, p))
+        return
+    with new_file(out, (".jsonl", ".csv")) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        is_csv = Path(out).suffix == ".csv"
+        if is_csv:
+            table.writerow(["line", "text", *_columns(task)])
+
+        def write(post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> None:
+            found = _answer(task, post, inside, p)
+            if is_csv:
+                table.writerow([post.line, post.text, *_cells(task, found)])
+            else:
+                file.write(json.dumps({"line": post.line, "text": post.text, **found}, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+def _answer(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> dict:
+    """What a line of a .jsonl says of a post."""
+    labels, has_text = task["labels"], bool(post.text.strip())
+    if task["kind"] == "token":
+        return {"spans": [[start, stop, kind] for kind, start, stop in entities(labels, inside, p)]}
+    shares = {name: round(float(x), 6) for name, x in likeliest(labels, p[0])} if has_text else {}
+    if task.get("several"):
+        return {"labels": classes(labels, p[0]) if has_text else None, "probabilities": shares}
+    return {"label": labels[p[0].argmax()] if has_text else None, "probabilities": shares}
+
+
+def _columns(task: dict) -> list[str]:
+    """Of a .csv, after the text."""
+    if task["kind"] == "token":
+        return ["spans"]
+    if len(task["labels"]) <= metrics.MANY:
+        return ["label", *(f"p_{name}" for name in task["labels"])]
+    return ["label"] if task.get("several") else ["label", "p"]
+
+
+def _cells(task: dict, found: dict) -> list:
+    """What `_columns` hold. found: of `_answer`."""
+    if "spans" in found:
+        return [json.dumps(found["spans"], ensure_ascii=False)]
+    label = ";".join(found["labels"] or ()) if "labels" in found else found["label"]
+    names = task["labels"] if len(task["labels"]) <= metrics.MANY else [] if task.get("several") else [label]
+    return [label, *(found["probabilities"].get(name) for name in names)]
+
+
+def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> str:
+    """What a terminal shows of a post."""
+    labels, text = task["labels"], printable(post.cleaned)  # as long as before: the words are where they were
+    if not text.strip():
+        return ""
+    if task["kind"] == "token":
+        return marking.mark(text, inside, [labels[i] for i in p.argmax(1)], colour=sys.stdout.isatty())
+    shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
+    found = "; ".join(classes(labels, p[0])) if task.get("several") else labels[p[0].argmax()]
+    return f"{printable(found)}\t{printable(shares)}\t{' '.join(text.split())[:SHOWN]}"
+
+
+def likeliest(labels: Sequence[str], p: np.ndarray) -> Iterable[tuple[str, float]]:
+    """(class, probability) of all classes in their order, or of more than MANY those of the LIKELIEST."""
+    order = np.arange(len(p)) if len(p) <= metrics.MANY else np.argsort(-p, kind="stable")[:LIKELIEST]
+    return [(labels[i], p[i]) for i in order]
+
+
+def classes(labels: Sequence[str], p: np.ndarray) -> list[str]:
+    """Where a text has several: those that are likelier than not."""
+    return [labels[i] for i in np.flatnonzero(p >= 0.5)]
+
+
+def entities(labels: Sequence[str], spans: list[tuple[int, int]], p: np.ndarray) -> list[tuple[str, int, int]]:
+    """(type, from where, to where in characters) of each entity of a text, in order. spans: of its words; p: (words,
+    tags)."""
+    found = sorted(metrics.entities([labels[i] for i in p.argmax(1)]), key=lambda entity: entity[1])
+    return [(kind, spans[first][0], spans[stop - 1][1]) for kind, first, stop in found]
 
 
 def read(source: str) -> list[str]:

@@ -1,32 +1,91 @@
-"""A floor without a network, on the same data and splits as every model (extra [baseline])."""
+"""A floor without a network, on the same data and splits as every model (extra [baseline]).
+
+TF-IDF of words and pairs of words, then a linear model: logistic regression or, of more than MANY_CLASSES, which would
+take hours and tens of gigabytes, the nearest mean of a class. A folder that `Linear.save` wrote:
+
+    vocabulary.json    the words and pairs, in the order of the columns
+    linear.npz         idf (V,), bias (C,), and weight (C, V) as scipy's sparse rows: data, indices, indptr
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from minisobert.finetuning import evaluation
 from minisobert.finetuning.config import FineTuneConfig
-from minisobert.finetuning.loop import Outcome
+from minisobert.finetuning.loop import WIDE, Outcome
 from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Dataset
 
+MANY_CLASSES = 200
+CHUNK = 1_024  # texts whose scores are in memory at a time
+
+
+class Linear:
+    """Classes for a text from its TF-IDF: softmax(x · weightᵀ + bias), or a sigmoid where a text has several."""
+
+    format, kind = "tfidf", "sequence"
+
+    def __init__(self, vectorizer, weight, bias: np.ndarray, several: bool = False):
+        """vectorizer: scikit-learn's, fitted. weight: (C, V), NumPy or scipy's sparse; bias: (C,)."""
+        self.vectorizer, self.weight, self.bias, self.several = vectorizer, weight, bias, several
+
+    def predict(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, C): of each text the probability of each class."""
+        parts = [np.empty((0, len(self.bias)))]
+        for start in range(0, len(texts), CHUNK):
+            scores = self.vectorizer.transform(texts[start : start + CHUNK]) @ self.weight.T
+            scores = (scores if isinstance(scores, np.ndarray) else scores.toarray()) + self.bias
+            if self.several:
+                shares = 0.5 + 0.5 * np.tanh(scores / 2)  # a sigmoid that does not overflow
+            else:
+                shares = np.exp(scores - scores.max(1, keepdims=True))
+                shares /= shares.sum(1, keepdims=True)
+            parts.append(shares.astype(np.float32) if len(self.bias) > WIDE else shares)
+        return np.concatenate(parts)
+
+    def save(self, folder: Path) -> None:
+        from scipy.sparse import csr_matrix
+
+        (folder / "vocabulary.json").write_text(json.dumps(self.vectorizer.get_feature_names_out().tolist()))
+        weight = csr_matrix(self.weight)
+        np.savez_compressed(
+            folder / "linear.npz", idf=self.vectorizer.idf_, bias=self.bias, data=weight.data.astype(np.float32),
+            indices=weight.indices, indptr=weight.indptr,
+        )  # fmt: skip
+
+
+def open_network(folder: Path, task: dict) -> Linear:
+    """What `save` wrote. Raises ValueError where scikit-learn is missing."""
+    _check_installed()
+    from scipy.sparse import csr_matrix
+
+    terms = json.loads((folder / "vocabulary.json").read_text())
+    with np.load(folder / "linear.npz", allow_pickle=False) as arrays:
+        vectorizer = _vectorizer(vocabulary={term: i for i, term in enumerate(terms)})
+        vectorizer.idf_ = arrays["idf"]
+        shape = len(task["labels"]), len(terms)
+        weight = csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
+        return Linear(vectorizer, weight, arrays["bias"], task.get("several", False))
+
 
 class TfIdf:
-    """Words and pairs of words, weighted by rarity, and logistic regression."""
+    """Where training begins, of --model tfidf."""
 
     STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularisation; the best on dev is taken, as networks take their best epoch
+    SHARPNESS = (8.0, 16.0, 32.0)  # by which cosines are multiplied
 
     def __init__(self, config: FineTuneConfig):
         if TASKS[config.task].kind != "sequence":
             raise ValueError(
                 f"--model tfidf classifies whole posts; for --task {config.task} choose a run, random:PRESET or hf:NAME"
             )
-        try:
-            import sklearn  # noqa: F401
-        except ImportError:
-            raise ValueError("--model tfidf needs scikit-learn: pip install 'minisobert[baseline]'") from None
+        _check_installed()
         self.config = config
         self.outcome: Outcome | None = None
 
@@ -36,22 +95,68 @@ class TfIdf:
         return dataclasses.replace(self.outcome, seed=seed)
 
     def _train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        from sklearn.feature_extraction.text import TfidfVectorizer
+        vectorizer = _vectorizer(min_df=2, max_features=200_000)
+        try:
+            training = vectorizer.fit_transform([e.text for e in data.train])
+        except ValueError:
+            raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
+        labels, few = evaluation.truth_of(data, data.train), len(data.labels) <= MANY_CLASSES
+        if data.several and not few:
+            raise ValueError(f"--model tfidf learns up to {MANY_CLASSES} classes with --several; choose another model")
+        best = None
+        for strength in self.STRENGTHS if few else self.SHARPNESS:
+            model = (self._regressions if data.several else self._regression if few else self._means)(
+                vectorizer, training, labels, strength, data, seed
+            )
+            dev, test = ([e.text for e in split] for split in (data.dev, data.test))
+            on_dev = list(model.predict(dev)[:, None])
+            if best is None or score(on_dev) > best.score:
+                best = Outcome(seed, score(on_dev), on_dev, list(model.predict(test)[:, None]), network=model)
+        return best
+
+    def _regression(self, vectorizer, training, labels, strength: float, data: Dataset, seed: int) -> Linear:
         from sklearn.linear_model import LogisticRegression
 
-        # marks count too: half of a post is code
-        vectorizer = TfidfVectorizer(
-            ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True, token_pattern=r"\w+|[^\w\s]"
-        )
-        training = vectorizer.fit_transform([e.text for e in data.train])
-        dev, test = (vectorizer.transform([e.text for e in split]) for split in (data.dev, data.test))
-        labels = [e.label for e in data.train]
-        weight = "balanced" if self.config.class_weights else None
-        best = None
-        for strength in self.STRENGTHS:
-            model = LogisticRegression(C=strength, max_iter=1_000, class_weight=weight, random_state=seed)
-            model.fit(training, labels)
-            on_dev = list(model.predict_proba(dev)[:, None])
-            if best is None or score(on_dev) > best.score:
-                best = Outcome(seed, score(on_dev), on_dev, list(model.predict_proba(test)[:, None]))
-        return best
+        weighted = "balanced" if self.config.class_weights else None
+        model = LogisticRegression(C=strength, max_iter=1_000, class_weight=weighted, random_state=seed)
+        model.fit(training, labels)
+        rows = (np.zeros_like(model.coef_), model.coef_) if len(model.classes_) == 2 else (model.coef_,)
+        biases = (np.zeros(1), model.intercept_) if len(model.classes_) == 2 else (model.intercept_,)
+        weight, bias = np.zeros((len(data.labels), training.shape[1])), np.full(len(data.labels), -np.inf)
+        weight[model.classes_] = np.concatenate(rows)  # a class that train lacks has no share
+        bias[model.classes_] = np.concatenate(biases)
+        return Linear(vectorizer, weight, bias)
+
+    def _regressions(self, vectorizer, training, truth, strength: float, data: Dataset, seed: int) -> Linear:
+        """One for each class. truth: (N, C) bool."""
+        from sklearn.linear_model import LogisticRegression
+
+        weight, bias = np.zeros((len(data.labels), training.shape[1])), np.where(truth.any(0), np.inf, -np.inf)
+        for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):  # the others are none's or everybody's
+            model = LogisticRegression(C=strength, max_iter=1_000, random_state=seed).fit(training, truth[:, c])
+            weight[c], bias[c] = model.coef_[0], model.intercept_[0]
+        return Linear(vectorizer, weight, bias, several=True)
+
+    def _means(self, vectorizer, training, labels, sharpness: float, data: Dataset, seed: int) -> Linear:
+        """Rocchio's classifier: the cosine to the mean of each class."""
+        from scipy.sparse import csr_matrix
+        from sklearn.preprocessing import normalize
+
+        n, classes = len(labels), len(data.labels)
+        of_class = csr_matrix((np.ones(n), (labels, np.arange(n))), shape=(classes, n))
+        bias = np.where(np.bincount(labels, minlength=classes) > 0, 0.0, -np.inf)
+        return Linear(vectorizer, sharpness * normalize(of_class @ training), bias)
+
+
+def _vectorizer(**options):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    # marks count too: half of a post is code
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]", **options)
+
+
+def _check_installed() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ValueError("--model tfidf needs scikit-learn: pip install 'minisobert[baseline]'") from None

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from minisobert.cli import Parser, command, flag, table
+from minisobert.cli import Parser, add_argument, command, flag, table
 from minisobert.files import new_folder, write_json
 from minisobert.finetuning import evaluation, prompts, report
 from minisobert.finetuning.config import FineTuneConfig, config_class, task_options
@@ -45,10 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     with command(NAME, f"{options.cache} keeps the answers for the next run"):
         config = config_class()(
             task=options.task, model=f"chat:{options.model}, {options.shots or 'zero'}-shot", data=tuple(options.data),
-            out=options.out, **{name: getattr(options, name) for name in task_options()},
+            out=options.out,
+            **{name: type(each.default)(getattr(options, name)) for name, each in task_options().items()},
         )  # fmt: skip
         with new_folder(options.out) as folder:
             data = sample(read_data(config), options.limit)
+            if data.several:
+                raise ValueError("a chat model is asked for one class a text; leave out --several")
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
@@ -72,8 +75,8 @@ def _options(argv: list[str] | None):
     parser.add_argument("--price-out", type=float, metavar="X", help="price of answers in dollars per million tokens")
     parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help=f"file that keeps answers {default}")
     parser.add_argument("--timeout", type=float, default=60, metavar="X", help=f"seconds for an answer {default}")
-    for name, help in task_options().items():
-        parser.add_argument(flag(name), action="store_true", help=help)
+    for name, each in task_options().items():
+        add_argument(parser, name, type(each.default), default=each.default, help=each.help, metavar="COLUMN")
     options = parser.parse_args(argv)
     for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
         if (value := getattr(options, name)) is not None and not least <= value < float("inf"):
@@ -181,11 +184,11 @@ def evaluate_answers(data: Dataset, classes: list[list[int]]) -> Evaluation:
     if data.kind == "token":
         evaluated = evaluation.evaluate(dataclasses.replace(data, labels=(*data.labels, "O")), data.test, one_hot)
         return dataclasses.replace(evaluated, figures={**evaluated.figures, "accuracy": accuracy})
-    confusion = metrics.confusion_matrix(np.concatenate(truth), np.concatenate(classes), len(data.labels) + 1)
-    scores = dict(zip(data.labels, metrics.per_class(confusion)))
-    occurs = confusion.sum(0) + confusion.sum(1) > 0
+    truth, found, names = np.concatenate(truth), np.concatenate(classes), (*data.labels, UNPARSABLE)
+    scores = dict(zip(data.labels, metrics.per_class(truth, found, len(names))))
+    occurs = np.bincount(np.concatenate([truth, found]), minlength=len(names))
     macro_f1 = float(np.mean([s.f1 for s, there in zip(scores.values(), occurs) if there]))
-    return Evaluation({"accuracy": accuracy, "macro_f1": macro_f1}, scores, (*data.labels, UNPARSABLE), confusion)
+    return Evaluation({"accuracy": accuracy, "macro_f1": macro_f1}, scores, *evaluation.confusion(names, truth, found))
 
 
 def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: list[str], chat: Chat) -> str:

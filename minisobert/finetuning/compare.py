@@ -39,19 +39,21 @@ def lines(folders: list[Path]) -> list[str]:
     of_task: dict[str, list[Result]] = defaultdict(list)
     ours: dict[str, dict[str, str]] = defaultdict(dict)  # model → task → cell
     for found in map(result, folders):
-        for other in of_task[found.task]:
+        for other in of_task[found.on]:
             if other.model == found.model:
                 raise ValueError(
-                    f"{other.folder} and {found.folder} both hold {found.model} on {found.task}; name one of them"
+                    f"{other.folder} and {found.folder} both hold {found.model} on {found.on}; name one of them"
                 )
-        of_task[found.task].append(found)
-        ours[found.model][found.task] = found.cell
+        of_task[found.on].append(found)
+        ours[found.model][found.on] = found.cell
     theirs: dict[str, dict[str, str]] = defaultdict(dict)
     for task in TASKS.values():
         for model, source, cell in task.published:
             theirs[f"{model} {MARK} ({source})"][task.name] = cell
-    columns = [f"{task.name}: {' / '.join(map(shown, task.figures))}" for task in TASKS.values()]
-    rows = [[model, *(cells.get(task, "") for task in TASKS)] for model, cells in [*ours.items(), *theirs.items()]]
+    own = {on: TASKS[results[0].task] for on, results in of_task.items() if on not in TASKS}
+    tasks = {**{task.name: task for task in TASKS.values() if not task.own_classes}, **own}
+    columns = [f"{on}: {' / '.join(map(shown, task.figures))}" for on, task in tasks.items()]
+    rows = [[model, *(cells.get(on, "") for on in tasks)] for model, cells in [*ours.items(), *theirs.items()]]
     notes = [
         f"{task}: the results are of {words([f'{n:,}' for n in sorted(sizes)], 'and')} test examples, not of the "
         "same ones; compare them with care."
@@ -75,6 +77,7 @@ def lines(folders: list[Path]) -> list[str]:
 class Result(NamedTuple):
     folder: Path
     task: str
+    on: str  # its name, with what its classes are where they are the files' own
     model: str
     size: int  # of test
     seeds: int
@@ -93,12 +96,21 @@ def result(folder: Path) -> Result:
     path = folder / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        task, seeds = found["task"], len(found["seeds"])
+        on = task = found["task"]
+        seeds = len(found["seeds"])
         std = found["std"] if seeds > 1 else {}
-        options = [flag(name) for name in task_options() if found["settings"].get(name)]
+        given = {name: value for name in task_options() if (value := found["settings"].get(name))}
+        if TASKS[task].own_classes:
+            column = f"{given.pop('label')} " if "label" in given else ""
+            on = f"{task} {column}of {', '.join(Path(path).name for path in found['settings']['data'])}"
+        values = {
+            name: value if isinstance(value, list) else [] if value is True else [value]
+            for name, value in given.items()
+        }
+        options = [word for name, value in values.items() for word in (flag(name), *value)]
         model = " ".join([found["model"], *options])
         mean, std = ({name: float(of[name]) for name in TASKS[task].figures if of} for of in (found["mean"], std))
-        return Result(folder, task, model, found["counts"]["test"], seeds, mean, std)
+        return Result(folder, task, on, model, found["counts"]["test"], seeds, mean, std)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the --out of finetune.py or finetuning.chat") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -110,7 +122,7 @@ def difference(one: Result, other: Result) -> list[str]:
     independent samples, sqrt(s₁²/n₁ + s₂²/n₂), which needs several seeds of both."""
     name = TASKS[one.task].figures[-1]
     less = one.mean[name] - other.mean[name]
-    row = [f"{one.task}, {shown(name)}", one.model, other.model]
+    row = [f"{one.on}, {shown(name)}", one.model, other.model]
     if not (one.std and other.std):
         return [*row, f"{100 * less:+.2f}", ""]
     error = (one.std[name] ** 2 / one.seeds + other.std[name] ** 2 / other.seeds) ** 0.5

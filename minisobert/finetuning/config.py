@@ -10,6 +10,7 @@ from functools import partial
 from minisobert.cli import check_options, flag, option, words
 from minisobert.config import MOST_TOKENS
 from minisobert.tasks import TASKS
+from minisobert.tasks.dataset import Option
 
 _task = partial(option, group="task and model")
 _recipe = partial(option, group="recipe")
@@ -27,7 +28,7 @@ class FineTuneConfig:
         metavar="MODEL",
     )
     data: tuple[str, ...] = _task((), "files or folders of the task, as they are published")
-    out: str = _task("", "folder of the results; a new one")
+    out: str = _task("", "folder of the results; a new one. With --predict a new .jsonl or .csv")
     tokenizer: str = _task("", "for --model random:PRESET, the run or tokenizer.model whose tokenizer to use")
     seeds: int = _recipe(1, "number of trainings, with the seeds 1 to N and always the same split", least=1)
     epochs: int = _recipe(
@@ -49,15 +50,16 @@ class FineTuneConfig:
     class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
     predict: str = option(
         "",
-        "classify the posts of a file (.jsonl, or one a line) or of - (standard input)",
+        "classify the texts of a file (.csv, .tsv, .jsonl, .parquet or a text a line) or of - (stdin); prints, or "
+        "writes --out, a new .jsonl or .csv",
         metavar="FILE",
         group="prediction",
     )
 
     def __post_init__(self):
         needed = ("model",) if self.predict else ("task", "model", "data", "out")
-        if self.predict and (self.task or self.data or self.out):
-            raise ValueError("--predict applies what is trained; give it --model, and no --task, --data or --out")
+        if self.predict and (self.task or self.data):
+            raise ValueError("--predict applies what is trained; give it --model, and no --task or --data")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.name in needed and not value:
@@ -66,17 +68,23 @@ class FineTuneConfig:
         check_options(self)
         for name in task_options():
             of = [task.name for task in TASKS.values() if name in task.options]
-            if getattr(self, name, False) and self.task not in of:
+            if getattr(self, name, False) and self.task not in of and not (self.predict and name == "text"):
                 raise ValueError(f"{flag(name)} is for --task {words(of)}, given is {self.task or 'none'}")
 
 
-def task_options() -> dict[str, str]:
-    """Each option that is for some tasks alone → its line of --help."""
-    return {name: help for task in TASKS.values() for name, help in task.options.items()}
+def task_options() -> dict[str, Option]:
+    """Each option that is for some tasks alone."""
+    return {name: each for task in TASKS.values() for name, each in task.options.items()}
+
+
+_TYPES = {bool: bool, str: str, tuple: tuple[str, ...]}
 
 
 def config_class() -> type[FineTuneConfig]:
     """FineTuneConfig, with a field for each of `task_options` as well."""
     group = "options of single tasks"
-    fields = [(name, bool, option(False, help, group=group)) for name, help in task_options().items()]
+    fields = [
+        (name, _TYPES[type(each.default)], option(each.default, each.help, group=group, metavar="COLUMN"))
+        for name, each in task_options().items()
+    ]
     return dataclasses.make_dataclass("FineTuneConfig", fields, bases=(FineTuneConfig,), frozen=True)

@@ -38,19 +38,21 @@ class Network:
     format = "minisobert"
 
     def __init__(
-        self, model: Classifier, tokenizer: Tokenizer | JsonTokenizer, kind: str, dropout: float = 0.0, seed: int = 0
-    ):
+        self, model: Classifier, tokenizer: Tokenizer | JsonTokenizer, kind: str, dropout: float = 0.0, seed: int = 0,
+        several: bool = False,
+    ):  # fmt: skip
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
+        self.several = len(model.classifier.weight) if several else 0
         self.cut = 0  # examples that were longer than the model reads
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
 
     def _document(self, example: Example) -> Encoded:
-        return Encoded.document(example, self._whole(self.tokenizer.encode(example.text)))
+        return Encoded.document(example, self._whole(self.tokenizer.encode(example.text)), self.several)
 
     def _sentence(self, example: Example) -> Encoded:
         """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
@@ -96,7 +98,7 @@ def open_network(folder: Path, task: dict) -> Network:
     pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had no other
     model = Classifier(config, len(task["labels"]), pooling)
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-    return Network(model, open_tokenizer(folder), task["kind"])
+    return Network(model, open_tokenizer(folder), task["kind"], several=task.get("several", False))
 
 
 class Start:
@@ -138,5 +140,5 @@ class Start:
         model = Classifier(self.model_config, len(data.labels), pooling).initialise(seed)
         if self.trained is not None:
             model.start_from(self.trained)
-        network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed)
+        network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed, data.several)
         return fit(network, data, self.config, seed, score)

@@ -15,7 +15,8 @@ from minisobert.tasks.dataset import Dataset, Example
 @dataclass(frozen=True)
 class Evaluation:
     """Of one split. figures: what metrics.json has. per_class: of classes, or of entity types and all entities.
-    confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class."""
+    confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class; of more than MANY the
+    commonest ones, and all others as the last; empty where a text has several classes."""
 
     figures: dict[str, float]
     per_class: dict[str, metrics.Scores]
@@ -24,17 +25,43 @@ class Evaluation:
 
 
 def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    if data.several:
+        return _several(data, examples, np.concatenate(probabilities))
     return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)
 
 
 def _sequence(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
     p = np.concatenate(probabilities)  # (N, C)
-    truth = [e.label for e in examples]
-    confusion = metrics.confusion_matrix(truth, p.argmax(1), len(data.labels))
-    figures = {"accuracy": metrics.accuracy(confusion), "macro_f1": metrics.macro_f1(confusion)}
-    if np.isfinite(area := metrics.roc_auc(truth, p)):  # there are two classes or more in the split
+    truth, found, classes = truth_of(data, examples), p.argmax(1), len(data.labels)
+    figures = {"accuracy": metrics.accuracy(truth, found), "macro_f1": metrics.macro_f1(truth, found, classes)}
+    # of thousands of classes it would take minutes; finite: there are two classes or more in the split
+    if classes <= metrics.MANY and np.isfinite(area := metrics.roc_auc(truth, p)):
         figures["roc_auc"] = area
-    return Evaluation(figures, dict(zip(data.labels, metrics.per_class(confusion))), data.labels, confusion)
+    scores = dict(zip(data.labels, metrics.per_class(truth, found, classes)))
+    return Evaluation(figures, scores, *confusion(data.labels, truth, found))
+
+
+def _several(data: Dataset, examples: list[Example], p: np.ndarray) -> Evaluation:
+    """p: (N, C). A text has the classes that are likelier than not; accuracy is that of whole sets."""
+    truth, found = truth_of(data, examples), p >= 0.5
+    micro, scores = metrics.of_sets(truth, found)
+    occurs = (truth | found).any(0)
+    figures = {
+        "accuracy": float((truth == found).all(1).mean()),
+        "micro_f1": micro.f1,
+        "macro_f1": float(np.mean([s.f1 for s, there in zip(scores, occurs) if there] or [0.0])),
+    }
+    return Evaluation(figures, dict(zip(data.labels, scores)), (), np.zeros((0, 0), np.int64))
+
+
+def truth_of(data: Dataset, examples: list[Example]) -> np.ndarray:
+    """(N,) the class of each text, or (N, C) bool where a text has several."""
+    if not data.several:
+        return np.array([e.label for e in examples])
+    truth = np.zeros((len(examples), len(data.labels)), bool)
+    for row, e in zip(truth, examples):
+        row[list(e.tags)] = True
+    return truth
 
 
 def _token(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
@@ -52,8 +79,24 @@ def _token(data: Dataset, examples: list[Example], probabilities: list[np.ndarra
         "macro_f1": float(np.mean([scores.f1 for scores in types.values()] or [0.0])),
         "accuracy": float(np.mean(right)),
     }
-    confusion = metrics.confusion_matrix(*flat, len(classes))
-    return Evaluation(figures, {**types, "all entities": overall}, classes, confusion)
+    return Evaluation(figures, {**types, "all entities": overall}, *confusion(classes, *flat))
+
+
+def confusion(classes: Sequence[str], truth, predicted) -> tuple[tuple[str, ...], np.ndarray]:
+    """`classes` and `confusion` of an Evaluation."""
+    n = len(classes)
+    if n <= metrics.MANY:
+        return tuple(classes), metrics.confusion_matrix(truth, predicted, n)
+    shown = commonest(np.asarray(truth, np.int64), n)
+    place = np.full(n, len(shown))
+    place[shown] = np.arange(len(shown))
+    matrix = metrics.confusion_matrix(place[truth], place[predicted], len(shown) + 1)
+    return (*(classes[i] for i in shown), "(others)"), matrix
+
+
+def commonest(truth: np.ndarray, classes: int) -> np.ndarray:
+    """The MANY classes with most examples, the commonest first."""
+    return np.argsort(-np.bincount(truth, minlength=classes), kind="stable")[: metrics.MANY]
 
 
 def names(data: Dataset, tags: Sequence[int] | np.ndarray) -> list[str]:

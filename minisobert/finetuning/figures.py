@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 from minisobert.plot import pyplot
 from minisobert.tasks import metrics
 
+LONGEST = 40  # characters of a class's name that a plot has room for
+CURVES = 10  # that can be told apart by colour
 
-def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:
+
+def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray, title: str = "Confusion matrix") -> None:
     """Coloured by the share of each row, so that rare classes show; numbers are counts."""
     plt = pyplot()
     n = len(classes)
@@ -22,33 +26,50 @@ def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:
     for i, j in np.argwhere(matrix):
         axes.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", fontsize=9 if n < 8 else 6,
                   color="white" if share[i, j] > 0.5 else "black")  # fmt: skip
-    axes.set_xticks(range(n), classes, rotation=90 if n > 4 else 0)
-    axes.set_yticks(range(n), classes)
-    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    names = [_name(name) for name in classes]
+    axes.set_xticks(range(n), names, rotation=90 if n > 4 else 0)
+    axes.set_yticks(range(n), names)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")  # the square takes what room the labels would need
+    _save(figure, path, bbox_inches="tight")  # the square takes what room the labels would need
     plt.close(figure)
 
 
 def curves(path: Path, labels: Sequence[str], truth: np.ndarray, probabilities: np.ndarray) -> None:
-    """ROC and precision-recall curves of each class against the others, or of the second of two."""
+    """ROC and precision-recall curves of each class against the others, or of the second of two; of the CURVES classes
+    with most examples, where there are more. truth: (N,) the class of each, or (N, C) bool."""
     plt = pyplot()
     figure, (roc, pr) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    for c in [1] if len(labels) == 2 else range(len(labels)):
-        positive = truth == c
+    of_class = truth.T if truth.ndim == 2 else truth == np.arange(len(labels))[:, None]  # (C, N) bool
+    drawn = np.argsort(-of_class.sum(1), kind="stable")[:CURVES]
+    for i, c in enumerate([1] if len(labels) == 2 and truth.ndim == 1 else sorted(drawn)):
+        color = f"C{c if len(labels) <= CURVES else i}"
+        positive = of_class[c]
         if not 0 < positive.sum() < len(truth):
             continue  # no curve without examples of both kinds
         false_rate, true_rate = metrics.roc_curve(positive, probabilities[:, c])
         precision, recall = metrics.pr_curve(positive, probabilities[:, c])
         area = metrics.area(false_rate, true_rate)
-        roc.plot(false_rate, true_rate, color=f"C{c}", label=f"{labels[c]}: area {area:.3f}")
-        pr.plot(recall, precision, color=f"C{c}", label=labels[c])
-        pr.axhline(positive.mean(), color=f"C{c}", linewidth=0.8, linestyle=":")
+        roc.plot(false_rate, true_rate, color=color, label=f"{_name(labels[c])}: area {area:.3f}")
+        pr.plot(recall, precision, color=color, label=_name(labels[c]))
+        pr.axhline(positive.mean(), color=color, linewidth=0.8, linestyle=":")
     roc.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall", ylim=(0, 1.02))
     for axes in (roc, pr):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+        if axes.get_legend_handles_labels()[1]:  # matplotlib warns where there is nothing to name
+            axes.legend(frameon=False)
+    _save(figure, path)
     plt.close(figure)
+
+
+def _name(label: str) -> str:
+    """As a plot can show it: short, and with no dollar that would begin a formula."""
+    return (label if len(label) <= LONGEST else label[: LONGEST - 1] + "…").replace("$", r"\$")
+
+
+def _save(figure, path: Path, **options) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        figure.savefig(path, dpi=150, **options)

@@ -44,7 +44,7 @@ class Start:
                 output_loading_info=True,
             )  # fmt: skip
         _check_weights(self.name, module.base_model_prefix, found)
-        return fit(Network(module, self.tokenizer, data.kind), data, self.config, seed, score)
+        return fit(Network(module, self.tokenizer, data.kind, data.several), data, self.config, seed, score)
 
 
 class Network:
@@ -53,7 +53,7 @@ class Network:
     format = "transformers"
     dtype = torch.float32  # of the parameters; on a GPU autocast computes in bf16
 
-    def __init__(self, module, tokenizer, kind: str):
+    def __init__(self, module, tokenizer, kind: str, several: bool = False):
         if len(tokenizer) > (rows := module.get_input_embeddings().weight.shape[0]):
             raise ValueError(
                 f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, the model {rows:,} rows of "
@@ -61,6 +61,9 @@ class Network:
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = module.to(self.device), tokenizer, kind
+        self.several = module.config.num_labels if several else 0
+        if several:
+            module.config.problem_type = "multi_label_classification"  # their pipelines then take sigmoids
         positions = getattr(module.config, "max_position_embeddings", None) or LONGEST
         if any(family in module.config.model_type for family in ("roberta", "camembert", "longformer", "mpnet")):
             positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
@@ -74,7 +77,7 @@ class Network:
         found = self.tokenizer(batch, truncation=True, max_length=self.longest, is_split_into_words=words)
         ids = [np.array(each, dtype=np.int64) for each in found["input_ids"]]
         if not words:
-            return [Encoded.document(e, each) for e, each in zip(examples, ids)]
+            return [Encoded.document(e, each, self.several) for e, each in zip(examples, ids)]
         items = []
         for i, (e, each) in enumerate(zip(examples, ids)):
             word = np.array([-1 if w is None else w for w in found.word_ids(i)])
@@ -115,7 +118,9 @@ def open_network(folder: Path, task: dict) -> Network:
     transformers = _transformers()
     with explained(str(folder)):
         module = _auto(task["kind"]).from_pretrained(folder)
-        return Network(module, transformers.AutoTokenizer.from_pretrained(folder), task["kind"])
+        return Network(
+            module, transformers.AutoTokenizer.from_pretrained(folder), task["kind"], task.get("several", False)
+        )
 
 
 def _transformers():

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from minisobert.finetuning.config import FineTuneConfig
@@ -30,6 +31,7 @@ from minisobert.training.schedule import learning_rate
 
 WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.999), 1.0
 WORSE_EPOCHS = 3  # in a row that are no better than the best, after which training ends
+WIDE = 200  # classes, above which probabilities are kept in single precision
 EVAL_TOKENS = 16_384  # of a batch without gradients
 
 
@@ -39,7 +41,8 @@ class Encoded:
 
     ids: (n,) with the tokenizer's special tokens, cut at the network's length. places: (r,) the tokens to classify:
     the first of a document, or the first piece of each word that was not cut off. word_indices: (r,) which words these
-    are. targets: (r,) their classes. size: how many words the example has; 1 for a document.
+    are. targets: (r,) their classes; of a document that may have several (1, C) fp32, 1 for those
+    it has. size: how many words the example has; 1 for a document.
     """
 
     ids: np.ndarray
@@ -49,8 +52,12 @@ class Encoded:
     size: int
 
     @staticmethod
-    def document(example: Example, ids: np.ndarray) -> Encoded:
-        return Encoded(ids, np.array([0]), np.array([0]), np.array([example.label]), 1)
+    def document(example: Example, ids: np.ndarray, several: int = 0) -> Encoded:
+        """several: of how many classes it may have any number; 0 where it has one class."""
+        targets = np.zeros((1, several), np.float32) if several else np.array([example.label])
+        if several:
+            targets[0, list(example.tags)] = 1
+        return Encoded(ids, np.array([0]), np.array([0]), targets, 1)
 
     @staticmethod
     def sentence(example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray) -> Encoded:
@@ -95,6 +102,10 @@ def fit(
     """Trains the network on data.train. score: of probabilities for data.dev, higher is better; of epochs with the
     same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
     training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
+    if cut := getattr(network, "cut", 0):
+        note = f"{cut:,} texts were longer than the model reads, and cut at their end"
+        data.notes.extend([note] * (note not in data.notes))  # every seed cuts the same ones
+        network.cut = 0
     lengths = np.array([len(item.ids) for item in training])
     total = config.epochs * int(lengths.sum())
     device = next(network.module.parameters()).device
@@ -171,8 +182,13 @@ def _backward(network: Network, items: list[Encoded], tokens: int, step: int, we
     for part in network.parts(items, tokens):
         targets = torch.from_numpy(np.concatenate([item.targets for item in part])).to(weights.device)
         if len(targets):
-            weight = weights[targets]
-            loss = (cross_entropy(network.logits(part, step), targets) * weight).sum()
+            logits = network.logits(part, step)
+            if targets.is_floating_point():
+                losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
+                weight = torch.ones_like(losses)
+            else:
+                losses, weight = cross_entropy(logits, targets), weights[targets]
+            loss = (losses * weight).sum()
             loss.backward()
             sums += torch.stack([loss.detach(), weight.sum()])
     loss, weight = sums.tolist()
@@ -187,9 +203,12 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
     number = {id(item): i for i, item in enumerate(items)}
     for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
-            found = network.logits(part, None).double().softmax(1).cpu().numpy()
+            logits = network.logits(part, None).double()
+            found = (logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)).cpu().numpy()
+            if found.shape[1] > WIDE:  # or those of a large split fill the memory
+                found = found.astype(np.float32)
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
-                whole = np.zeros((item.size, found.shape[1]))
+                whole = np.zeros((item.size, found.shape[1]), found.dtype)
                 whole[:, 0] = 1
                 whole[item.word_indices] = p
                 results[number[id(item)]] = whole
@@ -198,5 +217,8 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
 
 def mean_loss(probabilities: list[np.ndarray], items: list[Encoded]) -> float:
     """In nats, over all places that the network saw."""
-    of_targets = [p[item.word_indices, item.targets] for p, item in zip(probabilities, items)]
+    of_targets = [
+        np.where(item.targets, p, 1 - p)[0] if item.targets.ndim == 2 else p[item.word_indices, item.targets]
+        for p, item in zip(probabilities, items)
+    ]
     return float(-np.log(np.maximum(np.concatenate(of_targets), 1e-30)).mean())

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Sequence
 
 from minisobert.tasks import metrics
 
-# a word of letters, digits and the signs of names (node.js, C++, scikit-learn), or one other sign: as the corpus cuts
-WORD = re.compile(r"\w[^\s,;:!?()\"']*[\w+#]|\w|[^\w\s]")
 COLOURS = 31, 32, 33, 34, 35, 36
-
-
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """From where to where in the text each word goes."""
-    return [match.span() for match in WORD.finditer(text)]
 
 
 def mark(text: str, spans: Sequence[tuple[int, int]], tags: Sequence[str], colour: bool) -> str:

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.cli import table
+from minisobert.cli import printable, table
 from minisobert.files import write_json
 from minisobert.finetuning import evaluation, figures, marking
-from minisobert.finetuning.config import FineTuneConfig
+from minisobert.finetuning.config import FineTuneConfig, task_options
 from minisobert.finetuning.evaluation import Evaluation
 from minisobert.finetuning.loop import Outcome
+from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset
 
 WORST = 20
-WIDEST = 8  # classes of a table that a page has room for; the plot has them all
+WIDEST = 8  # classes of a table that a page has room for; the plot has MANY
 SHOWN = 1_000  # characters of a document among the worst errors
 UNUSED = {"tfidf": ("epochs", "learning_rate", "tokens_per_batch", "dropout"), "hf": ("dropout",)}  # of the settings
 
@@ -42,14 +43,16 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
     }  # fmt: skip
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
-    figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion)
+    if not data.several:
+        figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion, _matrix(evaluated, data))
     if data.kind == "sequence":
-        p, truth = np.concatenate(best.test), np.array([e.label for e in data.test])
+        p, truth = np.concatenate(best.test), evaluation.truth_of(data, data.test)
         figures.curves(folder / "curves.png", data.labels, truth, p)
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model")
-        task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning}
+        task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning,
+                "columns": data.columns, "several": data.several}  # fmt: skip
         write_json(folder / "model/task.json", {**task, "format": best.network.format, "pooling": config.pooling})
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
@@ -75,10 +78,22 @@ def headline(data: Dataset, outcomes: list[Outcome]) -> str:
 
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
-    """A row for each document, with the probabilities of all classes; for token tasks a row for each word."""
+    """A row for each document, with the probabilities of all classes, or of more than MANY those of the true and of
+    the predicted one; for token tasks a row for each word."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        if data.kind == "sequence":
+        if data.several:
+            wide = data.labels if len(data.labels) <= metrics.MANY else ()
+            rows.writerow(["id", "labels", "predicted", *(f"p_{label}" for label in wide)])
+            for e, (p,) in zip(data.test, probabilities):
+                found = [evaluation.names(data, classes) for classes in (e.tags, np.flatnonzero(p >= 0.5))]
+                rows.writerow([e.id, *map(";".join, found), *(f"{each:.6f}" for each in p[: len(wide)])])
+        elif data.kind == "sequence" and len(data.labels) > metrics.MANY:
+            rows.writerow(["id", "label", "predicted", "p_of_label", "p_of_predicted"])
+            for e, (p,) in zip(data.test, probabilities):
+                found = p.argmax()
+                rows.writerow([e.id, data.labels[e.label], data.labels[found], f"{p[e.label]:.6f}", f"{p[found]:.6f}"])
+        elif data.kind == "sequence":
             rows.writerow(["id", "label", "predicted", *(f"p_{label}" for label in data.labels)])
             for e, (p,) in zip(data.test, probabilities):
                 rows.writerow([e.id, data.labels[e.label], data.labels[p.argmax()], *(f"{each:.6f}" for each in p)])
@@ -111,17 +126,20 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield ""
 
     yield "## Classes\n"
-    rows = [[n, *(f"{x:.4f}" for x in s[:3]), f"{s.support:,}"] for n, s in evaluated.per_class.items()]
+    shown = list(evaluated.per_class.items())
+    if len(shown) > metrics.MANY:
+        yield f"The {metrics.MANY} commonest in test of {len(shown):,}; metrics.json has all.\n"
+        shown = sorted(shown, key=lambda pair: -pair[1].support)[: metrics.MANY]
+    rows = [[n, *(f"{x:.4f}" for x in s[:3]), f"{s.support:,}"] for n, s in shown]
     yield from (*table(["", "precision", "recall", "F1", "in test"], rows), "")
-    yield "## What was taken for what\n"
-    yield f"Of {'documents' if data.kind == 'sequence' else 'words'}. Rows are the truth, columns the prediction.\n"
-    if len(evaluated.classes) <= WIDEST:
-        matrix = zip(evaluated.classes, evaluated.confusion.tolist())
-        rows = [[f"**{name}**", *(f"{x:,}" for x in row)] for name, row in matrix]
-        yield from (*table(["", *evaluated.classes], rows), "")
-    yield "![confusion matrix](confusion.png)\n"
+    if data.several:
+        yield "A text has the classes that are likelier than not, any number of them; accuracy is that of whole sets.\n"
+    else:
+        yield from _taken(data, evaluated)
     if data.kind == "sequence":
         yield "## Thresholds\n\nEach class against the others; two classes: the second.\n"
+        if len(data.labels) > figures.CURVES:
+            yield f"The {figures.CURVES} commonest in test of {len(data.labels):,} classes.\n"
         yield "![ROC and precision-recall curves](curves.png)\n"
 
     yield f"## The {WORST} worst errors\n"
@@ -129,7 +147,7 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield from _worst(data, best.test)
 
     yield "## How it was made\n"
-    unused = UNUSED.get(results["model"].partition(":")[0], ())
+    unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
     yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
     if best.network:
@@ -137,15 +155,37 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
         yield f"`{command}` applies the model to new posts.\n"
 
 
+def _taken(data: Dataset, evaluated: Evaluation) -> Iterable[str]:
+    yield "## What was taken for what\n"
+    yield f"Of {'documents' if data.kind == 'sequence' else 'words'}. Rows are the truth, columns the prediction.\n"
+    if "of the" in (title := _matrix(evaluated, data)):
+        yield f"{title}.\n"
+    if len(evaluated.classes) <= WIDEST:
+        matrix = zip(evaluated.classes, evaluated.confusion.tolist())
+        rows = [[f"**{name}**", *(f"{x:,}" for x in row)] for name, row in matrix]
+        yield from (*table(["", *evaluated.classes], rows), "")
+    yield "![confusion matrix](confusion.png)\n"
+
+
 def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
     surprise = []  # -log p(truth) of each that is wrong
     for i, (e, p) in enumerate(zip(data.test, probabilities)):
+        if data.several:
+            truth = evaluation.truth_of(data, [e])[0]
+            if ((p[0] >= 0.5) != truth).any():
+                surprise.append((-np.log(np.maximum(np.where(truth, p[0], 1 - p[0]), 1e-30)).sum(), i))
+            continue
         truth = [e.label] if data.kind == "sequence" else list(e.tags)
         if (p.argmax(1) != truth).any():
             surprise.append((-np.log(np.maximum(p[np.arange(len(truth)), truth], 1e-30)).sum(), i))
     for number, (_, i) in enumerate(sorted(surprise, key=lambda pair: -pair[0])[:WORST], 1):
         e, p = data.test[i], probabilities[i]
-        if data.kind == "sequence":
+        if data.several:
+            found = [evaluation.names(data, classes) for classes in (e.tags, np.flatnonzero(p[0] >= 0.5))]
+            truth, found = ("; ".join(each) or "none" for each in found)
+            yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}**\n"
+            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+        elif data.kind == "sequence":
             truth, found = data.labels[e.label], data.labels[p[0].argmax()]
             yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}** with {p[0].max():.1%}\n"
             yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
@@ -157,9 +197,17 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
         yield "There are none.\n"
 
 
+def _matrix(evaluated: Evaluation, data: Dataset) -> str:
+    """The title of the confusion matrix: which classes it shows."""
+    if len(evaluated.classes) <= metrics.MANY:
+        return "Confusion matrix"
+    count = len(data.labels if data.kind == "sequence" else evaluated.per_class)
+    return f"Confusion matrix of the {metrics.MANY} commonest in test of {count:,} classes"
+
+
 def _quoted(text: str) -> str:
     """As code in an item of a list, whatever marks it has."""
-    return "".join(f"        {line}\n" for line in text.splitlines())
+    return "".join(f"        {line}\n" for line in printable(text).splitlines())
 
 
 def _plus_minus(results: dict, name: str) -> str:

@@ -14,7 +14,10 @@ def read_data(config: FineTuneConfig) -> Dataset:
     """Raises ValueError for whatever is wrong with the files."""
     task = TASKS[config.task]
     options = {name: getattr(config, name) for name in task.options}
-    return task.read([Path(path) for path in config.data], SPLIT_SEED, **options)
+    data = task.read([Path(path) for path in config.data], SPLIT_SEED, **options)
+    if data.several and config.class_weights:
+        raise ValueError("--class-weights is for texts of one class; with --several leave it out")
+    return data
 
 
 def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from minisobert.cli import table
 from minisobert.corpus.tokenizer import Tokenizer
-from minisobert.finetuning import marking
 from minisobert.model import Model
+from minisobert.tasks.words import WORD
 from minisobert.training import checkpoint
 from minisobert.training.run import Trained, read_metrics
 
@@ -235,7 +235,7 @@ word is so rare that the space before it is a piece by itself.
 def _fine_tuned(name: str, about: FineTuned) -> list[str]:
     task, results = about.task, about.results
     text = (_CLASSIFY if task["kind"] == "sequence" else _TAG).replace("NAME", name)
-    text = text.replace("PATTERN", marking.WORD.pattern)
+    text = text.replace("PATTERN", WORD.pattern)
     if task["cleaning"]:
         text += (
             "\nThe texts were cleaned before training, and texts to classify must be too: by "

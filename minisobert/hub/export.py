@@ -45,6 +45,7 @@ class Source:
     kind: str
     dropout: float
     labels: Sequence[str] = ()
+    several: bool = False  # of the labels may belong to a text
 
 
 def export(source: str, out: str, format: str = "", checkpoint: str = "") -> str:
@@ -82,11 +83,14 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     task = json.loads((out / "model/task.json").read_text())
     if task["format"] == "transformers":
         raise ValueError(f"{out / 'model'} is in Hugging Face's format already; use that folder")
+    if task["format"] == "tfidf":
+        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a model that is a network")
     results = json.loads((out / "metrics.json").read_text())
     network = encoder.open_network(out / "model", task)
     kind = "SequenceClassification" if task["kind"] == "sequence" else "TokenClassification"
     dropout = results["settings"]["dropout"]
-    return Source(network.module, network.tokenizer, kind, dropout, task["labels"]), card.FineTuned(task, results)
+    source = Source(network.module, network.tokenizer, kind, dropout, task["labels"], task.get("several", False))
+    return source, card.FineTuned(task, results)
 
 
 def write(folder: Path, source: Source, format: str) -> None:
@@ -111,6 +115,8 @@ def write(folder: Path, source: Source, format: str) -> None:
         described["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
         described["label2id"] = {label: i for i, label in enumerate(source.labels)}
         described["classifier_dropout"] = source.dropout
+        if source.several:
+            described["problem_type"] = "multi_label_classification"
         if pooling := config.is_modern and source.model.pooling:
             described["classifier_pooling"] = pooling
     write_json(folder / "config.json", {**described, "dtype": "float32"})

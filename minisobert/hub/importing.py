@@ -41,6 +41,7 @@ class Imported:
     format: str  # one of FORMATS
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
     of_documents: bool = False  # a Classifier of whole documents, not of words
+    several: bool = False  # of the labels may belong to a document
 
 
 def read(folder: str | Path) -> Imported:
@@ -85,7 +86,8 @@ def read(folder: str | Path) -> Imported:
             f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
             "embeddings; it is the tokenizer of another model"
         )
-    return Imported(model.eval(), tokenizer, architecture, labels, of_documents)
+    several = bool(labels) and theirs.get("problem_type") == "multi_label_classification"
+    return Imported(model.eval(), tokenizer, architecture, labels, of_documents, several)
 
 
 def our_config(theirs: dict) -> ModelConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minisobert.corpus.html import html_to_text
 from minisobert.tasks import dumps
-from minisobert.tasks.dataset import Dataset, Example, Task
+from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import DUMP, File, class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset
 
@@ -124,7 +124,7 @@ TASK = Task(
     "closed",
     read,
     "You are shown a question of Stack Overflow. Tell whether the community has closed it, and why.",
-    options={"binary": "for closed, two classes (open or closed) instead of the five reasons"},
+    options={"binary": Option("for closed, two classes (open or closed) instead of the five reasons")},
     cleaning={"html": html_to_text},
     derive=derive,
     columns=COLUMNS,

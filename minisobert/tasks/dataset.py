@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Option(NamedTuple):
+    """A flag of finetune.py that `Task.read` takes by the same name. default: False for a switch; "" for one value, ()
+    for several, which are columns of a file."""
+
+    help: str
+    default: bool | str | tuple[str, ...] = False
 
 
 @dataclass(frozen=True)
@@ -16,11 +25,12 @@ class Task:
     instruction: str  # what a chat model is told to do
     kind: str = "sequence"  # a class for each text; or "token", a BIO tag for each word
     figures: tuple[str, ...] = ("accuracy", "macro_f1")  # those of metrics.json that tables show, the main one last
-    options: Mapping[str, str] = field(default_factory=dict)  # flags that `read` takes → their lines of --help
+    options: Mapping[str, Option] = field(default_factory=dict)  # what `read` takes besides
     cleaning: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # Dataset.cleaning → its function
     derive: Callable[..., list[dict[str, str]]] | None = None  # rows of a set from (dump, seed, notes), if there can be
     columns: tuple[str, ...] = ()  # of these rows; the last one is the class
     classes: tuple[str, ...] = ()  # all of which such a set must hold
+    own_classes: bool = False  # they are those of the files: results on other files are of another task
     published: tuple[tuple[str, str, str], ...] = ()  # (model, source, figures in percent), docs/published-results.md
 
 
@@ -32,13 +42,14 @@ class Example:
     text: str = ""  # of a sequence task
     label: int = 0  # of a sequence task: index into Dataset.labels
     words: tuple[str, ...] = ()  # of a token task
-    tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels
+    tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels; or a text's several ones
 
 
 @dataclass(frozen=True)
 class Dataset:
     """labels: classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of what the files' texts went
-    through, "" if nothing."""
+    through, "" if nothing. columns: of a table, those that make up a text. several: whether a text has any number of
+    classes, its `tags`, and not one, its `label`."""
 
     task: Task
     labels: tuple[str, ...]
@@ -47,6 +58,8 @@ class Dataset:
     test: list[Example]
     notes: list[str] = field(default_factory=list)  # what was normalised, removed or repaired, one line each
     cleaning: str = ""
+    columns: tuple[str, ...] = ()
+    several: bool = False
 
     @property
     def kind(self) -> str:

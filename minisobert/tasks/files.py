@@ -18,12 +18,12 @@ DUMP = "dump"
 LONGEST_FIELD = 1 << 24  # characters; csv's own limit of 131,072 is shorter than some posts
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
-_KNOWN = "a folder, .7z, .csv or .txt (.xz, .gz), or a dump's Posts.xml"
 
 
 @dataclass(frozen=True)
 class File:
-    """kind: ".csv", ".txt" or DUMP. named: by the user; a file found in a folder may belong to another task."""
+    """kind: one of those that `find` was asked for, or DUMP. named: by the user; a file found in a folder may belong to
+    another task."""
 
     path: Path
     kind: str
@@ -35,7 +35,7 @@ class File:
 
     @property
     def stem(self) -> str:
-        return re.sub(r"(\.(csv|txt|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
+        return re.sub(r"(\.(csv|tsv|jsonl|parquet|txt|conll|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
 
     @property
     def split(self) -> str | None:
@@ -46,15 +46,16 @@ class File:
         return found.pop() if len(found) == 1 else None
 
     @contextmanager
-    def text(self, newline: str) -> Iterator[io.TextIOBase]:
-        """The decoded file. Whatever is wrong with it is a ValueError that names it."""
+    def text(self, newline: str, errors: str = "strict") -> Iterator[io.TextIOBase]:
+        """The decoded file. errors: what becomes of bytes that are not UTF-8, as of `open`. Whatever is wrong with it
+        is a ValueError that names it."""
         if self.member:
             opened = open_member(self.path, [self.member])
         else:
             opened = open_binary(self.path)
         try:
             with opened as stream:
-                yield io.TextIOWrapper(stream, "utf-8-sig", newline=newline)
+                yield io.TextIOWrapper(stream, "utf-8-sig", errors, newline)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{self} is not UTF-8 ({error.reason}: {error.object[error.start : error.start + 1]!r}); "
@@ -64,24 +65,25 @@ class File:
             raise ValueError(f"{self} is no readable .csv file ({error})") from None
 
 
-def find(paths: Sequence[Path]) -> list[File]:
-    """The files that a task may read, in order. Raises ValueError for one that is missing or of no known kind."""
+def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list[File]:
+    """The files of these kinds, and dumps, in order. Raises ValueError for one that is missing or of no known kind."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         if path.is_dir() and not any(p.name.lower() == POSTS for p in path.iterdir()):
             inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            found += [file for p in inside for file in _expand(p, named=False)]
+            found += [file for p in inside for file in _expand(p, kinds, named=False)]
             continue
-        files = _expand(path, named=True)
+        files = _expand(path, kinds, named=True)
         if not files:
-            raise ValueError(f"{path} is of no known kind: {_KNOWN}")
+            known = f"a folder, .7z, {', '.join(kinds)} (.xz, .gz), or a dump's Posts.xml"
+            raise ValueError(f"{path} is of no known kind: {known}")
         found += files
     return found
 
 
-def _expand(path: Path, named: bool) -> list[File]:
+def _expand(path: Path, kinds: Sequence[str], named: bool) -> list[File]:
     if path.is_dir():
         return [File(path, DUMP, named)]
     if path.name.lower() == POSTS:
@@ -90,9 +92,9 @@ def _expand(path: Path, named: bool) -> list[File]:
         members = contents(path)
         if any(re.search(r"(^|/)posts\.xml$|\.7z$", member, re.I) for member in members):
             return [File(path, DUMP, named)]
-        return [File(path, Path(m).suffix, named, m) for m in sorted(members) if Path(m).suffix in (".csv", ".txt")]
+        return [File(path, Path(m).suffix, named, m) for m in sorted(members) if Path(m).suffix in kinds]
     kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return [File(path, kind, named)] if kind in (".csv", ".txt") else []
+    return [File(path, kind, named)] if kind in kinds else []
 
 
 def select(paths: Sequence[Path], task: str, layouts: dict[str, tuple[str, ...]]) -> list[tuple[File, str]]:

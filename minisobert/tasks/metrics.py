@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+MANY = 30  # classes, above which pictures and tables show the commonest ones alone
+
 
 class Scores(NamedTuple):
     """Of one class or entity type, or of all entities together. support: how many there are in truth."""
@@ -28,19 +30,27 @@ def confusion_matrix(truth, predicted, classes: int) -> np.ndarray:
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def accuracy(confusion: np.ndarray) -> float:
-    return _ratio(np.trace(confusion), confusion.sum())
+def accuracy(truth, predicted) -> float:
+    return _ratio((np.asarray(truth) == predicted).sum(), len(truth))
 
 
-def per_class(confusion: np.ndarray) -> list[Scores]:
-    """Precision, recall and F1 of each class."""
-    return [_scores(confusion[c, c], confusion[:, c].sum(), confusion[c].sum()) for c in range(len(confusion))]
+def per_class(truth, predicted, classes: int) -> list[Scores]:
+    """Precision, recall and F1 of each class, from counts: thousands of classes need no matrix."""
+    truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
+    groups = truth[truth == predicted], predicted, truth
+    return [_scores(*counts) for counts in zip(*(np.bincount(group, minlength=classes) for group in groups))]
 
 
-def macro_f1(confusion: np.ndarray) -> float:
+def macro_f1(truth, predicted, classes: int) -> float:
     """The mean F1 of the classes that occur, in truth or among the predictions."""
-    occurs = (confusion.sum(0) + confusion.sum(1)) > 0
-    return float(np.mean([scores.f1 for scores, there in zip(per_class(confusion), occurs) if there] or [0.0]))
+    occurs = np.bincount(np.concatenate([truth, predicted]).astype(np.int64), minlength=classes)
+    return float(np.mean([s.f1 for s, there in zip(per_class(truth, predicted, classes), occurs) if there] or [0.0]))
+
+
+def of_sets(truth: np.ndarray, predicted: np.ndarray) -> tuple[Scores, list[Scores]]:
+    """Scores over all classes of all texts (micro average), and of each class. truth, predicted: (N, C) bool."""
+    counts = np.stack([(truth & predicted).sum(0), predicted.sum(0), truth.sum(0)])
+    return _scores(*counts.sum(1)), [_scores(*of) for of in counts.T]
 
 
 def roc_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from minisobert.corpus.html import html_to_text
 from minisobert.tasks import dumps
-from minisobert.tasks.dataset import Dataset, Example, Task
+from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import DUMP, class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
@@ -124,7 +124,7 @@ TASK = Task(
     "You judge questions of Stack Overflow. HQ is a question of high quality, with a high score and never edited. "
     "LQ_EDIT is one of low quality, with a negative score, that was edited and stayed open. LQ_CLOSE is one of low "
     "quality that was closed without an edit.",
-    options={"keep_leak": "for quality, keep the line ends and markup that give the label away"},
+    options={"keep_leak": Option("for quality, keep the line ends and markup that give the label away")},
     cleaning={"markup": normalise, "words": without_markup_words},
     derive=derive,
     columns=COLUMNS,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from minisobert.hashing import key
 from minisobert.tasks.dataset import Dataset, Example, Task
+from minisobert.tasks.metrics import MANY
 
 SHARE = 0.1  # of the questions, for each of dev and test where the files name none
 
@@ -24,15 +25,17 @@ class Labelled(NamedTuple):
 
 
 def dataset(
-    task: Task, labels: Sequence[str], items: list[Labelled], seed: int, notes: list[str], cleaning: str = ""
-) -> Dataset:
+    task: Task, labels: Sequence[str], items: list[Labelled], seed: int, notes: list[str], cleaning: str = "",
+    unit: str = "question", columns: tuple[str, ...] = (),
+) -> Dataset:  # fmt: skip
     """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
     those with the smallest hashes of (seed, question).
 
-    Duplicates are removed, whatever their case and white space, but not among sentences whose files name a split, since
-    published ones repeat some. A question that is in two splits stays in test before dev, and in dev before train.
-    notes: what was done is appended. cleaning: see Dataset. Raises ValueError for an empty split and for a class that
-    train does not hold.
+    Duplicates are removed, whatever their case and white space, but not among sentences of a published task whose files
+    name a split, since some are repeated there. A question that is in two splits stays in test before dev, and in dev
+    before train.
+    notes: what was done is appended. cleaning, columns: see Dataset. unit: what a thread is called. Raises ValueError
+    for an empty split and, where the task has classes of its own, for one that train does not hold.
     """
     own = {item.split for item in items}
     if None in own and len(own) > 1:
@@ -49,13 +52,13 @@ def dataset(
         parts[carved.get(item.thread, "train") if item.split in (None, "train") else item.split].append(item)
     if missing:
         notes.append(
-            f"{' and '.join(missing)}: {SHARE:.0%} of the questions each, taken from train by question, seed {seed}"
+            f"{' and '.join(missing)}: {SHARE:.0%} of the {unit}s each, taken from train by {unit}, seed {seed}"
         )
-    if task.kind == "sequence" or own == {None}:
-        parts = _unique(parts, notes)
+    if task.kind == "sequence" or task.own_classes or own == {None}:
+        parts = _unique(parts, notes, unit)
     examples = {split: [item.example for item in part] for split, part in parts.items()}
-    _check(task.name, labels, examples)
-    return Dataset(task, tuple(labels), examples["train"], examples["dev"], examples["test"], notes, cleaning)
+    _check(task, labels, examples)
+    return Dataset(task, tuple(labels), examples["train"], examples["dev"], examples["test"], notes, cleaning, columns)
 
 
 def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, str]:
@@ -66,16 +69,20 @@ def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, st
     of_group: dict[int, list[str]] = {}
     for thread, group in threads.items():
         of_group.setdefault(group, []).append(thread)
-    splits = {}
+    splits, due = {}, 0.0
     for drawn in of_group.values():
         drawn.sort(key=lambda thread: (key(seed, "split", zlib.crc32(thread.encode())), thread))
-        count = max(1, round(SHARE * len(drawn))) if len(drawn) > len(missing) else 0
+        most = (len(drawn) - 1) // max(len(missing), 1)
+        count = min(most, max(1, round(SHARE * len(drawn))))
+        if len(of_group) > MANY:  # one of each would be most of what there is: a small class gives one in its turn
+            due += SHARE * len(drawn)
+            count, due = min(most, int(due + 1e-9)), due - int(due + 1e-9)
         for i, split in enumerate(missing):
             splits.update(dict.fromkeys(drawn[i * count : (i + 1) * count], split))
     return splits
 
 
-def _unique(parts: dict[str, list[Labelled]], notes: list[str]) -> dict[str, list[Labelled]]:
+def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> dict[str, list[Labelled]]:
     split_of: dict[str, str] = {}
     seen: dict[str, int | tuple[int, ...]] = {}  # text → class, or those of its words
     left_out: Counter = Counter()
@@ -86,7 +93,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str]) -> dict[str, lis
             text = fingerprint(item.example.text or " ".join(item.example.words))
             label = item.example.tags or item.example.label
             if split_of.setdefault(item.thread, split) != split:
-                left_out[f"of {split}, their question is in {split_of[item.thread]} too"] += 1
+                left_out[f"of {split}, their {unit} is in {split_of[item.thread]} too"] += 1
             elif text in seen:
                 same = "the same" if seen[text] == label else "another"
                 left_out[f"of {split}, a duplicate with {same} label"] += 1
@@ -102,14 +109,16 @@ def fingerprint(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _check(task: str, labels: Sequence[str], examples: dict[str, list[Example]]) -> None:
+def _check(task: Task, labels: Sequence[str], examples: dict[str, list[Example]]) -> None:
     for split, part in examples.items():
         if not part:
-            raise ValueError(f"{task}: {split} is empty; there are too few examples, or all were left out")
+            raise ValueError(f"{task.name}: {split} is empty; there are too few examples, or all were left out")
+    if task.own_classes:
+        return
     there = Counter(tag for example in examples["train"] for tag in example.tags or (example.label,))
     absent = [name for i, name in enumerate(labels) if not there[i] and not name.startswith("I-")]
     if absent:
         found = ", ".join(f"{there[i]:,} {name}" for i, name in enumerate(labels) if there[i])
         raise ValueError(
-            f"{task}: train holds no {', no '.join(absent)} (it holds {found}); add examples of every class"
+            f"{task.name}: train holds no {', no '.join(absent)} (it holds {found}); add examples of every class"
         )

@@ -15,7 +15,7 @@ from minisobert.config import PRESETS, ModelConfig
 from minisobert.corpus import tokenizer
 from minisobert.finetuning import chat, compare
 from minisobert.tasks import TASKS, dumps
-from minisobert.tasks.dataset import Dataset, Example, Task
+from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import class_of, csv_rows, select
 from minisobert.tasks.splits import Labelled, dataset
 
@@ -42,7 +42,7 @@ SHOUTING = Task(
     read,
     "Tell whether a post shouts.",
     figures=("macro_f1", "accuracy"),
-    options={"whole": "for shouting, keep the whole post"},
+    options={"whole": Option("for shouting, keep the whole post")},
     cleaning={"lower": str.lower},
     derive=derive,
     columns=COLUMNS,

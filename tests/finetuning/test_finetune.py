@@ -27,6 +27,7 @@ from minisobert.hub.weights import FORMATS
 from minisobert.model import Classifier, MaskedLM
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
+from minisobert.tasks.words import word_spans
 from minisobert.training.run import open_run
 from tests.test_model import with_signal_everywhere
 
@@ -199,7 +200,7 @@ def test_entities_of_standard_input_are_marked(results):
 
 def test_colours_surround_an_entity_on_a_terminal_alone():
     text, tags = "use numpy, please", ["O", "B-Library", "O", "O"]
-    spans = marking.word_spans(text)
+    spans = word_spans(text)
     assert marking.mark(text, spans, tags, colour=False) == "use [numpy](Library), please"
     coloured = marking.mark(text, spans, tags, colour=True)
     assert coloured.startswith("use \x1b[1;3") and coloured.endswith("Library\x1b[0m, please")
@@ -210,7 +211,7 @@ def test_colours_surround_an_entity_on_a_terminal_alone():
     ("a  b\n", ["a", "b"]),
 ])  # fmt: skip
 def test_words_are_cut_as_in_the_corpus(text, words):
-    assert [text[a:b] for a, b in marking.word_spans(text)] == words
+    assert [text[a:b] for a, b in word_spans(text)] == words
 
 
 def network(
@@ -248,6 +249,17 @@ def test_words_past_the_last_position_have_no_entity(pieces):
     (p,) = loop.predict(ours, [item])
     assert p.shape == (20, 3)
     assert (p[len(item.word_indices) :] == [1, 0, 0]).all()
+
+
+def test_texts_that_are_cut_are_said_once(pieces):
+    data = sequence_task([], 0)
+    config = FineTuneConfig("quality", "random:tiny", ("toy",), "out", epochs=1)
+    short = [network(pieces, "sequence", positions=10) for _ in range(2)]
+    longer = sum(len(short[0].tokenizer.encode(e.text)) > 8 for e in (*data.train, *data.dev, *data.test))
+    for each in short:
+        loop.fit(each, data, config, 1, lambda probabilities: 0.0)
+    assert 0 < longer < 320
+    assert data.notes[1:] == [f"{longer} texts were longer than the model reads, and cut at their end"]
 
 
 def test_a_prediction_does_not_depend_on_its_batch(pieces):
@@ -344,7 +356,6 @@ def test_an_option_reaches_its_task_alone(tmp_path):
 def test_tfidf_is_a_floor(tmp_path):
     found = run("quality", tmp_path / "out", "tfidf", seeds=2)
     assert found["mean"]["accuracy"] > 0.9 and found["std"]["accuracy"] == 0
-    assert not (tmp_path / "out/model").exists()
 
 
 def trained(folder: Path, corpus, **options) -> Path:

@@ -17,12 +17,13 @@ import train
 from minisobert import inference
 from minisobert.corpus.tokenizer import CLS, SEP
 from minisobert.files import read_safetensors
-from minisobert.finetuning import encoder, marking
+from minisobert.finetuning import encoder
 from minisobert.finetuning.loop import predict
 from minisobert.hub.__main__ import main
 from minisobert.hub.weights import FORMATS, to_ours
 from minisobert.ops import Documents
 from minisobert.tasks.dataset import Example
+from minisobert.tasks.words import WORD
 from minisobert.training.run import open_run
 from tests.finetuning.test_finetune import read_toys
 from tests.finetuning.test_finetune import run as finetune
@@ -250,7 +251,7 @@ def test_a_fine_tuned_tagger_finds_the_entities_of_predict(format, fine_tuned, t
     main(["export", str(source), "--out", str(tmp_path / "out"), "--as", format])
     text = "import ban, class fin of dust dot; import dur dot\nclass(zen)"
     network = encoder.open_network(source / "model", task := json.loads((source / "model/task.json").read_text()))
-    sentence = tuple(marking.WORD.findall(text))
+    sentence = tuple(WORD.findall(text))
     (p,) = predict(network, network.encode([Example("", words=sentence)]))
     expected = [(word, task["labels"][row.argmax()], row.max()) for word, row in zip(sentence, p) if row.argmax()]
     assert len(expected) > 3
@@ -265,7 +266,7 @@ def test_a_fine_tuned_tagger_finds_the_entities_of_predict(format, fine_tuned, t
         entities = tag(aggregation_strategy="first")(joined)
     assert ("Library", " dust dot") in {(each["entity_group"], each["word"]) for each in entities}
     card = (tmp_path / "out/README.md").read_text()
-    assert marking.WORD.pattern in card and "pipeline_tag: token-classification" in card
+    assert WORD.pattern in card and "pipeline_tag: token-classification" in card
 
 
 def test_writing_needs_none_of_their_libraries(runs, tmp_path):

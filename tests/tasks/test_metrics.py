@@ -22,17 +22,26 @@ def test_of_classes(drawn):
     truth, predicted = np.array(drawn).T
     confusion = metrics.confusion_matrix(truth, predicted, 4)
     assert (confusion == sk.confusion_matrix(truth, predicted, labels=range(4))).all()
-    assert metrics.accuracy(confusion) == sk.accuracy_score(truth, predicted)
+    assert metrics.accuracy(truth, predicted) == sk.accuracy_score(truth, predicted)
     macro = sk.f1_score(truth, predicted, average="macro", zero_division=0)
-    assert metrics.macro_f1(confusion) == pytest.approx(macro, abs=1e-12)
+    assert metrics.macro_f1(truth, predicted, 4) == pytest.approx(macro, abs=1e-12)
     theirs = sk.precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0)
-    np.testing.assert_allclose(np.array(metrics.per_class(confusion)), np.array(theirs).T, atol=1e-12)
+    np.testing.assert_allclose(np.array(metrics.per_class(truth, predicted, 4)), np.array(theirs).T, atol=1e-12)
+
+
+@given(st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=20))
+def test_of_several_classes_a_text(drawn):
+    truth, predicted = np.array(drawn)[:, :3], np.array(drawn)[:, 3:]
+    micro, scores = metrics.of_sets(truth, predicted)
+    assert micro.f1 == pytest.approx(sk.f1_score(truth, predicted, average="micro", zero_division=0), abs=1e-12)
+    theirs = sk.precision_recall_fscore_support(truth, predicted, zero_division=0)
+    np.testing.assert_allclose(np.array(scores), np.array(theirs).T, atol=1e-12)
 
 
 def test_of_classes_without_examples():
     nothing = metrics.confusion_matrix([], [], 3)
-    assert nothing.sum() == metrics.accuracy(nothing) == metrics.macro_f1(nothing) == 0
-    assert metrics.per_class(nothing) == [(0, 0, 0, 0)] * 3
+    assert nothing.sum() == metrics.accuracy([], []) == metrics.macro_f1([], [], 3) == 0
+    assert metrics.per_class([], [], 3) == [(0, 0, 0, 0)] * 3
 
 
 def drawn_scores(seed, n, classes, ties):

@@ -1,0 +1,175 @@
+"""Your own labels: a class for each text, from tables with your own columns.
+
+    python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/teams
+
+Rows without a text or a class, and rows that cannot be read, are left out and counted. The splits are those in the
+names of the files, or of the column --split, or they are drawn class by class; the same text is never in two of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+from minisobert.cli import words
+from minisobert.tasks.dataset import Dataset, Example, Option, Task
+from minisobert.tasks.files import DUMP, SPLITS, File, find
+from minisobert.tasks.splits import Labelled, dataset, fingerprint
+from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, plain, rows, text_of
+
+LABEL = Option(
+    "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
+)
+ADVICE = "name yours with --text, --label and --split"
+
+
+def read(
+    paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "", several: bool = False
+) -> Dataset:
+    """The classes are ordered by how many rows they have, the commonest first; those that train lacks are kept, and
+    count as wrong. text, label, split: columns; by default "text", "label" and none. several: a text has any number of
+    classes, a list in a .jsonl or else with ; between. Raises ValueError for whatever is wrong with the files as a
+    whole."""
+    columns, label = text or ("text",), label or "label"
+    if label in columns:
+        raise ValueError(f"--label {label} is one of the columns of --text; a text must not tell its class")
+    notes: list[str] = []
+    found, absent = [], None
+    files = _files(paths)
+    for file in files:
+        try:
+            found += _labelled(file, columns, label, split, several, notes)
+        except NoColumn as error:  # a file of a folder may hold something else
+            if file.named:
+                raise
+            absent = error
+            notes.append(f"{file} left out, it has no column {error.column!r}")
+    if absent and not found:
+        raise absent
+    counts = Counter(name for _, names in found for name in names)
+    if len(counts) < (1 if several else 2):
+        only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
+        raise ValueError(f"labels: {only}; two classes at least can be learnt" + "".join(f"; {note}" for note in notes))
+    classes = sorted(counts, key=lambda name: (-counts[name], name))
+    index = {name: i for i, name in enumerate(classes)}
+    items = []
+    for item, names in found:
+        of = tuple(sorted(index[name] for name in names))
+        known = {"tags": of} if several else {"label": of[0]}
+        # several: by the rarest of them, or the rare ones would be drawn by chance
+        items.append(item._replace(example=dataclasses.replace(item.example, **known), group=max(of, default=0)))
+    data = dataset(TASK, classes, items, seed, notes, unit="text", columns=columns)
+    return _settled(dataclasses.replace(data, several=several), counts)
+
+
+def _files(paths: list[Path]) -> list[File]:
+    files = find(paths, TABLES)
+    if dump := next((file for file in files if file.kind == DUMP), None):
+        raise ValueError(f"{dump} is a dump; labels reads {words(TABLES)} with a text and a class in each row")
+    if not files:
+        raise ValueError(f"no {words(TABLES)} in {', '.join(map(str, paths))}")
+    return files
+
+
+def _labelled(
+    file: File, columns: tuple[str, ...], label: str, split: str, several: bool, notes: list[str]
+) -> list[tuple[Labelled, tuple[str, ...]]]:
+    """The examples of a file with their classes' names. What was left out is appended to the notes."""
+    found, left_out, there = [], Counter(), {}
+    first: dict[str, int] = {}  # reason → line
+    for row in rows(file):
+        there |= dict.fromkeys(row.fields)
+        if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
+            raise ValueError(f"{file}:{row.line}: {row.problem}")
+        if row.fields and file.kind != ".jsonl" and not found:
+            check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            found.append(_example(file, row.line, row.fields, columns, label, split, several))
+        except ValueError as error:
+            left_out[str(error)] += 1
+            first.setdefault(str(error), row.line)
+    check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
+    for why, n in left_out.items():
+        notes.append(f"{file}: {n:,} row{'s' * (n > 1)} left out, {why} (first: line {first[why]:,})")
+    return found
+
+
+def _example(
+    file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str, several: bool
+) -> tuple[Labelled, tuple[str, ...]]:
+    """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
+    text = text_of(fields, columns)
+    value = fields.get(label)
+    if isinstance(value, list) and not several:
+        raise ValueError(f"{label} is a list, which --several takes")
+    given = value if isinstance(value, list) else plain(fields, label).split(";") if several else [value]
+    names = tuple(dict.fromkeys(filter(None, (class_name(plain({label: each}, label)) for each in given))))
+    where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
+    if not text.strip():
+        raise ValueError("without a text")
+    if not names and not (several and value is not None):  # an empty list says that it has none
+        raise ValueError(f"without a {label}")
+    if split and not where:
+        raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
+    thread = hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
+    return Labelled(thread, where, Example(f"{file.stem}:{line}", text)), names
+
+
+def class_name(given: str) -> str:
+    """As it stands there, on one line and without control characters, which reports and terminals could not show."""
+    return " ".join("".join(c for c in given if c.isspace() or unicodedata.category(c) != "Cc").split())
+
+
+def _settled(data: Dataset, counts: Counter) -> Dataset:
+    """Without the classes that lost all their examples as duplicates, and with notes about the others."""
+    splits = {name: getattr(data, name) for name in ("train", "dev", "test")}
+    there = sorted({c for part in splits.values() for e in part for c in _classes(data, e)})
+    trained = {c for e in data.train for c in _classes(data, e)}
+    if len(trained) < (1 if data.several else 2):
+        raise ValueError("labels: train holds a single class; two at least can be learnt")
+    if none := sum(not _classes(data, e) for part in splits.values() for e in part):
+        data.notes.append(f"texts of no class: {none:,}")
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    pairs = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    left = set(there)
+    gone = [name for i, name in enumerate(data.labels) if i not in left]
+    unknown = [data.labels[i] for i in there if i not in trained]
+    notes = [
+        (pairs, "classes that differ in case or form alone, kept apart"),
+        (gone, "classes left out, since all their rows are duplicates of others"),
+        (unknown, "classes of dev or test that train lacks, whose rows count as wrong"),
+    ]
+    data.notes.extend(f"{what}: {len(names):,} ({', '.join(names[:5])})" for names, what in notes if names)
+    if not gone:
+        return data
+    index = {old: new for new, old in enumerate(there)}
+    moved = {
+        n: [dataclasses.replace(e, label=index.get(e.label, 0), tags=tuple(index[c] for c in e.tags)) for e in part]
+        for n, part in splits.items()
+    }
+    return dataclasses.replace(data, labels=tuple(data.labels[i] for i in there), **moved)
+
+
+def _classes(data: Dataset, e: Example) -> tuple[int, ...]:
+    return e.tags if data.several else (e.label,)
+
+
+TASK = Task(
+    "labels",
+    read,
+    "You sort texts into classes.",
+    options={
+        "text": Option("for labels and --predict, columns that make up a text (default text)", ()),
+        "label": LABEL,
+        "several": Option("for labels, any number of classes a text: lists, or with ; between"),
+        "split": Option("for labels, column that says train, dev or test", ""),
+    },
+    own_classes=True,
+)
