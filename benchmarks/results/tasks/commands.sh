@@ -48,7 +48,7 @@ finetune quality "$random" random --dropout 0 --epochs 8 --learning-rate 5e-4 &
 wait
 for task in closed quality; do finetune $task tfidf tfidf; done
 finetune ner runs/modern modern --dropout 0 --epochs 6 --learning-rate 2e-3 --tokens-per-batch 2048
-finetune closed runs/modern modern --dropout 0 --epochs 2 --learning-rate 5e-4 --pooling mean
+finetune closed runs/modern modern --dropout 0 --epochs 2 --learning-rate 1e-3 --pooling mean
 finetune quality runs/modern modern --dropout 0 --epochs 3 --learning-rate 5e-4 --pooling mean
 
 # 4. the table
