@@ -160,7 +160,7 @@ def main() -> None:
         [
             "# Training on a CPU, beside transformers",
             "",
-            f"`python -m benchmarks.cpu`: {options.batches} batch{"es" * (options.batches > 1)} of {BATCH} posts, {sum(map(sum, lengths)):,} real "
+            f"`python -m benchmarks.cpu`: {options.batches} × {BATCH} posts, {sum(map(sum, lengths)):,} real "
             f"tokens, {padded:,} when padded; 4 layers, 256 wide, 4 heads, 8,000 pieces; forward, backward, AdamW. "
             "modernbert: two layers attend to whole posts and two to windows of 64 tokens to either side.",
             f"{machine('torch', 'transformers')}; {torch.get_num_threads()} threads.",
