@@ -1,4 +1,4 @@
-# What was run for benchmarks/results/continued.md, from the repository's root: bash benchmarks/results/continued/commands.sh DATA
+# Is a model that goes on with other data better on it? Not run yet. From the root: bash benchmarks/results/continued/commands.sh DATA
 # DATA: a folder with text/ (titles, question bodies), dumps/ (.7z of sites) and tasks/ (the sets for fine-tuning)
 set -e
 python=.venv/bin/python
