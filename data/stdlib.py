@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ast
 import json
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from minisobert.cli import Parser, command
 
 LEAVE_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
@@ -56,5 +57,12 @@ def write(path: Path, library: Path | None = None) -> None:
             print(json.dumps({"text": text}), file=file)
 
 
+@command("data.stdlib")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="data.stdlib", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="FILE", help=".jsonl to write")
+    write(parser.parse_args(argv).out)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

@@ -74,5 +74,16 @@ def test_preparing_data_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_nothing_large_is_in_the_repository():
+    """What was written by accident, or comes from outside."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("no git repository")
+    sizes = {
+        name: (ROOT / name).stat().st_size for name in listed.stdout.decode().split("\0") if (ROOT / name).is_file()
+    }
+    assert {name: size for name, size in sizes.items() if size > 1_000_000} == {}
+
+
 def test_no_library_file_passes_400_lines():
     assert {path.name: n for path in SOURCES if (n := len(path.read_text().splitlines())) > 400} == {}

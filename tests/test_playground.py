@@ -148,3 +148,12 @@ def test_functions_and_classes_of_a_library_become_posts(tmp_path):
         "pkg.a.add(a, b=1)\n\nSum.\n\n    # plus\n    return a + b",
         "pkg.a.C.m(self)\n\n    def m(self): pass",
     ]
+
+
+def test_an_option_is_no_file_to_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, status in ((["--help"], 0), (["--no-such-option"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as left:
+            stdlib.main(words)
+        assert left.value.code == status
+    assert list(tmp_path.iterdir()) == []
