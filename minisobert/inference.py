@@ -17,23 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from minisobert.corpus.packing import SPECIALS
 from minisobert.finetuning import apply, encoder, huggingface
+from minisobert.finetuning.apply import CHUNK, PATIENCE
 from minisobert.finetuning.baselines import Linear
-from minisobert.finetuning.loop import batches
+from minisobert.finetuning.loop import EVAL_TOKENS, batches
 from minisobert.hub import importing
-from minisobert.model import MaskedLM
+from minisobert.model import MaskedLM, mean_states
 from minisobert.ops import Documents
 from minisobert.tasks.dataset import Example
 from minisobert.tasks.words import word_spans
 from minisobert.training.run import Trained
-
-TOKENS = 16_384  # of texts that go through the model together
-CHUNK = 512  # texts that are encoded at a time
-PATIENCE = 2.0  # seconds after which a progress bar appears
 
 
 class Entity(NamedTuple):
@@ -74,17 +70,14 @@ class Loaded:
             raise ValueError(f"{self._name} is a model of transformers; take its embeddings there")
         vectors = np.empty((len(texts), self.model.config.hidden), np.float32)
         for indices, ids in self._batches(texts):
-            lengths = torch.tensor([len(each) for each in ids])
-            hidden = self._states(ids)
-            owner = torch.arange(len(ids)).repeat_interleave(lengths).to(self.device)
-            sums = torch.zeros(len(ids), hidden.shape[1], device=self.device).index_add_(0, owner, hidden.float())
-            vectors[indices] = (sums / lengths.to(self.device)[:, None]).cpu().numpy()
+            tokens, positions, documents = encoder.packed(ids, self.device)
+            states = self.model.encoder(tokens, positions, documents)
+            vectors[indices] = mean_states(states, documents).cpu().numpy()
         return vectors
 
     def classify(self, texts: Sequence[str]) -> np.ndarray:
         """(n, classes): of each text the probability of each of `labels`, which add up to 1 unless a text may have
-        several. Raises ValueError where the model was not
-        fine-tuned to classify texts."""
+        several. Raises ValueError where the model was not fine-tuned to classify texts."""
         self._check("sequence", "classifies")
         texts = _several(texts)
         found = [p[0] for p in self._predict([Example(str(i), self._clean(text)) for i, text in enumerate(texts)])]
@@ -121,25 +114,17 @@ class Loaded:
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """Which texts go through the model together, and their ids."""
         longest = self.model.config.positions - SPECIALS
-        special, cut = self.tokenizer.vocabulary, 0
+        cut = 0
         with tqdm(total=len(texts), unit="text", delay=PATIENCE) as bar:
             for start in range(0, len(texts), CHUNK):
                 encoded = [self.tokenizer.encode(self._clean(text)) for text in texts[start : start + CHUNK]]
                 cut += sum(len(ids) > longest for ids in encoded)
-                ids = [np.concatenate([[special.cls], each[:longest], [special.sep]]) for each in encoded]
-                for batch in batches(np.array([len(each) for each in ids]), TOKENS, np.arange(len(ids))):
-                    yield [start + i for i in batch], [ids[i].astype(np.int64) for i in batch]
+                ids = [encoder.with_specials(each[:longest], self.tokenizer) for each in encoded]
+                for batch in batches(np.array([len(each) for each in ids]), EVAL_TOKENS, np.arange(len(ids))):
+                    yield [start + i for i in batch], [ids[i] for i in batch]
                     bar.update(len(batch))
         if cut:
             print(f"{cut:,} of {len(texts):,} texts were cut to their first {longest:,} tokens", file=sys.stderr)
-
-    def _states(self, ids: list[np.ndarray]) -> Tensor:
-        """(T, h): the final states of some documents, one after the other."""
-        lengths = [len(each) for each in ids]
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        documents = Documents.from_bounds(np.concatenate([[0], np.cumsum(lengths)]), self.device)
-        tokens = torch.from_numpy(np.concatenate(ids))
-        return self.model.encoder(tokens.to(self.device), positions.to(self.device), documents)
 
 
 def load(path: str | Path) -> Loaded:

@@ -226,6 +226,12 @@ class MaskedLM(Model):
         return self.mlm_head(hidden.index_select(0, masked), self.encoder.embeddings.word.weight)
 
 
+def mean_states(states: Tensor, documents: Documents) -> Tensor:
+    """(T, h) → (D, h) fp32: the mean of the states of each document."""
+    lengths = documents.bounds.diff().to(states.device)
+    return torch.segment_reduce(states.float(), "mean", lengths=lengths, axis=0)
+
+
 class Classifier(Model):
     """The encoder with a classifier of tokens, or of documents: what fine-tuning trains.
 
@@ -265,8 +271,7 @@ class Classifier(Model):
         """
         x = self.encoder(tokens, positions, documents, dropout)
         if self.pooling == "mean":
-            lengths = documents.bounds.diff().to(x.device)
-            x = torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0).to(x.dtype)
+            x = mean_states(x, documents).to(x.dtype)
         else:
             x = x.index_select(0, places)
         if self.head is not None:

@@ -39,7 +39,7 @@ def state_of(trained, text: str) -> torch.Tensor:
 
 
 def test_vectors_are_the_means_of_final_states(run, capsys, monkeypatch):
-    monkeypatch.setattr(inference, "TOKENS", 300)  # several batches
+    monkeypatch.setattr(inference, "EVAL_TOKENS", 300)  # several batches
     monkeypatch.setattr(inference, "CHUNK", 7)
     model, trained = minisobert.load(run), open_run(run)
     trained.model.config.__dict__["positions"] = model.model.config.__dict__["positions"] = 100  # the last one is cut

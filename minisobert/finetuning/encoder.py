@@ -65,24 +65,19 @@ class Network:
 
     def _whole(self, ids: np.ndarray) -> np.ndarray:
         longest = self.module.config.positions - SPECIALS
-        special = self.tokenizer.vocabulary
         self.cut += len(ids) > longest
-        return np.concatenate([[special.cls], ids[:longest], [special.sep]]).astype(np.int64)
+        return with_specials(ids[:longest], self.tokenizer)
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         return [items]  # nothing is padded
 
     def logits(self, items: list[Encoded], step: int | None) -> Tensor:
-        lengths = [len(item.ids) for item in items]
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = torch.from_numpy(np.concatenate([item.ids for item in items])).to(self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        places = np.concatenate([item.places + start for item, start in zip(items, bounds)])
+        tokens, positions, documents = packed([item.ids for item in items], self.device)
+        places = np.concatenate([item.places + start for item, start in zip(items, documents.bounds.tolist())])
         dropout = None
         if step is not None:  # keys for a layer more than there are: the classifier's
             layers = self.module.config.layers + 1
             dropout = Dropout.for_step(self.dropout, self.seed, step, layers, self.device)
-        documents = Documents.from_bounds(bounds, self.device)
         return self.module(tokens, positions, documents, torch.from_numpy(places).to(self.device), dropout)
 
     def save(self, folder: Path) -> None:
@@ -90,6 +85,21 @@ class Network:
         write_safetensors(folder / "model.safetensors", weights)
         write_json(folder / "config.json", dataclasses.asdict(self.module.config))
         (folder / self.tokenizer.file_name).write_bytes(self.tokenizer.content)
+
+
+def with_specials(ids: np.ndarray, tokenizer: Tokenizer | JsonTokenizer) -> np.ndarray:
+    """A document as a model reads it, int64: [CLS] … [SEP]."""
+    special = tokenizer.vocabulary
+    return np.concatenate([[special.cls], ids, [special.sep]]).astype(np.int64)
+
+
+def packed(documents: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Documents]:
+    """The ids of some documents, one after the other: tokens (T,), positions (T,), and where each is."""
+    lengths = [len(ids) for ids in documents]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = torch.from_numpy(np.concatenate(documents))
+    return tokens.to(device), positions.to(device), Documents.from_bounds(bounds, device)
 
 
 def open_network(folder: Path, task: dict) -> Network:

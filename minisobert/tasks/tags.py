@@ -41,8 +41,8 @@ class Sentence(NamedTuple):
 
 def read(paths: list[Path], seed: int, *, label: str = "") -> Dataset:
     """The labels are "O", then B- and I- of each type, the commonest first. label: the number of the tags' column, from
-    1, which is the word's; by default it is the last. Raises ValueError for whatever is wrong
-    with the files as a whole."""
+    1, which is the word's; by default it is the last. Raises ValueError for whatever is wrong with the
+    files as a whole."""
     files = find(paths, (*COLUMNS, ".jsonl"))
     if not files or any(file.kind == DUMP for file in files):
         raise ValueError(
