@@ -39,15 +39,14 @@ def wordpiece() -> str:
 
 
 @cache
-def byte_level() -> str:
+def byte_level(texts: tuple[str, ...] = (*TEXTS,) * 5, size: int = 300) -> str:
     """Bytes and what was learnt, and the special ones behind them."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        TEXTS * 5, tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(texts, trainer)
     made.add_special_tokens(SPECIAL)
     made.post_processor = tokenizers.processors.TemplateProcessing(
         "[CLS] $A [SEP]", special_tokens=[(name, made.token_to_id(name)) for name in ("[CLS]", "[SEP]")]

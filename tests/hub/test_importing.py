@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,12 @@ from minisobert.hub.__main__ import main as hub
 from minisobert.ops import Documents
 from minisobert.training.run import open_run
 from tests.conftest import sentences
+from tests.corpus.test_json_tokenizer import byte_level
 from tests.runs import column, make_small, metrics, train_all, weights, words
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 
 
@@ -40,24 +39,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@cache
-def tokenizer() -> str:
-    """Byte-level BPE with its special ids at the end."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=395, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(sentences(200, seed=0), trainer)
-    made.add_special_tokens(SPECIAL)
-    return made.to_str()
-
-
 def saved(folder: Path, kind: str, **changes) -> Path:
     """A model of transformers with random weights, large enough to matter, and that tokenizer."""
     torch.manual_seed(0)
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer()), pad_token="[PAD]", cls_token="[CLS]",
+        tokenizer_object=tokenizers.Tokenizer.from_str(byte_level(tuple(sentences(200, seed=0)), 395)), pad_token="[PAD]", cls_token="[CLS]",
         sep_token="[SEP]", mask_token="[MASK]", unk_token="[UNK]",
     )  # fmt: skip
     ids = {"pad_token_id": fast.pad_token_id, "bos_token_id": fast.cls_token_id, "eos_token_id": fast.sep_token_id}
