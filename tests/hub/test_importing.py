@@ -42,8 +42,9 @@ def one_thread():
 def saved(folder: Path, kind: str, **changes) -> Path:
     """A model of transformers with random weights, large enough to matter, and that tokenizer."""
     torch.manual_seed(0)
+    made = tokenizers.Tokenizer.from_str(byte_level(tuple(sentences(200, seed=0)), 395))
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(byte_level(tuple(sentences(200, seed=0)), 395)), pad_token="[PAD]", cls_token="[CLS]",
+        tokenizer_object=made, pad_token="[PAD]", cls_token="[CLS]",
         sep_token="[SEP]", mask_token="[MASK]", unk_token="[UNK]",
     )  # fmt: skip
     ids = {"pad_token_id": fast.pad_token_id, "bos_token_id": fast.cls_token_id, "eos_token_id": fast.sep_token_id}
