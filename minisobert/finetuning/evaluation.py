@@ -25,6 +25,8 @@ class Evaluation:
 
 
 def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    if data.kind == "pair":  # (rank, first text) of each query, see retrieval.py
+        return Evaluation(metrics.of_ranks(np.stack(probabilities)[:, 0]), {}, (), np.zeros((0, 0), np.int64))
     if data.several:
         return _several(data, examples, np.concatenate(probabilities))
     return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)

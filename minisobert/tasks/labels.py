@@ -23,6 +23,7 @@ from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, p
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
 )
+TEXT = Option("for labels and --predict, columns that make up a text (default text); for pairs, the two texts", ())
 ADVICE = "name yours with --text, --label and --split"
 
 
@@ -166,7 +167,7 @@ TASK = Task(
     read,
     "You sort texts into classes.",
     options={
-        "text": Option("for labels and --predict, columns that make up a text (default text)", ()),
+        "text": TEXT,
         "label": LABEL,
         "several": Option("for labels, any number of classes a text: lists, or with ; between"),
         "split": Option("for labels, column that says train, dev or test", ""),
