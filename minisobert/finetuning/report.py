@@ -147,7 +147,9 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield from _worst(data, best.test)
 
     yield "## How it was made\n"
-    unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
+    unused = {"tensorboard", *UNUSED.get(results["model"].partition(":")[0], ()), *task_options()} - {
+        *data.task.options
+    }
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
     yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
     if best.network:
