@@ -55,6 +55,7 @@ def small(monkeypatch):
     make_small(monkeypatch.setitem)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_goes_on_with_two_processes_has_each_step_once(corpus, tmp_path, small):
     out, log = tmp_path / "run", tmp_path / "log"
     argv = words(corpus, out, 40, checkpoint_every_tokens=4 * BATCH, tensorboard=True, micro_batch_rows=2)
