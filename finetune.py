@@ -19,7 +19,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
 
 import sys
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 from minisobert.cli import command, parse, printable
 from minisobert.files import new_folder
@@ -29,6 +31,7 @@ from minisobert.finetuning.loop import Outcome
 from minisobert.finetuning.start import read_data, starting_point
 from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
+from minisobert.training import events
 
 
 @command("finetune.py", "nothing was written")
@@ -40,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with new_folder(config.out) as folder:
         pyplot()  # is there, or training would be in vain
+        if config.tensorboard:
+            events.check()
         start = starting_point(config)
         data = read_data(config)
         say(data)
-        outcomes = train(start, data, config)
+        outcomes = train(start, data, config, folder)
         report.write(folder, config, data, outcomes)
     print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
     return 0
@@ -58,11 +63,15 @@ def say(data: Dataset) -> None:
     print(printable("\n  ".join([f"{counts}{what}", *data.notes])), file=sys.stderr)
 
 
-def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:
+def train(start, data: Dataset, config: FineTuneConfig, folder: Path) -> list[Outcome]:
     """One outcome for each seed. Only the one that is best on dev keeps its network."""
     outcomes: list[Outcome] = []
     for seed in range(1, config.seeds + 1):
         outcomes.append(start.train(data, seed, partial(evaluation.dev_score, data)))
+        if config.tensorboard and outcomes[-1].epochs:  # TF-IDF has none
+            with closing(events.Events(folder / "tensorboard" / f"seed-{seed}")) as board:
+                for line in outcomes[-1].epochs:
+                    board.add({name: value for name, value in line.items() if name != "epoch"}, line["epoch"])
         best = evaluation.best(outcomes)
         for outcome in outcomes:
             outcome.network = outcome.network if outcome is best else None

@@ -78,4 +78,5 @@ def read(named: Sequence[str]) -> Texts:
             raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
         paths.setdefault(task, []).append(Path(path))
     data = {task: TASKS[task].read(files, SPLIT_SEED) for task, files in paths.items()}
-    return Texts((task, e.text or " ".join(e.words)) for task, d in data.items() for e in (*d.dev, *d.test))
+    held_out = [(task, e) for task, d in data.items() for e in (*d.dev, *d.test)]
+    return Texts((task, text) for task, e in held_out for text in (e.text or " ".join(e.words), e.other) if text)

@@ -220,9 +220,7 @@ class TrainConfig:
 
     micro_batch_rows: int = _layout(8, "rows in one forward pass of one process", least=1)
     tensor_parallel: int = _layout(1, "processes that share one model; neighbours in rank", least=1)
-    sequence_parallel: bool = _layout(
-        False, "split layer norms and dropout by tokens over the processes that share a model"
-    )
+    sequence_parallel: bool = _layout(False, "split layer norms and dropout by tokens over the processes of a model")
     shard_optimizer: bool = _layout(False, "split the optimizer's state over the data-parallel processes")
     recompute: bool = _layout(False, "save memory: keep only the input of each block and repeat its forward pass")
 
@@ -235,6 +233,7 @@ class TrainConfig:
     max_skipped: int = _run(10, "end the run when more steps than this in a row have no finite gradient", least=0)
     timeout: float = _run(600.0, "seconds to wait for another process before the job gives up", above=0, below=math.inf)
     price_per_gpu_hour: float = _run(0.0, "dollars per GPU and hour, to report the cost of the run", least=0)
+    tensorboard: bool = _run(False, "write the figures of metrics.jsonl for TensorBoard too, to OUT/tensorboard")
 
     plan: bool = _plan(False, "print memory, time and cost of the layouts that fit, and start nothing")
     gpu: str = _plan("H100", "GPU that --plan assumes", metavar="NAME")

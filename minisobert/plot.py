@@ -1,13 +1,51 @@
-"""Curves of runs: `python -m minisobert.plot RUN [RUN …]` writes loss.png into the first RUN (extra [plot])."""
+"""Curves of runs in one picture: `python -m minisobert.plot RUN [RUN …]` writes loss.png into the first RUN.
+
+The large panel has the loss over tokens; below it are the loss over time and, where a price was given, over dollars,
+the learning rate, the norm of the gradient and the speed. A panel without any figures is left out. (Extra [plot].)
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+import sys
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
-from minisobert.cli import Parser, command
+import numpy as np
+
+from minisobert.cli import Parser, command, printable
+from minisobert.training import meter
 from minisobert.training.run import read_metrics
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, of which no label on white
+# could be read; grey takes its place. A ninth run begins again, with dashes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1)))
+LONGEST = 40  # characters of a name that a label has room for
+FEW = 2  # runs, up to which the loss of each single step is drawn behind the smoothed line
+FONT = 9  # points
+TIMES = {"seconds": 1, "minutes": 60, "hours": 3_600, "days": 86_400}
+DOLLAR = r"\$"  # without the backslash two of them would begin and end a formula
+
+
+@dataclass
+class Curves:
+    """What a picture shows of one run: an array with a number for each step, NaN where there is none."""
+
+    name: str
+    color: str
+    dashes: object
+    tokens: np.ndarray  # row positions
+    seconds: np.ndarray  # of training, without evaluations
+    dollars: np.ndarray
+    loss: np.ndarray
+    smooth_loss: np.ndarray
+    held_out: np.ndarray
+    lr: np.ndarray
+    grad_norm: np.ndarray
+    speed: np.ndarray  # real tokens a second
 
 
 def pyplot():
@@ -24,38 +62,211 @@ def pyplot():
 
 def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
     """Training and held-out loss of the runs over tokens, as a PNG. entropy: in nats, drawn as a level beside them."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, run in enumerate(runs):
-        color, name, lines = f"C{i}", Path(run).name, read_metrics(run)
-        tokens = [line["positions"] / 1e6 for line in lines]
-        losses = _numbers(line["loss"] for line in lines)
-        smooth = moving_mean(losses, max(len(lines) // 50, 1))
-        axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
-        # a single step, of which no line can be drawn, is a dot
-        axes.plot(tokens, smooth, "-" if len(lines) > 1 else ".", color=color, label=f"{name}: training")
-        if held_out := [(x, line["validation_loss"]) for x, line in zip(tokens, lines) if "validation_loss" in line]:
-            x, y = zip(*held_out)
-            axes.plot(x, _numbers(y), "o-", color=color, markersize=4, linewidth=1, markerfacecolor="white",
-                      label=f"{name}: held out")  # fmt: skip
-    if entropy is not None:
-        axes.axhline(entropy, color="black", linewidth=1, linestyle=":", label="unigram entropy of the corpus")
-    axes.set(xlabel="million tokens", ylabel="masked-LM loss (nats)", title="Pre-training loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    plt, curves = pyplot(), read_curves(runs)
+    figure = plt.figure(figsize=(8, 4.5), layout="constrained")
+    _large(figure, curves, entropy)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _numbers(values: Iterable[float | None]) -> list[float]:
-    """With NaN, of which nothing is drawn, for what was not finite."""
-    return [math.nan if value is None else value for value in values]
+def plot_all(runs: list[Path], path: Path) -> None:
+    """All panels of the runs, as a PNG."""
+    plt, curves = pyplot(), read_curves(runs)
+    figure = above = plt.figure(figsize=(12, 8), layout="constrained")
+    panels = [
+        ("seconds", "smooth_loss", "loss over time"), ("dollars", "smooth_loss", "loss over cost"),
+        ("tokens", "lr", "learning rate"), ("tokens", "grad_norm", "norm of the gradient"),
+        ("tokens", "speed", "tokens a second"),
+    ]  # fmt: skip
+    panels = [panel for panel in panels if any(_drawable(run, *panel[:2]) for run in curves)]
+    if panels:
+        above, below = figure.subfigures(2, 1, height_ratios=[5, 3])
+        for axes, (x, y, title) in zip(np.atleast_1d(below.subplots(1, len(panels))), panels):
+            _small(axes, curves, x, y, title)
+    _large(above, curves)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def read_curves(runs: list[Path]) -> list[Curves]:
+    """Of runs in this order. Raises ValueError where one has no metrics."""
+    curves = []
+    for i, (run, name) in enumerate(zip(runs, names(runs))):
+        lines = read_metrics(run)
+        column = {
+            key: np.array([math.nan if line.get(key) is None else line[key] for line in lines], dtype=float)
+            for key in ("positions", "loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "dollars")
+        }
+        smooth = {key: np.array(moving_mean(column[key].tolist(), max(len(lines) // 50, 1))) for key in column}
+        if not (column["loss"] == column["loss"]).any():
+            print(f"{run}: no step has a finite loss; its line is left out", file=sys.stderr)
+        dollars = column["dollars"] if (column["dollars"] > 0).any() else np.full(len(lines), math.nan)
+        curves.append(
+            Curves(
+                name, COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)], column["positions"],
+                np.array(meter.elapsed(lines)), dollars, column["loss"], smooth["loss"], column["validation_loss"],
+                column["lr"], smooth["grad_norm"], smooth["tokens_per_second"],
+            )
+        )  # fmt: skip
+    return curves
+
+
+def names(runs: list[Path]) -> list[str]:
+    """The end of each run's path: its folder, with those above it that tell it from the other runs; long ones cut in
+    the middle."""
+    paths, found, half = [Path(os.path.abspath(run)).parts for run in runs], [], LONGEST // 2
+    for path in paths:
+        others = {other for other in paths if other != path}
+        depths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        name = printable("/".join(path[-next(depths, len(path)) :]))
+        found.append(name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}")
+    return found
 
 
 def moving_mean(values: list[float], width: int) -> list[float]:
     """The mean of each value and the width - 1 before it, as far as there are so many and they are not NaN."""
-    windows = ([v for v in values[max(i - width + 1, 0) : i + 1] if v == v] for i in range(len(values)))
-    return [sum(window) / len(window) if window else math.nan for window in windows]
+    values = np.array(values, dtype=float)
+    sums, counts = (np.concatenate([[0], np.cumsum(x)]) for x in (np.nan_to_num(values), ~np.isnan(values)))
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - width, 0)
+    inside = counts[stop] - counts[start]
+    return np.where(inside, (sums[stop] - sums[start]) / np.maximum(inside, 1), math.nan).tolist()
+
+
+def _drawable(run: Curves, x: str, y: str) -> bool:
+    return bool(np.isfinite(getattr(run, x) + getattr(run, y)).any())
+
+
+def _line(axes, run: Curves, x: np.ndarray, y: np.ndarray, **how):
+    """A line, or a dot where a single number is all there is."""
+    single = np.isfinite(x + y).sum() == 1
+    axes.plot(x, y, marker="." if single else "", color=run.color, linestyle=run.dashes, **how)
+
+
+def _large(figure, curves: list[Curves], entropy: float | None = None) -> None:
+    axes, labels = figure.subplots(), []  # labels: (x, y, text, color) of the end of each line
+    for run in curves:
+        if len(curves) <= FEW:
+            axes.plot(run.tokens, run.loss, color=run.color, alpha=0.2, linewidth=0.8)
+        _line(axes, run, run.tokens, run.smooth_loss, linewidth=1.6)
+        evaluated = np.isfinite(run.held_out)
+        axes.plot(run.tokens[evaluated], run.held_out[evaluated], "o-", color=run.color, markersize=4.5, linewidth=0.8,
+                  markerfacecolor="white")  # fmt: skip
+        lines = {"training": run.smooth_loss, "held out": run.held_out}
+        ends = [(np.flatnonzero(np.isfinite(y))[-1], name) for name, y in lines.items() if np.isfinite(y).any()]
+        if (
+            len(curves) > 1
+        ):  # one label a run: at the line that goes further, or where both end together at the held-out
+            ends = sorted(ends, key=lambda end: end[0])[-1:]
+        for last, name in ends:
+            x, y = run.tokens[last], lines[name][last]
+            labels.append((x, y, f"{name if len(curves) == 1 else run.name} {y:.2f}", run.color))
+    if entropy is not None:
+        axes.axhline(entropy, color="black", linewidth=1, linestyle=":")
+        right = max(run.tokens[-1] for run in curves)
+        labels.append((right, entropy, f"unigram entropy\nof the corpus {entropy:.2f}", "black"))
+    held_out = any(np.isfinite(run.held_out).any() for run in curves)
+    _name(axes, "Loss" if len(curves) > 1 else f"Loss of {curves[0].name}", "masked-LM loss (nats)", 12)
+    if held_out and len(curves) > 1:
+        axes.text(1, 1.015, "line: training, smoothed    ○ held out", transform=axes.transAxes, ha="right", va="bottom",
+                  fontsize=FONT)  # fmt: skip
+    _scale(axes, "tokens", max(run.tokens[-1] for run in curves), ticks=8)
+    _label(figure, axes, labels)
+
+
+def _small(axes, curves: list[Curves], x: str, y: str, title: str) -> None:
+    longest, values = 0.0, []
+    for run in curves:
+        if _drawable(run, x, y):
+            across, up = getattr(run, x), getattr(run, y)
+            longest = max(longest, float(np.nanmax(across)))
+            values.extend(up[np.isfinite(up)])
+            _line(axes, run, across, up, linewidth=1.2)
+            if y == "smooth_loss":
+                evaluated = np.isfinite(run.held_out)
+                axes.plot(across[evaluated], run.held_out[evaluated], "o", color=run.color, markersize=3,
+                          markerfacecolor="white")  # fmt: skip
+    _name(axes, title, "", 10)
+    _scale(axes, x, longest)
+    if y == "speed":
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    if y == "grad_norm" and min(values) > 0 and max(values) > 30 * float(np.median(values)):
+        axes.set_yscale("log")  # or a spike would leave nothing to be seen of the rest
+
+
+def _name(axes, title: str, below: str, size: int) -> None:
+    axes.set_title(title, loc="left", fontsize=size, parse_math=False)
+    axes.set_ylabel(below, fontsize=FONT)
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=FONT)
+
+
+def _scale(axes, x: str, longest: float, ticks: int = 4) -> None:
+    """Ticks with their units, and about so many of them."""
+    unit, factor = x, 1.0
+    if x == "seconds":
+        unit, factor = [(name, size) for name, size in TIMES.items() if longest >= 2 * size or size == 1][-1]
+        unit = f"{unit} of training"
+    axes.xaxis.set_major_locator(_locator(factor, ticks))
+    axes.xaxis.set_major_formatter(lambda value, _: (DOLLAR if x == "dollars" else "") + short(value / factor))
+    axes.set_xlabel(unit, fontsize=FONT)
+
+
+def _locator(factor: float, ticks: int):
+    """Round numbers of units, each of which is `factor` of what is drawn."""
+    from matplotlib.ticker import MaxNLocator
+
+    class Locator(MaxNLocator):
+        def tick_values(self, low, high):
+            return super().tick_values(low / factor, high / factor) * factor
+
+    return Locator(nbins=ticks, steps=[1, 2, 2.5, 5, 10])
+
+
+def short(number: float) -> str:
+    """`1.5 k`, `20 M`, `27 B`: thousands, millions, billions."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g}"
+
+
+def _label(figure, axes, labels: list[tuple[float, float, str, str]]) -> None:
+    """Writes each text at its place, the end of a line, moved up or down where two would cover each other."""
+    from matplotlib.patheffects import withStroke
+
+    texts = [
+        axes.annotate(
+            text, (x, y), xytext=(12, 0), textcoords="offset points", va="center", fontsize=FONT, color=color,
+            annotation_clip=False, parse_math=False, path_effects=[withStroke(linewidth=3.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1},
+        )
+        for x, y, text, color in labels
+    ]  # fmt: skip
+    figure.canvas.draw()  # the layout makes room for the texts; only now is it known how large they are
+    boxes = [text.get_window_extent() for text in texts]
+    boxes = [(box.x0, box.x1, (box.y0 + box.y1) / 2, 1.1 * box.height) for box in boxes]
+    low, high = axes.get_window_extent().intervaly
+    for text, box, y in zip(texts, boxes, spread(boxes, low, high)):
+        text.set_position((12, (y - box[2]) * 72 / figure.dpi))
+
+
+def spread(boxes: list[tuple[float, float, float, float]], low: float, high: float) -> list[float]:
+    """The middles of boxes (left, right, middle, height), moved up and down by little until none covers another, in the
+    order of their middles and as far as possible between low and high."""
+    middles = [middle for _, _, middle, _ in boxes]
+    order = sorted(range(len(boxes)), key=middles.__getitem__)
+    for _ in range(500):
+        for i, j in combinations(order, 2):
+            beside = boxes[i][1] < boxes[j][0] or boxes[j][1] < boxes[i][0]
+            lack = (boxes[i][3] + boxes[j][3]) / 2 - (middles[j] - middles[i])
+            if not beside and lack > 0:
+                middles[i], middles[j] = middles[i] - lack / 2, middles[j] + lack / 2
+        middles = [min(max(middle, low), high) for middle in middles]
+    return middles
 
 
 @command("minisobert.plot")
@@ -65,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--png", type=Path, help="file to write (default: loss.png in the first run)")
     options = parser.parse_args(argv)
     png = options.png or options.runs[0] / "loss.png"
-    plot(options.runs, png)
+    plot_all(options.runs, png)
     print(png)
 
 

@@ -1,9 +1,7 @@
-"""What a person looks at: guesses, plots, and the demo's own corpus."""
+"""What a person looks at: guesses, and the demo's own corpus."""
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 import train
 from data import stdlib
-from minisobert import inference, playground, plot
+from minisobert import inference, playground
 from minisobert.corpus.tokenizer import CLS, MASK, SEP
 from minisobert.ops import Documents
 from minisobert.training.run import open_run
@@ -50,10 +48,7 @@ def test_a_mask_takes_the_space_before_it(run):
     assert trained.tokenizer.decode(found[0][0][found[0][1][0] + 1 :]) == " gin"
 
 
-def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_line(run, tmp_path, capsys):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "metrics.jsonl").write_text("")
+def test_a_text_without_a_mask_and_a_folder_without_a_run_are_one_line(run, tmp_path, capsys):
     for main, argv, message in (
         (playground.main, [str(run), "no mask"], "the text has no [MASK]"),
         (playground.main, [str(tmp_path), "a [MASK]"], "holds no checkpoint"),
@@ -62,9 +57,6 @@ def test_a_text_without_a_mask_a_folder_without_a_run_and_an_empty_plot_are_one_
         (playground.main, [str(run), "a [MASK]", "--best", "0"], "best is 0; it must be from 1 to 400"),
         (playground.main, [str(run), "a [MASK]", "--best", "-1"], "best is -1; it must be from 1 to 400"),
         (playground.main, [str(run), "a [MASK]", "--best", "many"], "'many' is not a whole number"),
-        (plot.main, [str(tmp_path)], "holds no run (no metrics.jsonl)"),
-        (plot.main, [str(empty)], "is empty: the run has made no step yet"),
-        (plot.main, [str(run), "--png", f"{tmp_path}/no/such.png"], "/no/such.png: No such file or directory"),
     ):
         with pytest.raises(SystemExit) as left:
             main(argv)
@@ -90,50 +82,6 @@ def test_a_run_that_lacks_a_file_is_named_with_it(run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert left.value.code == 2 and error.count("\n") == 1 and message in error, error
         shutil.rmtree(copy)
-
-
-def test_the_plot_is_a_png_beside_the_metrics(run):
-    pytest.importorskip("matplotlib")
-    plot.main([str(run)])
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert plot.moving_mean([1.0, 2.0, 6.0], 2) == [1.0, 1.5, 4.0]
-
-
-def drawn(folder: Path, lines: list[dict], monkeypatch) -> tuple[dict, Path]:
-    """{label: (x, y)} of the curves that plot draws of these metrics, and the PNG."""
-    plt = plot.pyplot()
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with monkeypatch.context() as patch:
-        patch.setattr(plt, "close", lambda figure: None)
-        plot.main([str(folder)])
-    (axes,) = plt.gcf().axes
-    curves = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axes.lines}
-    plt.close("all")
-    return curves, folder / "loss.png"
-
-
-def test_a_plot_shows_what_there_is_by_now(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    line = {"step": 1, "positions": 1_000_000, "loss": 5.0}
-    later = {"step": 2, "positions": 2_000_000, "loss": 4.0}
-    curves, png = drawn(tmp_path / "first", [line], monkeypatch)
-    assert png.read_bytes().startswith(b"\x89PNG") and set(curves) == {"_child0", "first: training"}
-    assert [list(xy) for xy in curves["first: training"]] == [[1.0], [5.0]]
-    curves, _ = drawn(tmp_path / "before", [line, later], monkeypatch)  # the first evaluation
-    assert [list(xy) for xy in curves["before: training"]] == [[1.0, 2.0], [5.0, 4.0]]
-    lines = [{**line, "validation_loss": 4.5}, {**later, "loss": None, "validation_loss": None}, {**later, "step": 3}]
-    curves, _ = drawn(tmp_path / "diverged", lines, monkeypatch)
-    x, y = curves["diverged: held out"]
-    assert list(x) == [1.0, 2.0] and y[0] == 4.5 and math.isnan(y[1])
-    x, y = curves["diverged: training"]
-    assert y[0] == 5.0 and math.isnan(y[1]) and y[2] == 4.0
-
-
-def test_means_leave_out_what_is_not_finite():
-    assert plot.moving_mean([1.0, math.nan, 5.0], 2) == [1.0, 1.0, 5.0]
-    assert plot.moving_mean([1.0, math.nan, 5.0], 3) == [1.0, 1.0, 3.0]
-    assert math.isnan(plot.moving_mean([math.nan], 1)[0])
 
 
 def test_functions_and_classes_of_a_library_become_posts(tmp_path):

@@ -54,6 +54,9 @@ class FineTuneConfig:
         choices=("cls", "mean"),
     )  # fmt: skip
     class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
+    tensorboard: bool = option(
+        False, "write the figures of each epoch for TensorBoard too, to OUT/tensorboard/seed-N", group="results"
+    )
     predict: str = option(
         "",
         "classify the texts of a file (.csv, .tsv, .jsonl, .parquet or a text a line) or of - (stdin); prints, or "

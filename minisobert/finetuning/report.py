@@ -159,8 +159,9 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
         yield from _classes(data, best, evaluated)
 
     yield "## How it was made\n"
-    unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
+    unused = {"tensorboard", *UNUSED.get(results["model"].partition(":")[0], ()), *task_options()}
     unused |= {"class_weights", "pooling"} if data.kind == "pair" else {"pairs_per_batch", "pair_tokens"}
+    unused -= data.task.options.keys()
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
     yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
     if best.network:

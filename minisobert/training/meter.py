@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -66,3 +67,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 def dollars(seconds: float, gpus: int, price_per_gpu_hour: float) -> float:
     return seconds / 3600 * gpus * price_per_gpu_hour
+
+
+def elapsed(lines: list[dict]) -> list[float]:
+    """Seconds of training until each line of a run's metrics.jsonl, evaluations not counted; NaN where a line does not
+    tell.
+
+    A line has the real tokens of the run so far and the speed of its step, so that the sum goes on where a run was
+    resumed.
+    """
+    seconds, tokens, found = 0.0, 0, []
+    for line in lines:
+        now, speed = line.get("tokens") or math.nan, line.get("tokens_per_second") or math.nan
+        seconds, tokens = seconds + (now - tokens) / speed, now
+        found.append(seconds)
+    return found

@@ -25,7 +25,7 @@ from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import locked, read_json_lines, read_safetensors, sha256, write_json
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
-from minisobert.training import checkpoint
+from minisobert.training import checkpoint, events, meter
 from minisobert.training.optimizer import Optimizer
 
 METRICS = {"step", "positions", "loss"}  # what each line of metrics.jsonl has at least
@@ -65,6 +65,9 @@ class Run:
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer, "corpus": corpus}
         self.fresh = config.fresh
         self._unwritten = b""  # of metrics.jsonl
+        self._events: events.Events | None = None
+        if config.tensorboard:
+            events.check()
         for folder in (self.folder, self.folder / "checkpoints"):
             _check_writable(folder)
         if self.folder.exists() and self.folder.samefile(shards.folder):
@@ -118,7 +121,11 @@ class Run:
         """
         with ExitStack() as lock:
             self._on_first(mesh, partial(self._claim, lock))
-            yield
+            try:
+                yield
+            finally:
+                if self._events:
+                    self._events.close()
 
     def _claim(self, lock: ExitStack) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -182,18 +189,30 @@ class Run:
     def _begin(self, step: int) -> None:
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        metrics = self.folder / "metrics.jsonl"
+        metrics, lines = self.folder / "metrics.jsonl", []
         if metrics.exists():  # what came after the checkpoint is about to be made again
             beside = metrics.with_name(".metrics.jsonl.new")
-            lines = read_json_lines(metrics, METRICS)
-            beside.write_bytes(b"".join(_line(line) for line in lines if line["step"] <= step))
+            lines = [_finite(line) for line in read_json_lines(metrics, METRICS) if line["step"] <= step]
+            beside.write_bytes(b"".join(map(_line, lines)))
             os.replace(beside, metrics)
+        if self.config.tensorboard:
+            self._events = events.Events(self.folder / "tensorboard")
+            seconds = meter.elapsed(lines)
+            for line, since in zip(lines, seconds):  # as if the run had not been interrupted
+                self._show(line, seconds[-1] - since)
         write_json(self.folder / "config.json", self.described)
         tokenizer = self.shards.tokenizer_file
         shutil.copyfile(tokenizer, self.folder / tokenizer.name)
 
+    def _show(self, line: dict, ago: float = 0.0) -> None:
+        """A line of metrics.jsonl to TensorBoard. ago: seconds since then, if that is known."""
+        figures = {name: value for name, value in line.items() if name not in ("step", "positions")}
+        self._events.add(figures, line["positions"], ago if math.isfinite(ago) else 0.0)
+
     def log(self, line: dict) -> None:
         """Appends one step's figures to metrics.jsonl. Training goes on where that fails; the next call tries again."""
+        if self._events:
+            self._show(_finite(line))
         failed_before, self._unwritten = bool(self._unwritten), self._unwritten + _line(line)
         path = self.folder / "metrics.jsonl"
         try:
