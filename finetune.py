@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 def say(data: Dataset) -> None:
     """What is learnt, and what was left out of it, on standard error before training begins."""
     counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
-    what = "classes" if data.kind == "sequence" else "tags"
-    print(printable("\n  ".join([f"{counts}; {len(data.labels):,} {what}", *data.notes])), file=sys.stderr)
+    what = f"{len(data.labels):,} {'classes' if data.kind == 'sequence' else 'tags'}"
+    what = f"numbers, {data.labels[0]}" if data.number else what
+    print(printable("\n  ".join([f"{counts}; {what}", *data.notes])), file=sys.stderr)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:

@@ -25,7 +25,8 @@ from minisobert.tasks.dataset import Dataset
 WORST = 20
 WIDEST = 8  # classes of a table that a page has room for; the plot has MANY
 SHOWN = 1_000  # characters of a document among the worst errors
-UNUSED = {"tfidf": ("epochs", "learning_rate", "tokens_per_batch", "dropout"), "hf": ("dropout",)}  # of the settings
+# Of the settings. TF-IDF reads whole texts, however long
+UNUSED = {"tfidf": ("epochs", "learning_rate", "tokens_per_batch", "dropout", "long"), "hf": ("dropout",)}
 
 
 def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
@@ -41,19 +42,25 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         **summary(data, config.model, evaluated), "seeds": seeds, "best_seed": best.seed,
         **evaluation.mean_and_deviation([e.figures for e in evaluations]), "settings": dataclasses.asdict(config),
     }  # fmt: skip
+    if data.number:
+        results["always_the_mean"] = evaluation.always_the_mean(data)
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
-    if not data.several:
+    if data.number:
+        truth = evaluation.truth_of(data, data.test)
+        figures.scatter(folder / "scatter.png", data.labels[0], truth, evaluation.numbers(best.test))
+    elif not data.several:
         figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion, _matrix(evaluated, data))
-    if data.kind == "sequence":
+    if data.kind == "sequence" and not data.number:
         p, truth = np.concatenate(best.test), evaluation.truth_of(data, data.test)
         figures.curves(folder / "curves.png", data.labels, truth, p)
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model")
         task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning,
-                "columns": data.columns, "several": data.several}  # fmt: skip
-        write_json(folder / "model/task.json", {**task, "format": best.network.format, "pooling": config.pooling})
+                "columns": data.columns, "several": data.several, "number": data.number}  # fmt: skip
+        task |= {"format": best.network.format, "pooling": config.pooling, "long": config.long}
+        write_json(folder / "model/task.json", task)
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 
@@ -79,10 +86,13 @@ def headline(data: Dataset, outcomes: list[Outcome]) -> str:
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
     """A row for each document, with the probabilities of all classes, or of more than MANY those of the true and of
-    the predicted one; for token tasks a row for each word."""
+    the predicted one; with the number; for token tasks a row for each word."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        if data.several:
+        if data.number:
+            rows.writerow(["id", "label", "predicted"])
+            rows.writerows([e.id, e.value, f"{p[0, 0]:.8g}"] for e, p in zip(data.test, probabilities))
+        elif data.several:
             wide = data.labels if len(data.labels) <= metrics.MANY else ()
             rows.writerow(["id", "labels", "predicted", *(f"p_{label}" for label in wide)])
             for e, (p,) in zip(data.test, probabilities):
@@ -109,13 +119,20 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     unit = "examples" if data.kind == "sequence" else "sentences"
     yield f"# {results['task']}: `{results['model']}`\n"
     rows = [[name, _plus_minus(results, name)] for name in results["mean"]]
-    yield from (*table(["figure, on test", _count(len(seeds), "seed")], rows), "")
+    mean = results.get("always_the_mean", {})
+    rows = [[*row, evaluation.shown(row[0], mean[row[0]])] if mean else row for row in rows]
+    beside = ["always the mean of train"] if mean else []
+    yield from (*table(["figure, on test", _count(len(seeds), "seed"), *beside], rows), "")
     if len(seeds) > 1:
         yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed},"
         yield "the best on dev.\n"
     on_dev = f"dev_{evaluation.main_figure(data)}"
     rows = [
-        [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
+        [
+            seed["seed"],
+            *(evaluation.shown(name, seed[name]) for name in (*results["mean"], on_dev)),
+            seed["best_epoch"] or "–",
+        ]
         for seed in seeds
     ]
     yield from (*table(["seed", *results["mean"], on_dev, "best epoch"], rows), "")
@@ -125,6 +142,29 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield from (f"- {note}" for note in data.notes)
     yield ""
 
+    yield from _of_numbers(data, best.test) if data.number else _of_classes(data, best, evaluated)
+
+    yield "## How it was made\n"
+    unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
+    given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
+    yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
+    if best.network:
+        command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
+        yield f"`{command}` applies the model to new posts.\n"
+
+
+def _of_numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
+    yield "## Predicted and true\n"
+    yield "![true and predicted numbers](scatter.png)\n"
+    truth, found = evaluation.truth_of(data, data.test), evaluation.numbers(probabilities)
+    yield f"## The {WORST} worst errors\n"
+    for number, i in enumerate(np.argsort(-np.abs(truth - found), kind="stable")[:WORST], 1):
+        e = data.test[i]
+        yield f"{number}. `{e.id}`: **{truth[i]:g}**, predicted **{found[i]:g}**\n"
+        yield _quoted(_beginning(e.text))
+
+
+def _of_classes(data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
     yield "## Classes\n"
     shown = list(evaluated.per_class.items())
     if len(shown) > metrics.MANY:
@@ -145,14 +185,6 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     yield f"## The {WORST} worst errors\n"
     yield "Wrong ones whose truth the model found least likely, the least likely first.\n"
     yield from _worst(data, best.test)
-
-    yield "## How it was made\n"
-    unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
-    given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
-    yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
-    if best.network:
-        command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
-        yield f"`{command}` applies the model to new posts.\n"
 
 
 def _taken(data: Dataset, evaluated: Evaluation) -> Iterable[str]:
@@ -184,11 +216,11 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
             found = [evaluation.names(data, classes) for classes in (e.tags, np.flatnonzero(p[0] >= 0.5))]
             truth, found = ("; ".join(each) or "none" for each in found)
             yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}**\n"
-            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+            yield _quoted(_beginning(e.text))
         elif data.kind == "sequence":
             truth, found = data.labels[e.label], data.labels[p[0].argmax()]
             yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}** with {p[0].max():.1%}\n"
-            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+            yield _quoted(_beginning(e.text))
         else:
             yield f"{number}. `{e.id}`: the truth, and what was found\n"
             yield _quoted(marking.mark_words(e.words, evaluation.names(data, e.tags)))
@@ -205,14 +237,18 @@ def _matrix(evaluated: Evaluation, data: Dataset) -> str:
     return f"Confusion matrix of the {metrics.MANY} commonest in test of {count:,} classes"
 
 
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"
+
+
 def _quoted(text: str) -> str:
     """As code in an item of a list, whatever marks it has."""
     return "".join(f"        {line}\n" for line in printable(text).splitlines())
 
 
 def _plus_minus(results: dict, name: str) -> str:
-    deviation = f" ± {results['std'][name]:.4f}" if "std" in results else ""
-    return f"{results['mean'][name]:.4f}{deviation}"
+    deviation = f" ± {evaluation.shown(name, results['std'][name])}" if "std" in results else ""
+    return f"{evaluation.shown(name, results['mean'][name])}{deviation}"
 
 
 def _count(n: int, noun: str) -> str:

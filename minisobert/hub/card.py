@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minisobert.cli import table
 from minisobert.corpus.tokenizer import Tokenizer
+from minisobert.finetuning.evaluation import shown
 from minisobert.model import Model
 from minisobert.tasks.words import WORD
 from minisobert.training import checkpoint
@@ -211,6 +212,16 @@ classify("How do I sort a list?", truncation=True)
 ```
 """
 
+_NUMBER = """## How to load it
+
+```python
+from transformers import pipeline
+
+predict = pipeline("text-classification", "NAME", function_to_apply="none")
+predict("How do I sort a list?", truncation=True)  # the score is the number
+```
+"""
+
 _TAG = '''## How to load it
 
 ```python
@@ -234,20 +245,27 @@ word is so rare that the space before it is a piece by itself.
 
 def _fine_tuned(name: str, about: FineTuned) -> list[str]:
     task, results = about.task, about.results
-    text = (_CLASSIFY if task["kind"] == "sequence" else _TAG).replace("NAME", name)
+    text = _CLASSIFY if task["kind"] == "sequence" else _TAG
+    text = (_NUMBER if task.get("number") else text).replace("NAME", name)
     text = text.replace("PATTERN", WORD.pattern)
     if task["cleaning"]:
         text += (
             "\nThe texts were cleaned before training, and texts to classify must be too: by "
             f"`minisobert.tasks.TASKS[{task['task']!r}].cleaning[{task['cleaning']!r}]`.\n"
         )
+    if task.get("long") == "windows":
+        text += (
+            "\nThe figures below are those of reading longer texts in overlapping windows. transformers does not do "
+            "that: with `truncation=True` it reads their beginning alone.\n"
+        )
     seeds, labels = len(results["seeds"]), ", ".join(f"`{label}`" for label in task["labels"])
-    rows = [[figure, f"{value:.4f}"] for figure, value in results["mean"].items()]
+    learnt = "to predict the number" if task.get("number") else "with the labels"
+    rows = [[figure, shown(figure, value)] for figure, value in results["mean"].items()]
     several = "These are means; the model is that of the seed that was best on dev.\n" if seeds > 1 else ""
     return [
         text,
         "## Task\n",
-        f"`{task['task']}`, with the labels {labels}. The model was fine-tuned from `{Path(results['model']).name}` on "
+        f"`{task['task']}`, {learnt} {labels}. The model was fine-tuned from `{Path(results['model']).name}` on "
         f"{results['counts']['train']:,} examples.\n",
         *table(["on test", f"{seeds} seed{'s' * (seeds > 1)}"], rows),
         "",
