@@ -70,6 +70,9 @@ def results(tmp_path_factory) -> Path:
                       str(folder / "tokenizer.model"), *MADE)  # fmt: skip
         fine_tune(folder, folder / "tfidf", "--model", "tfidf", "--seeds", "2")
         hub(["export", str(folder / "tiny"), "--out", str(folder / "tiny-exported")])
+        described = json.loads((folder / "tiny-exported/config.json").read_text())
+        assert described.pop("problem_type") == "regression"  # as in the folders of people who did not say so
+        (folder / "tiny-exported/config.json").write_text(json.dumps(described))
         fine_tune(folder, folder / "hf", "--model", f"hf:{folder / 'tiny-exported'}", *MADE[2:], "--epochs", "1")
     return folder
 
@@ -150,6 +153,14 @@ def test_transformers_gives_the_same_number(format, results, tmp_path):
     assert again.labels == ("year",)
     card = (out / "README.md").read_text()
     assert 'function_to_apply="none"' in card and "to predict the number `year`" in card and "top_k" not in card
+
+
+def test_a_model_of_transformers_is_kept_as_one_of_regression(results):
+    transformers = pytest.importorskip("transformers")
+    texts = ["ban dun ban", "ko ze fin"]
+    pipe = transformers.pipeline("text-classification", str(results / "hf/model"))
+    numbers = minisobert.load(results / "hf").numbers(texts)
+    np.testing.assert_allclose([each["score"] for each in pipe(texts)], numbers, rtol=1e-6)
 
 
 def test_standard_scores_are_exported_within_1e_5(results, tmp_path):

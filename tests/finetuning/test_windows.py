@@ -116,8 +116,13 @@ def test_logits_of_a_document_are_the_mean_of_its_windows(architecture, pooling,
     assert (net.cut, net.windows) == (sum(c > 1 for c in count), sum(c for c in count if c > 1))
     np.testing.assert_allclose(net.logits(items, None).detach(), expected, atol=1e-6)
     np.testing.assert_allclose(net.logits(items, 0).detach(), expected, atol=1e-6)  # in training, without dropout
-    monkeypatch.setattr(encoder, "EVAL_TOKENS", 2 * LONGEST)  # the windows of a text in several parts
+    pack, seen = encoder.packed, []
+    monkeypatch.setattr(encoder, "packed", lambda windows, device: seen.append(len(windows)) or pack(windows, device))
+    net.logits(items, None)
+    monkeypatch.setattr(encoder, "EVAL_TOKENS", 2 * (LONGEST + 2))  # the windows of a text in several parts
     np.testing.assert_allclose(net.logits(items, None).detach(), expected, atol=1e-6)
+    net.logits(items, 0)
+    assert seen == [10, 2, 2, 2, 2, 2, 10]  # of which those with gradients are always together
     order = [3, 0, 2, 1]
     np.testing.assert_allclose(
         net.logits([items[i] for i in order], None).detach(), np.array(expected)[order], atol=1e-6
