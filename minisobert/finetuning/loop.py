@@ -175,8 +175,7 @@ def fit(
     on_dev = best[2]
     if standard:
         on_dev = standard.back(on_dev)
-        standard.fold()
-        standard.check(on_dev[:8], predict(network, dev[:8]))
+        standard.fold(lambda: predict(network, dev[:8]))
     return Outcome(seed, best[0][0], on_dev, predict(network, test), history, best_epoch, network)
 
 
