@@ -4,6 +4,7 @@
     python finetune.py --task ner --model random:runs/base --data ner.7z --out results/ner-random
     python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
     python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/team
+    python finetune.py --task pairs --data site.7z --model runs/base --out results/search
     python finetune.py --predict posts.jsonl --model results/ner-base
 
 The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It
@@ -51,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
 def say(data: Dataset) -> None:
     """What is learnt, and what was left out of it, on standard error before training begins."""
     counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
-    what = f"{len(data.labels):,} {'classes' if data.kind == 'sequence' else 'tags'}"
-    what = f"numbers, {data.labels[0]}" if data.number else what
-    print(printable("\n  ".join([f"{counts}; {what}", *data.notes])), file=sys.stderr)
+    what = {"sequence": f"; {len(data.labels):,} classes", "token": f"; {len(data.labels):,} tags", "pair": ""}[
+        data.kind
+    ]
+    what = f"; numbers, {data.labels[0]}" if data.number else what
+    print(printable("\n  ".join([f"{counts}{what}", *data.notes])), file=sys.stderr)
 
 
 def train(start, data: Dataset, config: FineTuneConfig) -> list[Outcome]:

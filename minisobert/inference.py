@@ -148,6 +148,8 @@ def load(path: str | Path) -> Loaded:
         network, task, clean = apply.open_fine_tuned(folder)
         if isinstance(network, Linear):
             return Loaded(name, None, None, network, task["labels"], clean)
+        if task["kind"] == "pair":
+            return Loaded(name, network.module, network.tokenizer)
         return Loaded(name, network.module, network.tokenizer, network, task["labels"], clean)
     if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
         trained = importing.open_model(folder)

@@ -232,6 +232,16 @@ def mean_states(states: Tensor, documents: Documents) -> Tensor:
     return torch.segment_reduce(states.float(), "mean", lengths=lengths, axis=0)
 
 
+class Embedder(Model):
+    """The encoder alone, with a vector for each document: the mean of its final states."""
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, documents: Documents, dropout: Dropout | None = None
+    ) -> Tensor:
+        """(D, h) fp32."""
+        return mean_states(self.encoder(tokens, positions, documents, dropout), documents)
+
+
 class Classifier(Model):
     """The encoder with a classifier of tokens, or of documents: what fine-tuning trains.
 

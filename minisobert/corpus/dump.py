@@ -82,7 +82,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
         if _VOLUME.fullmatch(path.name):
             raise _volume(path)
         others, empty = [], True
-        for member in _files(Member(path)):
+        for member in files(Member(path)):
             name = member.name.lower()
             if name not in (POSTS, COMMENTS):
                 others.append(member.name)
@@ -121,7 +121,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
     return found, notes
 
 
-def _files(member: Member) -> Iterator[Member]:
+def files(member: Member) -> Iterator[Member]:
     """Every file of a folder with its folders and archives; an archive that by its name has another table is a file."""
     path, inside = member.path, member.inside
     if not inside and _VOLUME.fullmatch(path.name):
@@ -130,10 +130,10 @@ def _files(member: Member) -> Iterator[Member]:
         yield member  # it is read where its volumes were joined
     elif not inside and path.is_dir():
         for child in sorted(path.iterdir()):
-            yield from _files(Member(child))
+            yield from files(Member(child))
     elif member.name.lower().endswith(".7z") and not _OTHER_ARCHIVE.fullmatch(member.name):
         for name, size in contents(path, inside).items():
-            yield from _files(Member(path, (*inside, name), size))
+            yield from files(Member(path, (*inside, name), size))
     else:
         yield member if inside else member._replace(size=path.stat().st_size)
 

@@ -24,7 +24,7 @@ from minisobert.cli import printable, words
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.texts import texts
 from minisobert.files import new_file
-from minisobert.finetuning import baselines, encoder, huggingface, marking
+from minisobert.finetuning import baselines, encoder, huggingface, marking, retrieval
 from minisobert.finetuning.loop import predict
 from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Example
@@ -61,6 +61,8 @@ def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], s
             f"{model} was trained on texts of {task['task']} cleaned by {task['cleaning']!r}, which this version of "
             "minisobert does not know; use the version that trained it"
         )
+    if task["kind"] == "pair":
+        return retrieval.open_network(folder), task, known[task["cleaning"]]
     kinds = {"transformers": huggingface, "tfidf": baselines}
     return kinds.get(task["format"], encoder).open_network(folder, task), task, known[task["cleaning"]]
 
@@ -81,6 +83,10 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
     training, or else "text". Raises ValueError where there is no such model or file, or no text in it.
     """
     network, task, clean = open_fine_tuned(model)
+    if task["kind"] == "pair":
+        raise ValueError(
+            f"{model} was trained on pairs, and makes vectors; python -m minisobert.embed {model} {source}"
+        )
     trained = task.get("columns") or ("text",)
     posts = _posts(_file(source), source, columns or trained, clean, guess=not columns)
     count = 0
@@ -105,8 +111,8 @@ def say_cut(network: Network, count: int) -> None:
     if cut := getattr(network, "cut", 0):
         longest = network.module.config.positions - SPECIALS
         how = f"cut to their first {longest:,} tokens"
-        if network.windows:
-            how = f"read in {network.windows:,} windows of {longest:,} tokens"
+        if windows := getattr(network, "windows", 0):
+            how = f"read in {windows:,} windows of {longest:,} tokens"
         print(f"{cut:,} of {count:,} texts were {how}", file=sys.stderr)
         network.cut = network.windows = 0
 

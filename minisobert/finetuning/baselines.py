@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minisobert.finetuning import evaluation
+from minisobert.finetuning import evaluation, retrieval
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import WIDE, Outcome
 from minisobert.tasks import TASKS
@@ -87,7 +87,7 @@ class TfIdf:
     PENALTIES = (3.0, 1.0, 0.3, 0.1)  # of ridge regression
 
     def __init__(self, config: FineTuneConfig):
-        if TASKS[config.task].kind != "sequence":
+        if TASKS[config.task].kind == "token":
             raise ValueError(
                 f"--model tfidf classifies whole posts; for --task {config.task} choose a run, random:PRESET or hf:NAME"
             )
@@ -101,11 +101,10 @@ class TfIdf:
         return dataclasses.replace(self.outcome, seed=seed)
 
     def _train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        vectorizer = _vectorizer(min_df=2, max_features=200_000)
-        try:
-            training = vectorizer.fit_transform([e.text for e in data.train])
-        except ValueError:
-            raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
+        if data.kind == "pair":
+            dev, test = ranks(data)
+            return Outcome(seed, score(dev), dev, test)
+        vectorizer, training = _fitted([e.text for e in data.train])
         labels, few = evaluation.truth_of(data, data.train), len(data.labels) <= MANY_CLASSES
         if data.several and not few:
             raise ValueError(f"--model tfidf learns up to {MANY_CLASSES} classes with --several; choose another model")
@@ -162,6 +161,27 @@ class TfIdf:
         of_class = csr_matrix((np.ones(n), (labels, np.arange(n))), shape=(classes, n))
         bias = np.where(np.bincount(labels, minlength=classes) > 0, 0.0, -np.inf)
         return Linear(vectorizer, sharpness * normalize(of_class @ training), bias)
+
+
+def ranks(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What `retrieval.found` gives for TF-IDF on dev and on test, which has nothing to train but its words and their
+    weights, those of train. Raises ValueError where scikit-learn is missing."""
+    _check_installed()
+    vectorizer, _ = _fitted([text for e in data.train for text in (e.text, e.other)])
+    results = []
+    for task in retrieval.searches(data):
+        parts = (vectorizer.transform(part) for part in (task.queries, task.candidates))
+        results.append(retrieval.found(task, *parts))
+    return results[0], results[1]
+
+
+def _fitted(texts: Sequence[str]):
+    """The vectorizer of these texts, and what it makes of them."""
+    vectorizer = _vectorizer(min_df=2, max_features=200_000)
+    try:
+        return vectorizer, vectorizer.fit_transform(texts)
+    except ValueError:
+        raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
 
 
 def _vectorizer(**options):

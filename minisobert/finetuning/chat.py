@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(argv: list[str] | None):
     parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    default = "(default %(default)s)"
-    parser.add_argument("--task", required=True, choices=tuple(TASKS), help="task to ask about")
+    default, asked = "(default %(default)s)", [name for name, task in TASKS.items() if task.instruction]
+    parser.add_argument("--task", required=True, choices=asked, help="task to ask about")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of the task, see finetune.py")
     parser.add_argument("--model", required=True, metavar="NAME", help="name of the model on the server")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results, a new one")

@@ -42,6 +42,12 @@ class FineTuneConfig:
         4_096, "tokens of a batch, at most; it holds whole documents, and a longer one is a batch by itself", least=1,
         most=MOST_TOKENS,
     )  # fmt: skip
+    pairs_per_batch: int = _recipe(
+        128, "for pairs, those of a batch, in which every text is told from all others; it may have any tokens", least=2
+    )  # fmt: skip
+    pair_tokens: int = _recipe(
+        256, "for pairs, the first tokens of a text, all that training reads of it; a search reads all of it", least=8
+    )  # fmt: skip
     dropout: float = _recipe(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
     pooling: str = _recipe(
         "cls", "what is classified of a document: the state of its first token, or of modern models the mean of all",
@@ -71,6 +77,8 @@ class FineTuneConfig:
                 advice = f"choose {words(choices)}" if choices else f"give the {f.metadata['help'].split(';')[0]}"
                 raise ValueError(f"{flag(f.name)} is missing; {advice}")
         check_options(self)
+        if self.task and TASKS[self.task].kind == "pair" and (self.class_weights or self.pooling != "cls"):
+            raise ValueError(f"--task {self.task} has no classes, and takes the mean; no --class-weights or --pooling")
         for name in task_options():
             of = [task.name for task in TASKS.values() if name in task.options]
             if getattr(self, name, False) and self.task not in of and not (self.predict and name == "text"):

@@ -35,6 +35,8 @@ def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndar
     """probabilities: for each example (its size, classes); the numbers themselves where those are predicted."""
     if data.number:
         return Evaluation(metrics.of_numbers(truth_of(data, examples), numbers(probabilities)), {}, *NO_CLASSES)
+    if data.kind == "pair":  # (rank, first text) of each query, see retrieval.py
+        return Evaluation(metrics.of_ranks(np.stack(probabilities)[:, 0]), {}, *NO_CLASSES)
     if data.several:
         return _several(data, examples, np.concatenate(probabilities))
     return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)

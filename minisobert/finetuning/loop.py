@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -110,6 +111,7 @@ class Outcome:
     epochs: list[dict] = field(default_factory=list)  # the figures of each
     best_epoch: int | None = None
     network: Network | None = None  # as it was in the best epoch
+    before: list[np.ndarray] = field(default_factory=list)  # of pairs, what the untrained network gave on test
 
 
 def fit(
@@ -118,31 +120,67 @@ def fit(
     """Trains the network on data.train. score: of probabilities for data.dev, higher is better; of epochs with the
     same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
     training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
-    if cut := getattr(network, "cut", 0):
-        how = f"read in {network.windows:,} windows" if network.windows else "cut at their end"
-        note = f"{cut:,} texts were longer than the model reads, and {how}"
-        data.notes.extend([note] * (note not in data.notes))  # every seed does so with the same ones
-        network.cut = network.windows = 0
+    note_cut(network, data)
     standard = Standard(network.module, np.array([e.value for e in data.train])) if data.number else None
     if standard:
         training, dev = standard.scores(training), standard.scores(dev)
-    lengths = np.array([len(item.ids) for item in training])
-    total = config.epochs * int(lengths.sum())
-    device = next(network.module.parameters()).device
-    optimizer = Optimizer(network.module, network.dtype, BETAS, WEIGHT_DECAY)
     weights = class_weights(training, len(data.labels)) if config.class_weights else np.ones(len(data.labels))
-    weights = torch.tensor(weights, dtype=torch.float32, device=device)
+    weights = torch.tensor(weights, dtype=torch.float32, device=next(network.module.parameters()).device)
+    lengths = np.array([len(item.ids) for item in training])
 
+    def backward(batch: list[int], step: int) -> tuple[float, float]:
+        return _backward(network, [training[i] for i in batch], config.tokens_per_batch, step, weights)
+
+    def on_dev() -> tuple[float, float, list[np.ndarray]]:
+        probabilities = predict(network, dev)
+        found = standard.back(probabilities) if standard else probabilities
+        return score(found), mean_loss(probabilities, dev), found
+
+    cut_into = partial(batches, lengths, config.tokens_per_batch)
+    outcome = train(network, config, seed, lengths, cut_into, backward, on_dev)
+    if standard:
+        standard.fold(lambda: predict(network, dev[:8]))
+    outcome.test = predict(network, test)
+    return outcome
+
+
+def note_cut(network: Network, data: Dataset) -> None:
+    """Adds to the notes how many texts the network has cut, at their end or into windows, unless an earlier seed has:
+    all cut the same ones."""
+    if cut := getattr(network, "cut", 0):
+        how = f"read in {windows:,} windows" if (windows := getattr(network, "windows", 0)) else "cut at their end"
+        note = f"{cut:,} texts were longer than the model reads, and {how}"
+        data.notes.extend([note] * (note not in data.notes))
+        network.cut = network.windows = 0
+
+
+def train(
+    network: Network,
+    config: FineTuneConfig,
+    seed: int,
+    lengths: np.ndarray,
+    cut_into: Callable[[np.ndarray], Iterator[list[int]]],
+    backward: Callable[[list[int], int], tuple[float, float]],
+    on_dev: Callable[[], tuple[float, float, list[np.ndarray]]],
+) -> Outcome:
+    """The epochs of one training, until dev gets no better; the network is left as it was in the best one.
+
+    lengths: (n,) tokens of each example. cut_into: batches, of indices in some order. backward: adds the gradient of a
+    batch's summed loss, given the step; returns that loss and the weight to divide both by. on_dev: score, loss and
+    what was found. Raises ValueError where training diverges.
+    """
+    total = config.epochs * int(lengths.sum())
+    optimizer = Optimizer(network.module, network.dtype, BETAS, WEIGHT_DECAY)
     done = step = 0
     history: list[dict] = []
     best: tuple[tuple[float, float], dict[str, Tensor], list[np.ndarray]] | None = None
     best_epoch = 0
     with tqdm(total=total, unit="tok", unit_scale=True, desc=f"seed {seed}", dynamic_ncols=True, mininterval=1) as bar:
         for epoch in range(1, config.epochs + 1):
-            order = np.argsort(permutation_keys(len(training), key(seed, "fine-tuning", epoch)))
+            order = np.argsort(permutation_keys(len(lengths), key(seed, "fine-tuning", epoch)))
             loss_sum = weight_sum = 0.0
-            for batch in batches(lengths, config.tokens_per_batch, order):
-                loss, weight = _backward(network, [training[i] for i in batch], config.tokens_per_batch, step, weights)
+            for batch in cut_into(order):
+                loss, weight = backward(batch, step)
                 tokens = int(lengths[batch].sum())
                 done, step = done + tokens, step + 1
                 # done counts this batch already: without one more the last step would have a rate of 0
@@ -155,28 +193,21 @@ def fit(
                     )
                 loss_sum, weight_sum = loss_sum + loss, weight_sum + weight
                 bar.update(tokens)
-            probabilities = predict(network, dev)
-            line = {
-                "epoch": epoch, "loss": loss_sum / weight_sum, "dev_loss": mean_loss(probabilities, dev),
-                "dev_score": score(standard.back(probabilities) if standard else probabilities),
-            }  # fmt: skip
+            dev_score, dev_loss, found = on_dev()
+            line = {"epoch": epoch, "loss": loss_sum / weight_sum, "dev_loss": dev_loss, "dev_score": dev_score}
             history.append(line)
             bar.set_postfix_str(f"epoch {epoch}: loss {line['loss']:.3f}, dev {line['dev_score']:.4f}")
-            merit = line["dev_score"], -line["dev_loss"]
+            merit = dev_score, -dev_loss
             if best is None or merit > best[0]:
                 state = {name: p.detach().clone() for name, p in network.module.named_parameters()}
-                best, best_epoch = (merit, state, probabilities), epoch
+                best, best_epoch = (merit, state, found), epoch
             elif epoch - best_epoch >= WORSE_EPOCHS:
                 break
     with torch.no_grad():
         for name, p in network.module.named_parameters():
             p.copy_(best[1][name])
     network.module.zero_grad(set_to_none=True)  # or the gradients would live as long as the network
-    on_dev = best[2]
-    if standard:
-        on_dev = standard.back(on_dev)
-        standard.fold(lambda: predict(network, dev[:8]))
-    return Outcome(seed, best[0][0], on_dev, predict(network, test), history, best_epoch, network)
+    return Outcome(seed, best[0][0], best[2], [], history, best_epoch, network)
 
 
 def class_weights(items: list[Encoded], classes: int) -> np.ndarray:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from minisobert.cli import printable, table
 from minisobert.files import write_json
-from minisobert.finetuning import evaluation, figures, marking
+from minisobert.finetuning import baselines, evaluation, figures, marking, retrieval
 from minisobert.finetuning.config import FineTuneConfig, task_options
 from minisobert.finetuning.evaluation import Evaluation
 from minisobert.finetuning.loop import Outcome
@@ -25,8 +26,10 @@ from minisobert.tasks.dataset import Dataset
 WORST = 20
 WIDEST = 8  # classes of a table that a page has room for; the plot has MANY
 SHOWN = 1_000  # characters of a document among the worst errors
-# Of the settings. TF-IDF reads whole texts, however long
-UNUSED = {"tfidf": ("epochs", "learning_rate", "tokens_per_batch", "dropout", "long"), "hf": ("dropout",)}
+UNUSED = {
+    "tfidf": ("epochs", "learning_rate", "tokens_per_batch", "pairs_per_batch", "pair_tokens", "dropout", "long"),
+    "hf": ("dropout",),
+}  # of the settings; TF-IDF reads whole texts, however long
 
 
 def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
@@ -42,14 +45,14 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         **summary(data, config.model, evaluated), "seeds": seeds, "best_seed": best.seed,
         **evaluation.mean_and_deviation([e.figures for e in evaluations]), "settings": dataclasses.asdict(config),
     }  # fmt: skip
-    if data.number:
-        results["always_the_mean"] = evaluation.always_the_mean(data)
+    if data.kind == "pair" or data.number:
+        results["beside"] = _beside(data, outcomes)
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
     if data.number:
         truth = evaluation.truth_of(data, data.test)
         figures.scatter(folder / "scatter.png", data.labels[0], truth, evaluation.numbers(best.test))
-    elif not data.several:
+    elif data.kind != "pair" and not data.several:
         figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion, _matrix(evaluated, data))
     if data.kind == "sequence" and not data.number:
         p, truth = np.concatenate(best.test), evaluation.truth_of(data, data.test)
@@ -62,6 +65,19 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         task |= {"format": best.network.format, "pooling": config.pooling, "long": config.long}
         write_json(folder / "model/task.json", task)
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
+
+
+def _beside(data: Dataset, outcomes: list[Outcome]) -> dict[str, dict[str, float]]:
+    """Of pairs, the figures of TF-IDF, where scikit-learn is there, and of the model before it was trained; of numbers
+    those of always giving the same one."""
+    if data.number:
+        return {"always the mean of train": evaluation.always_the_mean(data)}
+    found = {}
+    with suppress(ValueError):
+        found["TF-IDF"] = evaluation.evaluate(data, data.test, baselines.ranks(data)[1]).figures
+    if before := [evaluation.evaluate(data, data.test, o.before).figures for o in outcomes if o.before]:
+        found["the model before this training"] = evaluation.mean_and_deviation(before)["mean"]
+    return found
 
 
 def summary(data: Dataset, model: str, evaluated: Evaluation) -> dict:
@@ -86,12 +102,17 @@ def headline(data: Dataset, outcomes: list[Outcome]) -> str:
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
     """A row for each document, with the probabilities of all classes, or of more than MANY those of the true and of
-    the predicted one; with the number; for token tasks a row for each word."""
+    the predicted one; with the number; for token tasks a row for each word; for pairs one for each query, with what it
+    found first."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         if data.number:
             rows.writerow(["id", "label", "predicted"])
             rows.writerows([e.id, e.value, f"{p[0, 0]:.8g}"] for e, p in zip(data.test, probabilities))
+        elif data.kind == "pair":
+            candidates = retrieval.searches(data)[1].candidates
+            rows.writerow(["id", "rank", "found_first"])
+            rows.writerows([e.id, rank, candidates[first]] for e, (rank, first) in zip(data.test, probabilities))
         elif data.several:
             wide = data.labels if len(data.labels) <= metrics.MANY else ()
             rows.writerow(["id", "labels", "predicted", *(f"p_{label}" for label in wide)])
@@ -116,13 +137,10 @@ def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]
 
 def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
     counts, seeds = results["counts"], results["seeds"]
-    unit = "examples" if data.kind == "sequence" else "sentences"
+    unit = {"sequence": "examples", "token": "sentences", "pair": "pairs"}[data.kind]
     yield f"# {results['task']}: `{results['model']}`\n"
     rows = [[name, _plus_minus(results, name)] for name in results["mean"]]
-    mean = results.get("always_the_mean", {})
-    rows = [[*row, evaluation.shown(row[0], mean[row[0]])] if mean else row for row in rows]
-    beside = ["always the mean of train"] if mean else []
-    yield from (*table(["figure, on test", _count(len(seeds), "seed"), *beside], rows), "")
+    yield from (*table(["figure, on test", _count(len(seeds), "seed")], rows), "")
     if len(seeds) > 1:
         yield f"Mean ± standard deviation over the seeds; tables, plots and errors below are of seed {best.seed},"
         yield "the best on dev.\n"
@@ -137,23 +155,42 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
     ]
     yield from (*table(["seed", *results["mean"], on_dev, "best epoch"], rows), "")
 
+    if beside := results.get("beside"):
+        yield "## Beside others\n"
+        if data.kind == "pair":
+            yield "On the same pairs; TF-IDF is of words and pairs of words, and learns only how rare they are.\n"
+        rows = [
+            [n, *(evaluation.shown(figure, x) for figure, x in each.items())]
+            for n, each in {**beside, "this model": results["mean"]}.items()
+        ]
+        yield from (*table(["", *results["mean"]], rows), "")
+
     yield "## Data\n"
     yield f"{counts['train']:,} {unit} to train on, {counts['dev']:,} in dev, {counts['test']:,} in test.\n"
     yield from (f"- {note}" for note in data.notes)
     yield ""
 
-    yield from _of_numbers(data, best.test) if data.number else _of_classes(data, best, evaluated)
+    if data.kind == "pair":
+        yield from _queries(data, best.test)
+    elif data.number:
+        yield from _numbers(data, best.test)
+    else:
+        yield from _classes(data, best, evaluated)
 
     yield "## How it was made\n"
     unused = {*UNUSED.get(results["model"].partition(":")[0], ()), *(task_options().keys() - data.task.options.keys())}
+    unused |= {"class_weights", "pooling", "long"} if data.kind == "pair" else {"pairs_per_batch", "pair_tokens"}
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
     yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
     if best.network:
-        command = f"python finetune.py --predict FILE --model {results['settings']['out']}"
-        yield f"`{command}` applies the model to new posts.\n"
+        out = results["settings"]["out"]
+        if data.kind == "pair":
+            yield f"`python -m minisobert.embed {out} FILE --out vectors.npy` makes vectors of new texts.\n"
+        else:
+            yield f"`python finetune.py --predict FILE --model {out}` applies the model to new posts.\n"
 
 
-def _of_numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
+def _numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
     yield "## Predicted and true\n"
     yield "![true and predicted numbers](scatter.png)\n"
     truth, found = evaluation.truth_of(data, data.test), evaluation.numbers(probabilities)
@@ -164,7 +201,21 @@ def _of_numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]
         yield _quoted(_beginning(e.text))
 
 
-def _of_classes(data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
+def _queries(data: Dataset, results: list[np.ndarray]) -> Iterable[str]:
+    """The figures' meaning, and the queries of pairs that found their text last."""
+    candidates = retrieval.searches(data)[1].candidates
+    yield f"A query of test searches {len(candidates):,} texts, those of all pairs, by the cosine of their vectors."
+    yield "recall_at_k: the share of queries that find their own among the first k. mrr: the mean of 1 / rank.\n"
+    yield f"## The {WORST} queries that found their text last\n"
+    last = sorted(range(len(results)), key=lambda i: -results[i][0])[:WORST]
+    for number, i in enumerate((i for i in last if results[i][0] > 1), 1):
+        e, (rank, first) = data.test[i], results[i]
+        yield f"{number}. `{e.id}`: place {rank:,}. The query, its own text, and what came first:\n"
+        for text in (e.text, e.other, candidates[first]):
+            yield _quoted(text if len(text) <= SHOWN // 2 else text[: SHOWN // 2] + " …")
+
+
+def _classes(data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
     yield "## Classes\n"
     shown = list(evaluated.per_class.items())
     if len(shown) > metrics.MANY:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minisobert.finetuning import baselines, encoder, huggingface
+from minisobert.finetuning import baselines, encoder, huggingface, retrieval
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.tasks import SPLIT_SEED, TASKS
 from minisobert.tasks.dataset import Dataset
@@ -21,7 +21,7 @@ def read_data(config: FineTuneConfig) -> Dataset:
     return data
 
 
-def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start:
+def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start | retrieval.Start:
     """Something with train(data, seed, score). Raises ValueError where there is no such model."""
     if config.pooling == "mean" and (config.model == "tfidf" or config.model.startswith("hf:")):
         raise ValueError(
@@ -29,6 +29,15 @@ def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Star
         )
     if config.long == "windows" and config.model.startswith("hf:"):
         raise ValueError(f"--long windows is for models of minisobert, and --model is {config.model}; leave it out")
+    if config.long == "windows" and TASKS[config.task].kind == "pair":
+        raise ValueError(f"--long windows is for classes, tags and numbers; with --task {config.task} leave it out")
     if config.model == "tfidf":
         return baselines.TfIdf(config)
+    if TASKS[config.task].kind == "pair":
+        if config.model.startswith("hf:"):
+            raise ValueError(
+                f"--task {config.task} trains models of minisobert, and --model is {config.model}; make a run of it "
+                "with minisobert.hub import, if it is a ModernBERT or another of the kinds that one can import"
+            )
+        return retrieval.Start(config)
     return (huggingface if config.model.startswith("hf:") else encoder).Start(config)

@@ -69,10 +69,13 @@ def _front(format: str, about: Pretrained | FineTuned) -> list[str]:
     """The YAML that the Hub reads."""
     if isinstance(about, Pretrained):
         pipeline, tags = "fill-mask", ["sentence-transformers", "feature-extraction"]
+    elif about.task["kind"] == "pair":
+        pipeline, tags = "sentence-similarity", ["sentence-transformers", "feature-extraction"]
     else:
         pipeline = "text-classification" if about.task["kind"] == "sequence" else "token-classification"
         tags = [f"task:{about.task['task']}"]
-    front = {"library_name": "transformers", "pipeline_tag": pipeline}
+    library = "sentence-transformers" if pipeline == "sentence-similarity" else "transformers"
+    front = {"library_name": library, "pipeline_tag": pipeline}
     if isinstance(about, Pretrained) and about.corpus.get("posts"):
         front = {"license": "cc-by-sa-4.0", **front}
     lines = [f"{key}: {value}" for key, value in front.items()]
@@ -222,6 +225,18 @@ predict("How do I sort a list?", truncation=True)  # the score is the number
 ```
 """
 
+_RETRIEVE = """## How to load it
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("NAME")
+print(model.similarity(model.encode(["a query"]), model.encode(["a text", "another"])))
+```
+
+The vector of a text is the mean of its final states. Compare vectors by their cosine, as `similarity` does.
+"""
+
 _TAG = '''## How to load it
 
 ```python
@@ -245,7 +260,7 @@ word is so rare that the space before it is a piece by itself.
 
 def _fine_tuned(name: str, about: FineTuned) -> list[str]:
     task, results = about.task, about.results
-    text = _CLASSIFY if task["kind"] == "sequence" else _TAG
+    text = {"sequence": _CLASSIFY, "token": _TAG, "pair": _RETRIEVE}[task["kind"]]
     text = (_NUMBER if task.get("number") else text).replace("NAME", name)
     text = text.replace("PATTERN", WORD.pattern)
     if task["cleaning"]:
@@ -258,16 +273,20 @@ def _fine_tuned(name: str, about: FineTuned) -> list[str]:
             "\nThe figures below are those of reading longer texts in overlapping windows. transformers does not do "
             "that: with `truncation=True` it reads their beginning alone.\n"
         )
-    seeds, labels = len(results["seeds"]), ", ".join(f"`{label}`" for label in task["labels"])
-    learnt = "to predict the number" if task.get("number") else "with the labels"
-    rows = [[figure, shown(figure, value)] for figure, value in results["mean"].items()]
+    seeds, beside = len(results["seeds"]), results.get("beside", {})
+    rows = [
+        [figure, *(shown(figure, of[figure]) for of in (results["mean"], *beside.values()))]
+        for figure in results["mean"]
+    ]
     several = "These are means; the model is that of the seed that was best on dev.\n" if seeds > 1 else ""
+    learnt = "to predict the number" if task.get("number") else "with the labels"
+    labels = f", {learnt} {', '.join(f'`{label}`' for label in task['labels'])}" if task["labels"] else ""
     return [
         text,
         "## Task\n",
-        f"`{task['task']}`, {learnt} {labels}. The model was fine-tuned from `{Path(results['model']).name}` on "
+        f"`{task['task']}`{labels}. The model was fine-tuned from `{Path(results['model']).name}` on "
         f"{results['counts']['train']:,} examples.\n",
-        *table(["on test", f"{seeds} seed{'s' * (seeds > 1)}"], rows),
+        *table(["on test", f"{seeds} seed{'s' * (seeds > 1)}", *beside], rows),
         "",
         several,
         *(f"- {note}" for note in results["notes"]),

@@ -3,7 +3,7 @@
     model.safetensors            fp32 weights, under their names
     config.json                  sizes, and of a classifier its labels
     tokenizer.json, …            see tokenizer_json.py
-    modules.json, 1_Pooling/ …   of a run: sentence-transformers' mean pooling
+    modules.json, 1_Pooling/ …   of a run, or a model of pairs: sentence-transformers' mean pooling
     README.md, loss.png          the model card
 
 Writing it takes none of those libraries.
@@ -22,7 +22,7 @@ import torch
 from minisobert.corpus.tokenizer import Tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import new_folder, write_json, write_safetensors
-from minisobert.finetuning import encoder
+from minisobert.finetuning import encoder, retrieval
 from minisobert.hub import card
 from minisobert.hub.configuration import configuration
 from minisobert.hub.tokenizer_json import tokenizer_files
@@ -38,7 +38,7 @@ NEVER = -1e4  # the bias of rows that belong to no piece, so that no mask is fil
 
 @dataclass
 class Source:
-    """What is to be exported. kind: of `transformers.AutoModelForKIND`."""
+    """What is to be exported. kind: of `transformers.AutoModelForKIND`, or "" for AutoModel."""
 
     model: Model
     tokenizer: Tokenizer | JsonTokenizer
@@ -87,6 +87,10 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     if task["format"] == "tfidf":
         raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a model that is a network")
     results = json.loads((out / "metrics.json").read_text())
+    if task["kind"] == "pair":
+        network = retrieval.open_network(out / "model")
+        source = Source(network.module, network.tokenizer, "", results["settings"]["dropout"])
+        return source, card.FineTuned(task, results)
     network = encoder.open_network(out / "model", task)
     kind = "SequenceClassification" if task["kind"] == "sequence" else "TokenClassification"
     dropout = results["settings"]["dropout"]
@@ -109,10 +113,10 @@ def write(folder: Path, source: Source, format: str) -> None:
         bias[source.tokenizer.vocab_size :] = NEVER
     special, theirs = source.tokenizer.vocabulary, to_theirs(named, config, format)
     if format == "xlm-roberta-xl" and special.pad:  # one row is there already
-        name = "roberta.embeddings.position_embeddings.weight"
+        name = next(name for name in theirs if name.endswith("embeddings.position_embeddings.weight"))
         theirs[name] = torch.cat([theirs[name].new_zeros(special.pad, config.hidden), theirs[name]])
     write_safetensors(folder / "model.safetensors", theirs, {"format": "pt"})
-    described = {"architectures": [f"{CLASSES[format]}For{source.kind}"]}
+    described = {"architectures": [CLASSES[format] + (f"For{source.kind}" if source.kind else "Model")]}
     described |= configuration(config, format, source.dropout, special)
     if source.labels:
         described["id2label"] = {str(i): label for i, label in enumerate(source.labels)}
@@ -129,7 +133,7 @@ def write(folder: Path, source: Source, format: str) -> None:
         write_json(folder / name, content)
     # for ourselves: faster than tokenizer.json, and exact where that one is not
     (folder / source.tokenizer.file_name).write_bytes(source.tokenizer.content)
-    if source.kind == "MaskedLM":
+    if source.kind in ("MaskedLM", ""):
         _write_pooling(folder, config.hidden, config.positions, format)
 
 

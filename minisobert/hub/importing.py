@@ -25,7 +25,7 @@ from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import new_folder, read_safetensors, sha256, write_json, write_safetensors
 from minisobert.hub.weights import FORMATS, to_ours
-from minisobert.model import Classifier, MaskedLM, Model
+from minisobert.model import Classifier, Embedder, MaskedLM, Model
 from minisobert.training import checkpoint
 from minisobert.training.run import Trained, open_run
 
@@ -36,7 +36,7 @@ _GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_f
 
 @dataclass(frozen=True)
 class Imported:
-    model: Model  # a MaskedLM, or a Classifier; in fp32, on the CPU
+    model: Model  # a MaskedLM, a Classifier or, of an encoder without a head, an Embedder; in fp32, on the CPU
     tokenizer: Tokenizer | JsonTokenizer
     format: str  # one of FORMATS
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
@@ -79,7 +79,7 @@ def read(folder: str | Path) -> Imported:
         pooling = (theirs.get("classifier_pooling", "cls") if config.is_modern else "cls") if of_documents else ""
         model: Model = Classifier(config, len(labels), pooling)
     else:
-        model = MaskedLM(config)
+        model = (MaskedLM if "mlm_head.decoder.bias" in ours else Embedder)(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})
     tokenizer = open_tokenizer(folder)  # ours where the folder was exported from here
     if tokenizer.vocab_size > config.vocabulary:
@@ -178,13 +178,17 @@ def _one_row_before(tensors: dict[str, Tensor], padding: int) -> dict[str, Tenso
     return tensors
 
 
+def _what(model: Model) -> str:
+    return "an encoder without its head" if isinstance(model, Embedder) else "a classifier"
+
+
 def import_run(folder: str | Path, out: str | Path) -> None:
     """Writes the folder of a run at step 0 with a model's weights and tokenizer, for `train.py --init`, fine-tuning and
     whatever else takes a run. Raises ValueError where the model is none that can be imported, or `out` exists."""
     with new_folder(out) as run:
         imported = read(folder)
         if not isinstance(imported.model, MaskedLM):
-            raise ValueError(f"{folder} holds a classifier; a run begins with a masked language model")
+            raise ValueError(f"{folder} holds {_what(imported.model)}; a run begins with a masked language model")
         (run / imported.tokenizer.file_name).write_bytes(imported.tokenizer.content)
         step = checkpoint.path_of(run / "checkpoints", 0)
         step.mkdir(parents=True)
@@ -212,7 +216,7 @@ def open_model(path: str | Path) -> Trained:
         return open_run(path)
     imported = read(path)
     if not isinstance(imported.model, MaskedLM):
-        raise ValueError(f"{path} holds a classifier; a masked language model is wanted")
+        raise ValueError(f"{path} holds {_what(imported.model)}; a masked language model is wanted")
     return Trained(imported.model, imported.tokenizer, [{"imported": imported.format, "from": path.resolve().name}])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minisobert.cli import words
 from minisobert.config import ModelConfig
-from minisobert.model import Classifier, MaskedLM, Model
+from minisobert.model import Classifier, Embedder, MaskedLM, Model
 
 # Ours → theirs; {i} is the block's number. For qkv a tuple: modules whose rows, one after the other, are (3, H, d)
 TABLES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -67,6 +67,9 @@ TABLES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 FORMATS = tuple(TABLES)
 
+# Under which all that stands; but an encoder by itself, an Embedder, is saved without it
+_PREFIX = {"modernbert": "model.", "megatron-bert": "bert.", "xlm-roberta-xl": "roberta."}
+
 # What stands above the encoder: of a MaskedLM, and of a Classifier of sequences ("pooled") or of tokens
 _HEADS: dict[str, dict[str, dict[str, str]]] = {
     "modernbert": {
@@ -111,16 +114,18 @@ _TIED = {
 _BUFFERS = re.compile(r"(bert|roberta)\.embeddings\.(position_ids|token_type_ids)")
 _BESIDE_MASKED = re.compile(r"(bert|roberta)\.pooler\.|cls\.seq_relationship\.")
 _POOLERS = "pooler.weight", "bert.pooler.dense.weight", "classifier.dense.weight"  # ours, and theirs
+_MASKED = "mlm_head.", "head.", "decoder.", "cls.predictions.", "lm_head."  # ours, and theirs
 _CLASSES = "classifier.weight", "classifier.out_proj.weight"  # theirs, a row for each class
 
 
 def to_theirs(named: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
     """A model's parameters under the names of `format`; or their gradients, which have the same names and shapes.
 
-    named: by our names, all of a MaskedLM or of a Classifier. Nothing tied is written twice. Raises ValueError where
-    the format is of another architecture than the config.
+    named: by our names, all of a MaskedLM, a Classifier or an Embedder. Nothing tied is written twice. Raises
+    ValueError where the format is of another architecture than the config.
     """
-    table, theirs = _table(config, format, _kind(named)), {}
+    kind, theirs = _kind(named), {}
+    table = _table(config, format, kind)
     for name, tensor in named.items():
         if _is_shifted(name, format):
             tensor = torch.cat([tensor.new_zeros(1, tensor.shape[1]), tensor])
@@ -128,23 +133,25 @@ def to_theirs(named: dict[str, Tensor], config: ModelConfig, format: str) -> dic
             tensor = tensor.unflatten(0, (config.heads, 3, config.head_width)).transpose(0, 1).flatten(0, 2)
         names = _their_names(name, table)
         theirs.update(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor]))
-    return theirs
+    return {name.removeprefix(_PREFIX[format]) if kind == "bare" else name: t for name, t in theirs.items()}
 
 
 def to_ours(tensors: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
-    """The reverse of `to_theirs`, for the `load_state_dict` of a MaskedLM or a Classifier with this config.
+    """The reverse of `to_theirs`, for the `load_state_dict` of a model of ours with this config.
 
-    tensors: of a masked language model, or of a classifier of sequences or of tokens; their names say which. Copies of
-    tied tensors, buffers, and beside a masked language model a pooler are left out. Raises ValueError for tensors that
-    are missing, have another shape, or are unexpected.
+    tensors: of a masked language model, of a classifier of sequences or of tokens, or of an encoder alone; their names
+    say which. Copies of tied tensors, buffers, and beside what is no classifier a pooler are left out. Raises
+    ValueError for tensors that are missing, have another shape, or are unexpected.
     """
+    if _kind(tensors) == "bare" and not any(name.startswith(_PREFIX[format]) for name in tensors):
+        tensors = {_PREFIX[format] + name: tensor for name, tensor in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not _BUFFERS.fullmatch(name)}
     for copy, original in _TIED[format].items():
         if copy in tensors and not torch.equal(tensors.setdefault(original, tensors[copy]), tensors.pop(copy)):
             raise ValueError(f"{copy} differs from {original}; models of minisobert have one tensor for both")
     kind = _kind(tensors)
     table = _table(config, format, kind)
-    if kind == "masked":
+    if kind in ("masked", "bare"):
         tensors = {name: tensor for name, tensor in tensors.items() if not _BESIDE_MASKED.match(name)}
     found, problems = {}, {"missing": [], "of another shape": []}
     for name, shape in _shapes(tensors, config, kind).items():
@@ -176,9 +183,9 @@ def to_ours(tensors: dict[str, Tensor], config: ModelConfig, format: str) -> dic
 
 
 def _kind(names: Iterable[str]) -> str:
-    """Of these names, ours or theirs, whose model they are: "masked", or a classifier, "pooled" or "token"."""
+    """Of these names, ours or theirs, whose model they are: "masked", a classifier, "pooled" or "token", or "bare"."""
     if not any(name.startswith("classifier.") for name in names):
-        return "masked"
+        return "masked" if any(name.startswith(_MASKED) for name in names) else "bare"
     return "pooled" if any(name in names for name in _POOLERS) else "token"
 
 
@@ -188,7 +195,7 @@ def _table(config: ModelConfig, format: str, kind: str) -> dict[str, str | tuple
         raise ValueError(
             f"a {config.architecture} of minisobert is no {format} of transformers; choose {words(others)}"
         )
-    return TABLES[format] | _HEADS[format][kind]
+    return TABLES[format] | _HEADS[format].get(kind, {})
 
 
 def _their_names(name: str, table: dict[str, str | tuple[str, ...]]) -> list[str]:
@@ -208,6 +215,8 @@ def _shapes(tensors: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[
     with torch.device("meta"):
         if kind == "masked":
             model: Model = MaskedLM(config)
+        elif kind == "bare":
+            model = Embedder(config)
         else:
             classes = next(len(tensors[name]) for name in _CLASSES if name in tensors)
             model = Classifier(config, classes, "cls" if kind == "pooled" else "")

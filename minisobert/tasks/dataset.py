@@ -22,8 +22,8 @@ class Task:
 
     name: str
     read: Callable[..., Dataset]  # of (paths, seed, **options); ValueError for whatever is wrong with the files
-    instruction: str  # what a chat model is told to do
-    kind: str = "sequence"  # a class for each text; or "token", a BIO tag for each word
+    instruction: str  # what a chat model is told to do; "" for a task that none is asked for
+    kind: str = "sequence"  # a class for each text; "token", a BIO tag for each word; "pair", two texts and no class
     figures: tuple[str, ...] = ("accuracy", "macro_f1")  # those of metrics.json that tables show, the main one last
     options: Mapping[str, Option] = field(default_factory=dict)  # what `read` takes besides
     cleaning: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # Dataset.cleaning → its function
@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """A post with a class, or a sentence with a class for each word."""
+    """A post with a class, a sentence with a class for each word, or two texts that belong together."""
 
     id: str
     text: str = ""  # of a sequence task
@@ -44,6 +44,7 @@ class Example:
     value: float = 0.0  # of a sequence task whose answer is a number
     words: tuple[str, ...] = ()  # of a token task
     tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels; or a text's several ones
+    other: str = ""  # of a pair task: what `text`, the query, is to find
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from minisobert.corpus.dump import Site, sites
+from minisobert.corpus.archives import contents
+from minisobert.corpus.dump import Member, Site, files, sites
 from minisobert.corpus.html import html_to_text
 from minisobert.corpus.posts import genuine, xml_rows
 from minisobert.hashing import key
@@ -34,6 +35,15 @@ def site_of(dump: Path) -> Site:
         names = ", ".join(site.name for site in found)
         raise ValueError(f"{dump} holds {len(found)} sites ({names}); give one of them")
     return found[0]
+
+
+def links(dump: Path) -> Member | None:
+    """The table of links between questions, PostLinks.xml, which lies in the dump, or beside an archive of posts."""
+    tables = list(files(Member(dump)))
+    beside = dump.with_name(re.sub(r"posts(?=\.7z$)", "PostLinks", dump.name, flags=re.I))
+    if beside != dump and beside.exists():
+        tables += [Member(beside, (name,), size) for name, size in contents(beside).items()]
+    return next((table for table in tables if table.name.lower() == "postlinks.xml"), None)
 
 
 def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:

@@ -30,6 +30,7 @@ from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, p
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
 )
+TEXT = Option("for labels and --predict, columns that make up a text (default text); for pairs, the two texts", ())
 ADVICE = "name yours with --text, --label and --split"
 RANGES, FEWEST = 10, 20  # of numbers, from which dev and test are drawn alike; the texts that a range has at least
 PRECISION = 1e-5  # deviation / mean, below which the fp32 of a network could not tell numbers apart
@@ -233,7 +234,7 @@ TASK = Task(
     read,
     "You sort texts into classes.",
     options={
-        "text": Option("for labels and --predict, columns that make up a text (default text)", ()),
+        "text": TEXT,
         "label": LABEL,
         "several": Option("for labels, any number of classes a text: lists, or with ; between"),
         "number": Option("for labels, predict the number in the column --label, not a class"),

@@ -106,6 +106,13 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
+def of_ranks(ranks: np.ndarray) -> dict[str, float]:
+    """ranks: (n,) at which each query finds its own text, from 1. recall_at_k: the share that finds it among the first
+    k. mrr: the mean of 1 / rank."""
+    recalls = {f"recall_at_{k}": float((ranks <= k).mean()) for k in (1, 10, 100)}
+    return {**recalls, "mrr": float((1 / ranks).mean())}
+
+
 def entity_scores(
     truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> tuple[Scores, dict[str, Scores]]:

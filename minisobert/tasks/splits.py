@@ -54,7 +54,7 @@ def dataset(
         notes.append(
             f"{' and '.join(missing)}: {SHARE:.0%} of the {unit}s each, taken from train by {unit}, seed {seed}"
         )
-    if task.kind == "sequence" or task.own_classes or own == {None}:
+    if task.kind != "token" or task.own_classes or own == {None}:
         parts = _unique(parts, notes, unit)
     examples = {split: [item.example for item in part] for split, part in parts.items()}
     _check(task, labels, examples)
@@ -91,6 +91,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> di
         kept[split] = []
         for item in part:
             text = fingerprint(item.example.text or " ".join(item.example.words))
+            text += "\0" + fingerprint(item.example.other)
             label = item.example.tags or (item.example.label, item.example.value)
             if split_of.setdefault(item.thread, split) != split:
                 left_out[f"of {split}, their {unit} is in {split_of[item.thread]} too"] += 1

@@ -413,7 +413,7 @@ def test_memory_does_not_grow_with_the_file(results, tmp_path, capsys, monkeypat
 
 
 def test_an_option_of_columns_is_for_its_task_or_for_prediction():
-    with pytest.raises(ValueError, match="--text is for --task labels, given is quality"):
+    with pytest.raises(ValueError, match="--text is for --task labels or pairs, given is quality"):
         config_class()(task="quality", model="tfidf", data=("x",), out="y", text=("a",))
     assert config_class()(predict="x", model="y", text=("a",), out="z.csv").text == ("a",)
     with pytest.raises(ValueError, match="--label is for --task labels or tags, given is none"):

@@ -85,7 +85,7 @@ def predictions(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("model", ["tiny", "old", "tfidf", "hf"])
 def test_it_is_learnt_and_what_was_kept_gives_the_number_itself(model, results, capsys, tmp_path):
     found = json.loads((results / model / "metrics.json").read_text())
-    mean = found["always_the_mean"]
+    mean = found["beside"]["always the mean of train"]
     assert found["mean"]["r2"] > 0.6 and found["mean"]["rmse"] < mean["rmse"] / 1.5 and mean["r2"] <= 0
     rows = predictions(results / model)
     data = labels.read([results / "t.csv"], 0, label="year", number=True)
@@ -119,8 +119,9 @@ def test_it_is_learnt_and_what_was_kept_gives_the_number_itself(model, results, 
 def test_the_report_tells_errors_beside_those_of_the_mean(results):
     found = json.loads((results / "tfidf/metrics.json").read_text())
     report = (results / "tfidf/report.md").read_text()
-    assert "| figure, on test | 2 seeds | always the mean of train |" in report
-    assert f"| {found['always_the_mean']['rmse']:.4g} |" in report and "![true and predicted numbers]" in report
+    mean = found["beside"]["always the mean of train"]
+    assert f"| always the mean of train | {mean['rmse']:.4g} | {mean['mae']:.4g} |" in report
+    assert "![true and predicted numbers]" in report
     assert "row left out, year is no number like -1234.5 or 1e3, it has a comma (first: line 242)" in report
     for absent in ("confusion", "curves.png", "## Classes", "accuracy"):
         assert absent not in report
@@ -153,6 +154,7 @@ def test_transformers_gives_the_same_number(format, results, tmp_path):
     assert again.labels == ("year",)
     card = (out / "README.md").read_text()
     assert 'function_to_apply="none"' in card and "to predict the number `year`" in card and "top_k" not in card
+    assert "| on test | 1 seed | always the mean of train |" in card
 
 
 def test_a_model_of_transformers_is_kept_as_one_of_regression(results):

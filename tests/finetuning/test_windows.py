@@ -235,3 +235,6 @@ def test_tfidf_reads_whole_texts_anyway_and_models_of_others_are_refused(folder,
     with pytest.raises(SystemExit):
         run(folder, "labels", tmp_path / "hf", "--model", "hf:x", "--long", "windows", "--tokenizer", "")
     assert "--long windows is for models of minisobert, and --model is hf:x; leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(folder, "pairs", tmp_path / "pairs", "--long", "windows")
+    assert "--long windows is for classes, tags and numbers; with --task pairs leave it out" in capsys.readouterr().err

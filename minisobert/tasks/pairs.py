@@ -1,0 +1,186 @@
+"""Pairs of texts that belong together, for embeddings that retrieve: a question and its answer, say.
+
+    python finetune.py --task pairs --data pairs.csv --text question answer --model RUN --out results/search
+    python finetune.py --task pairs --data site.7z --model RUN --out results/search
+
+- Tables (.csv, .tsv, .jsonl, .parquet) with two columns, --text FIRST SECOND: the query, and what it is to find.
+- A dump: each question with the answer that was accepted, or where none was with the one of the highest score; and
+  each question that was closed as a duplicate with the question that it repeats, where the dump has PostLinks.xml.
+
+Pairs that share a text, even by way of other pairs, are in the same split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from minisobert.cli import words
+from minisobert.corpus.posts import xml_rows
+from minisobert.hashing import key
+from minisobert.tasks import dumps
+from minisobert.tasks.dataset import Dataset, Example, Task
+from minisobert.tasks.files import DUMP, File, find
+from minisobert.tasks.labels import TEXT
+from minisobert.tasks.splits import Labelled, dataset, fingerprint
+from minisobert.tasks.tables import NOT_UTF8, TABLES, check_columns, rows, text_of
+
+MOST = 200_000  # questions of a dump, and duplicates likewise: those with the smallest hashes of their ids
+DUPLICATE = "3"  # the LinkTypeId
+
+
+def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset:
+    """text: the two columns of a table. Raises ValueError for whatever is wrong with the files as a whole."""
+    files = find(paths, TABLES)
+    if not files:
+        raise ValueError(f"no {words(TABLES)} and no dump in {', '.join(map(str, paths))}")
+    tables = [file for file in files if file.kind != DUMP]
+    if tables and len(text) != 2:
+        given = f"--text {' '.join(text)} names {len(text)}" if text else "--text is missing"
+        raise ValueError(f"{tables[0]} is a table, and {given}; name its two columns, the query's first")
+    if text and not tables:
+        raise ValueError("--text is for tables, and only dumps are given; leave it out")
+    notes: list[str] = []
+    found: list[tuple[File, Example]] = []
+    for file in files:
+        pairs = _of_dump(file.path, seed, notes) if file.kind == DUMP else _of_table(file, text, notes)
+        found += [(file, example) for example in pairs]
+    if not found:
+        raise ValueError("; ".join(["pairs: no pair was found", *notes]))
+    threads = _threads([example for _, example in found])
+    items = [Labelled(thread, file.split, example) for thread, (file, example) in zip(threads, found)]
+    largest = Counter(threads).most_common(1)[0][1]
+    if largest > max(10, len(items) // 20):
+        notes.append(f"{largest:,} pairs hang together by texts that they share, and are in one split")
+    return dataset(TASK, (), items, seed, notes, unit="text", columns=text)
+
+
+def _of_table(file: File, columns: tuple[str, ...], notes: list[str]) -> Iterator[Example]:
+    left_out: Counter = Counter()
+    checked = file.kind == ".jsonl"  # whose rows need not all have the same ones
+    there: dict[str, None] = {}
+    for row in rows(file):
+        if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
+            raise ValueError(f"{file}:{row.line}: {row.problem}")
+        there |= dict.fromkeys(row.fields)
+        if row.fields and not checked:
+            check_columns(file, columns, list(row.fields), "name yours with --text")
+            checked = True
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            first, second = (text_of(row.fields, [column]) for column in columns)
+            for column, text in zip(columns, (first, second)):
+                if not text.strip():
+                    raise ValueError(f"without a {column}")
+            if fingerprint(first) == fingerprint(second):
+                raise ValueError("its two texts are the same")
+        except ValueError as error:
+            left_out[str(error)] += 1
+            continue
+        yield Example(f"{file.stem}:{row.line}", first, other=second)
+    check_columns(file, columns, list(there), "name yours with --text")
+    notes += [f"{file}: {n:,} row{'s' * (n > 1)} left out, {why}" for why, n in left_out.items()]
+
+
+def _of_dump(dump: Path, seed: int, notes: list[str]) -> Iterator[Example]:
+    """Reads the posts twice: first the questions, then what belongs to them. Memory holds no more than MOST of each."""
+    repeats = _duplicates(dump, seed, notes)
+    wanted = {post for pair in repeats for post in pair}
+    linked: dict[int, str] = {}
+    drawn: list[tuple[int, int, str, str]] = []  # a heap of (-hash, -id, text, accepted answer)
+    answered = 0
+    for row in dumps.questions(dump, notes):
+        post, text = int(row["Id"]), dumps.text(row["Title"], row["Body"])
+        if post in wanted:
+            linked[post] = text
+        if row.get("AnswerCount") != "0":
+            answered += 1
+            entry = (-key(seed, "sample", post), -post, text, row.get("AcceptedAnswerId", ""))
+            (heapq.heappush if len(drawn) < MOST else heapq.heappushpop)(drawn, entry)
+    questions = {str(-post): (text, accepted) for _, post, text, accepted in drawn}
+    best: dict[str, tuple[bool, int, int, str]] = {}  # question → (accepted, score, -id, text) of its answer
+    for row in dumps.posts(dump, []):  # what is wrong with them is noted above
+        question = questions.get(row.get("ParentId", ""))
+        if row["PostTypeId"] != "2" or question is None:
+            continue
+        merit = row["Id"] == question[1], _score(row), -int(row["Id"])
+        text = dumps.text("", row["Body"])
+        if text and merit > best.get(row["ParentId"], (False, -(1 << 62)))[:3]:
+            best[row["ParentId"]] = (*merit, text)
+    counts = Counter("accepted" if accepted else "best" for accepted, *_ in best.values())
+    dumps.note(
+        dump,
+        Counter(
+            {
+                "questions with their accepted answer": counts["accepted"],
+                "questions with the answer of the highest score, as none was accepted": counts["best"],
+                "questions left out by chance": answered - len(drawn),
+            }
+        ),
+        notes,
+    )
+    for question in sorted(best, key=int):
+        yield Example(f"{dump.name}:{question}", questions[question][0], other=best[question][-1])
+    there = [(one, other) for one, other in repeats if one in linked and other in linked]
+    dumps.note(dump, Counter({"questions with the one that they repeat": len(there)}), notes)
+    for one, other in there:
+        yield Example(f"{dump.name}:{one}-{other}", linked[one], other=linked[other])
+
+
+def _score(row: dict[str, str]) -> int:
+    try:
+        return int(row.get("Score", "0"))
+    except ValueError:
+        return 0
+
+
+def _duplicates(dump: Path, seed: int, notes: list[str]) -> list[tuple[int, int]]:
+    """(question, the one that it repeats) of at most MOST, by id."""
+    table = dumps.links(dump)
+    if table is None:
+        return []
+    dropped: Counter = Counter()
+    drawn: list[tuple[int, int, int]] = []
+    with table.open() as stream:
+        for row in xml_rows(stream, str(table), "postlinks", dropped):
+            one, other = dumps.number(row, "PostId"), dumps.number(row, "RelatedPostId")
+            if row.get("LinkTypeId") == DUPLICATE and one and other and one != other:
+                entry = (-key(seed, "sample", one), -one, -other)
+                (heapq.heappush if len(drawn) < MOST else heapq.heappushpop)(drawn, entry)
+    dumps.note(dump, dropped, notes)
+    return sorted({(-one, -other) for _, one, other in drawn})
+
+
+def _threads(examples: list[Example]) -> list[str]:
+    """Of each pair a name that all pairs have which hang together by equal texts."""
+    parent: dict[str, str] = {}
+
+    def root(text: str) -> str:
+        while parent.setdefault(text, text) != text:
+            parent[text] = text = parent[parent[text]]
+        return text
+
+    digests = [[_digest(text) for text in (e.text, e.other)] for e in examples]
+    for first, second in digests:
+        a, b = sorted((root(first), root(second)))
+        parent[b] = a  # the smaller one whatever the order, so that splits do not depend on that of the files
+    return [root(first) for first, _ in digests]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
+
+
+TASK = Task(
+    "pairs",
+    read,
+    "",
+    kind="pair",
+    figures=("recall_at_1", "recall_at_10", "mrr"),
+    options={"text": TEXT},
+    own_classes=True,
+)
