@@ -60,6 +60,7 @@ def say(data: Dataset) -> None:
     what = {"sequence": f"; {len(data.labels):,} classes", "token": f"; {len(data.labels):,} tags", "pair": ""}[
         data.kind
     ]
+    what = f"; numbers, {data.labels[0]}" if data.number else what
     print(printable("\n  ".join([f"{counts}{what}", *data.notes])), file=sys.stderr)
 
 

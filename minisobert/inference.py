@@ -79,6 +79,19 @@ class Loaded:
         """(n, classes): of each text the probability of each of `labels`, which add up to 1 unless a text may have
         several. Raises ValueError where the model was not fine-tuned to classify texts."""
         self._check("sequence", "classifies")
+        if self._network.number:
+            raise ValueError(f"{self._name} predicts a number, {self.labels[0]}, and no classes; call numbers(texts)")
+        return self._of_documents(texts)
+
+    def numbers(self, texts: Sequence[str]) -> np.ndarray:
+        """(n,) the number of each text, as --number has learnt it. Raises ValueError where the model was fine-tuned to
+        something else."""
+        self._check("sequence", "predicts numbers of")
+        if not self._network.number:
+            raise ValueError(f"{self._name} predicts classes, and no number; call classify(texts)")
+        return self._of_documents(texts)[:, 0]
+
+    def _of_documents(self, texts: Sequence[str]) -> np.ndarray:
         texts = _several(texts)
         found = [p[0] for p in self._predict([Example(str(i), self._clean(text)) for i, text in enumerate(texts)])]
         return np.stack(found) if found else np.empty((0, len(self.labels)))
@@ -145,7 +158,9 @@ def load(path: str | Path) -> Loaded:
     network = None
     if imported.labels:
         kind = "sequence" if imported.of_documents else "token"
-        network = encoder.Network(imported.model, imported.tokenizer, kind, several=imported.several)
+        network = encoder.Network(
+            imported.model, imported.tokenizer, kind, several=imported.several, number=imported.number
+        )
     return Loaded(name, imported.model, imported.tokenizer, network, imported.labels)
 
 

@@ -68,15 +68,16 @@ def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], s
 
 
 def probabilities(network: Network, examples: list[Example]) -> list[np.ndarray]:
-    """Of each example (its size, classes), as `loop.predict` has it."""
+    """Of each example (its size, classes), or (1, 1) its number, as `loop.predict` has it."""
     if isinstance(network, baselines.Linear):
         return list(network.predict([e.text for e in examples])[:, None])
     return predict(network, network.encode(examples))
 
 
 def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -> None:
-    """Prints a line for each post: its class, the probabilities of all and how it begins; of a token task the post
-    itself with its entities marked, in colour on a terminal. A post without text gives an empty line.
+    """Prints a line for each post: its class, the probabilities of all and how it begins; or its number and how it
+    begins; of a token task the post itself with its entities marked, in colour on a terminal. A post without text gives
+    an empty line.
 
     out: a new .jsonl or .csv to be written instead. columns: those of a table that make up a text; by default those of
     training, or else "text". Raises ValueError where there is no such model or file, or no text in it.
@@ -106,11 +107,14 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
 
 
 def say_cut(network: Network, count: int) -> None:
-    """Says how many of `count` texts were too long for a network of ours, if any."""
+    """Says how many of `count` texts were longer than a network of ours reads, if any, and what became of them."""
     if cut := getattr(network, "cut", 0):
-        longest = network.module.config.positions
-        print(f"{cut:,} of {count:,} texts were cut to their first {longest - SPECIALS:,} tokens", file=sys.stderr)
-        network.cut = 0
+        longest = network.module.config.positions - SPECIALS
+        how = f"cut to their first {longest:,} tokens"
+        if windows := getattr(network, "windows", 0):
+            how = f"read in {windows:,} windows of {longest:,} tokens"
+        print(f"{cut:,} of {count:,} texts were {how}", file=sys.stderr)
+        network.cut = network.windows = 0
 
 
 def _file(source: str) -> File:
@@ -191,6 +195,8 @@ def _answer(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray
     labels, has_text = task["labels"], bool(post.text.strip())
     if task["kind"] == "token":
         return {"spans": [[start, stop, kind] for kind, start, stop in entities(labels, inside, p)]}
+    if task.get("number"):
+        return {"number": float(f"{p[0, 0]:.8g}") if has_text else None}
     shares = {name: round(float(x), 6) for name, x in likeliest(labels, p[0])} if has_text else {}
     if task.get("several"):
         return {"labels": classes(labels, p[0]) if has_text else None, "probabilities": shares}
@@ -201,6 +207,8 @@ def _columns(task: dict) -> list[str]:
     """Of a .csv, after the text."""
     if task["kind"] == "token":
         return ["spans"]
+    if task.get("number"):
+        return ["number"]
     if len(task["labels"]) <= metrics.MANY:
         return ["label", *(f"p_{name}" for name in task["labels"])]
     return ["label"] if task.get("several") else ["label", "p"]
@@ -210,6 +218,8 @@ def _cells(task: dict, found: dict) -> list:
     """What `_columns` hold. found: of `_answer`."""
     if "spans" in found:
         return [json.dumps(found["spans"], ensure_ascii=False)]
+    if "number" in found:
+        return [found["number"]]
     label = ";".join(found["labels"] or ()) if "labels" in found else found["label"]
     names = task["labels"] if len(task["labels"]) <= metrics.MANY else [] if task.get("several") else [label]
     return [label, *(found["probabilities"].get(name) for name in names)]
@@ -222,9 +232,12 @@ def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) 
         return ""
     if task["kind"] == "token":
         return marking.mark(text, inside, [labels[i] for i in p.argmax(1)], colour=sys.stdout.isatty())
+    beginning = " ".join(text.split())[:SHOWN]
+    if task.get("number"):
+        return f"{p[0, 0]:.6g}\t{beginning}"
     shares = "  ".join(f"{label} {share:.1%}" for label, share in likeliest(labels, p[0]))
     found = "; ".join(classes(labels, p[0])) if task.get("several") else labels[p[0].argmax()]
-    return f"{printable(found)}\t{printable(shares)}\t{' '.join(text.split())[:SHOWN]}"
+    return f"{printable(found)}\t{printable(shares)}\t{beginning}"
 
 
 def likeliest(labels: Sequence[str], p: np.ndarray) -> Iterable[tuple[str, float]]:

@@ -1,7 +1,8 @@
 """A floor without a network, on the same data and splits as every model (extra [baseline]).
 
 TF-IDF of words and pairs of words, then a linear model: logistic regression or, of more than MANY_CLASSES, which would
-take hours and tens of gigabytes, the nearest mean of a class. A folder that `Linear.save` wrote:
+take hours and tens of gigabytes, the nearest mean of a class; of a number ridge regression. It reads whole texts,
+however long. A folder that `Linear.save` wrote:
 
     vocabulary.json    the words and pairs, in the order of the columns
     linear.npz         idf (V,), bias (C,), and weight (C, V) as scipy's sparse rows: data, indices, indptr
@@ -27,21 +28,25 @@ CHUNK = 1_024  # texts whose scores are in memory at a time
 
 
 class Linear:
-    """Classes for a text from its TF-IDF: softmax(x · weightᵀ + bias), or a sigmoid where a text has several."""
+    """Classes for a text from its TF-IDF: softmax(x · weightᵀ + bias), or a sigmoid where a text has several; or a
+    number, x · weightᵀ + bias itself."""
 
     format, kind = "tfidf", "sequence"
 
-    def __init__(self, vectorizer, weight, bias: np.ndarray, several: bool = False):
+    def __init__(self, vectorizer, weight, bias: np.ndarray, several: bool = False, number: bool = False):
         """vectorizer: scikit-learn's, fitted. weight: (C, V), NumPy or scipy's sparse; bias: (C,)."""
-        self.vectorizer, self.weight, self.bias, self.several = vectorizer, weight, bias, several
+        self.vectorizer, self.weight, self.bias = vectorizer, weight, bias
+        self.several, self.number = several, number
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, C): of each text the probability of each class."""
+        """(n, C): of each text the probability of each class; or (n, 1) its number."""
         parts = [np.empty((0, len(self.bias)))]
         for start in range(0, len(texts), CHUNK):
             scores = self.vectorizer.transform(texts[start : start + CHUNK]) @ self.weight.T
             scores = (scores if isinstance(scores, np.ndarray) else scores.toarray()) + self.bias
-            if self.several:
+            if self.number:
+                shares = scores
+            elif self.several:
                 shares = 0.5 + 0.5 * np.tanh(scores / 2)  # a sigmoid that does not overflow
             else:
                 shares = np.exp(scores - scores.max(1, keepdims=True))
@@ -71,7 +76,7 @@ def open_network(folder: Path, task: dict) -> Linear:
         vectorizer.idf_ = arrays["idf"]
         shape = len(task["labels"]), len(terms)
         weight = csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
-        return Linear(vectorizer, weight, arrays["bias"], task.get("several", False))
+        return Linear(vectorizer, weight, arrays["bias"], task.get("several", False), task.get("number", False))
 
 
 class TfIdf:
@@ -79,6 +84,7 @@ class TfIdf:
 
     STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularisation; the best on dev is taken, as networks take their best epoch
     SHARPNESS = (8.0, 16.0, 32.0)  # by which cosines are multiplied
+    PENALTIES = (3.0, 1.0, 0.3, 0.1)  # of ridge regression
 
     def __init__(self, config: FineTuneConfig):
         if TASKS[config.task].kind == "token":
@@ -102,11 +108,15 @@ class TfIdf:
         labels, few = evaluation.truth_of(data, data.train), len(data.labels) <= MANY_CLASSES
         if data.several and not few:
             raise ValueError(f"--model tfidf learns up to {MANY_CLASSES} classes with --several; choose another model")
+        if data.number:
+            learn, choices = self._ridge, self.PENALTIES
+        elif few:
+            learn, choices = self._regressions if data.several else self._regression, self.STRENGTHS
+        else:
+            learn, choices = self._means, self.SHARPNESS
         best = None
-        for strength in self.STRENGTHS if few else self.SHARPNESS:
-            model = (self._regressions if data.several else self._regression if few else self._means)(
-                vectorizer, training, labels, strength, data, seed
-            )
+        for choice in choices:
+            model = learn(vectorizer, training, labels, choice, data, seed)
             dev, test = ([e.text for e in split] for split in (data.dev, data.test))
             on_dev = list(model.predict(dev)[:, None])
             if best is None or score(on_dev) > best.score:
@@ -135,6 +145,12 @@ class TfIdf:
             model = LogisticRegression(C=strength, max_iter=1_000, random_state=seed).fit(training, truth[:, c])
             weight[c], bias[c] = model.coef_[0], model.intercept_[0]
         return Linear(vectorizer, weight, bias, several=True)
+
+    def _ridge(self, vectorizer, training, values, penalty: float, data: Dataset, seed: int) -> Linear:
+        from sklearn.linear_model import Ridge
+
+        model = Ridge(alpha=penalty, random_state=seed).fit(training, values)
+        return Linear(vectorizer, model.coef_[None], np.array([model.intercept_]), number=True)
 
     def _means(self, vectorizer, training, labels, sharpness: float, data: Dataset, seed: int) -> Linear:
         """Rocchio's classifier: the cosine to the mean of each class."""

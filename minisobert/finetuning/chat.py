@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         with new_folder(options.out) as folder:
             data = sample(read_data(config), options.limit)
-            if data.several:
-                raise ValueError("a chat model is asked for one class a text; leave out --several")
+            if data.several or data.number:
+                what = "several" if data.several else "number"
+                raise ValueError(f"a chat model is asked for one class a text; leave out --{what}")
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from minisobert.cli import Parser, fail, flag, table, words
 from minisobert.finetuning.config import task_options
+from minisobert.finetuning.evaluation import OF_NUMBERS
 from minisobert.tasks import TASKS
 
 NAME = "minisobert.finetuning.compare"
@@ -50,9 +51,9 @@ def lines(folders: list[Path]) -> list[str]:
     for task in TASKS.values():
         for model, source, cell in task.published:
             theirs[f"{model} {MARK} ({source})"][task.name] = cell
-    own = {on: TASKS[results[0].task] for on, results in of_task.items() if on not in TASKS}
-    tasks = {**{task.name: task for task in TASKS.values() if not task.own_classes}, **own}
-    columns = [f"{on}: {' / '.join(map(shown, task.figures))}" for on, task in tasks.items()]
+    own = {on: results[0].figures for on, results in of_task.items() if on not in TASKS}
+    tasks = {**{task.name: task.figures for task in TASKS.values() if not task.own_classes}, **own}
+    columns = [f"{on}: {' / '.join(map(shown, figures))}" for on, figures in tasks.items()]
     rows = [[model, *(cells.get(on, "") for on in tasks)] for model, cells in [*ours.items(), *theirs.items()]]
     notes = [
         f"{task}: the results are of {words([f'{n:,}' for n in sorted(sizes)], 'and')} test examples, not of the "
@@ -83,10 +84,11 @@ class Result(NamedTuple):
     seeds: int
     mean: dict[str, float]
     std: dict[str, float]  # over the seeds; empty for a single one
+    figures: tuple[str, ...]  # those that are shown, the main one last
 
     @property
     def cell(self) -> str:
-        spread = {name: f" ± {100 * self.std[name]:.1f}" if self.std else "" for name in TASKS[self.task].figures}
+        spread = {name: f" ± {100 * self.std[name]:.1f}" if self.std else "" for name in self.figures}
         figures = " / ".join(f"{100 * self.mean[name]:.1f}{spread[name]}" for name in spread)
         return f"{figures} (n {self.size:,}{f', {self.seeds} seeds' if self.seeds > 1 else ''})"
 
@@ -99,18 +101,21 @@ def result(folder: Path) -> Result:
         on = task = found["task"]
         seeds = len(found["seeds"])
         std = found["std"] if seeds > 1 else {}
+        figures = TASKS[task].figures
         given = {name: value for name in task_options() if (value := found["settings"].get(name))}
         if TASKS[task].own_classes:
             column = f"{given.pop('label')} " if "label" in given else ""
-            on = f"{task} {column}of {', '.join(Path(path).name for path in found['settings']['data'])}"
+            what = "number " if given.pop("number", False) else ""
+            on = f"{task} {what}{column}of {', '.join(Path(path).name for path in found['settings']['data'])}"
+            figures = OF_NUMBERS[2:] if what else figures  # the others are no shares
         values = {
             name: value if isinstance(value, list) else [] if value is True else [value]
             for name, value in given.items()
         }
         options = [word for name, value in values.items() for word in (flag(name), *value)]
         model = " ".join([found["model"], *options])
-        mean, std = ({name: float(of[name]) for name in TASKS[task].figures if of} for of in (found["mean"], std))
-        return Result(folder, task, on, model, found["counts"]["test"], seeds, mean, std)
+        mean, std = ({name: float(of[name]) for name in figures if of} for of in (found["mean"], std))
+        return Result(folder, task, on, model, found["counts"]["test"], seeds, mean, std, figures)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the --out of finetune.py or finetuning.chat") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -120,7 +125,7 @@ def result(folder: Path) -> Result:
 def difference(one: Result, other: Result) -> list[str]:
     """A row: the main figure of one less that of the other; the standard error of a difference of means is that of
     independent samples, sqrt(s₁²/n₁ + s₂²/n₂), which needs several seeds of both."""
-    name = TASKS[one.task].figures[-1]
+    name = one.figures[-1]
     less = one.mean[name] - other.mean[name]
     row = [f"{one.on}, {shown(name)}", one.model, other.model]
     if not (one.std and other.std):

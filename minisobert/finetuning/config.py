@@ -53,6 +53,11 @@ class FineTuneConfig:
         "cls", "what is classified of a document: the state of its first token, or of modern models the mean of all",
         choices=("cls", "mean"),
     )  # fmt: skip
+    long: str = _recipe(
+        "cut", "what becomes of texts longer than the model reads: they are cut at their end, or read in overlapping "
+        "windows, whose mean decides; a word is tagged in the window where it is furthest from an edge",
+        choices=("cut", "windows"),
+    )  # fmt: skip
     class_weights: bool = _recipe(False, "weight each class by the inverse of its frequency")
     tensorboard: bool = option(
         False, "write the figures of each epoch for TensorBoard too, to OUT/tensorboard/seed-N", group="results"

@@ -1,4 +1,8 @@
-"""Models of ours on a task: whole documents in a row without padding, cut at the positions that the model has.
+"""Models of ours on a task: whole documents in a row without padding.
+
+A document that is longer than the model's positions is cut there, or read in overlapping windows of that length. The
+logits of the document are then the mean of its windows'; those of a word are of the window in which it is furthest from
+an edge.
 
 A folder that `save` wrote:
 
@@ -25,11 +29,13 @@ from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.config import FineTuneConfig
-from minisobert.finetuning.loop import Encoded, Outcome, fit
+from minisobert.finetuning.loop import EVAL_TOKENS, Encoded, Outcome, batches, fit
 from minisobert.hub.importing import open_model
 from minisobert.model import Classifier
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
+
+OVERLAP = 0.25  # of a window: each word has an eighth of one on both sides somewhere, for a third more tokens in all
 
 
 class Network:
@@ -39,46 +45,74 @@ class Network:
 
     def __init__(
         self, model: Classifier, tokenizer: Tokenizer | JsonTokenizer, kind: str, dropout: float = 0.0, seed: int = 0,
-        several: bool = False,
+        several: bool = False, number: bool = False, long: str = "cut",
     ):  # fmt: skip
+        """long: what becomes of texts that are longer than the model reads, "cut" or "windows"."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
         self.several = len(model.classifier.weight) if several else 0
-        self.cut = 0  # examples that were longer than the model reads
+        self.number, self.in_windows = number, long == "windows"
+        self.cut = self.windows = 0  # examples that were longer than the model reads; windows that they were cut into
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
 
     def _document(self, example: Example) -> Encoded:
-        return Encoded.document(example, self._whole(self.tokenizer.encode(example.text)), self.several)
+        ids = self.tokenizer.encode(example.text)
+        return Encoded.document(example, *self._read(ids, self._spans(len(ids))), self.several, self.number)
 
     def _sentence(self, example: Example) -> Encoded:
         """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
         pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
         lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # an empty one too
-        ids = self._whole(np.concatenate([np.empty(0, np.int64), *pieces]))
-        places = 1 + np.cumsum(lengths) - lengths
-        kept = np.flatnonzero((places < len(ids) - 1) & (lengths > 0))
-        return Encoded.sentence(example, ids, places[kept], kept)
+        stop = np.cumsum(lengths)
+        spans = self._spans(int(lengths.sum()))
+        ids, seams = self._read(np.concatenate([np.empty(0, np.int64), *pieces]), spans)
+        places = places_in_windows(stop - lengths, stop, spans)
+        kept = np.flatnonzero((places >= 0) & (lengths > 0))
+        return Encoded.sentence(example, ids, places[kept], kept, seams)
 
-    def _whole(self, ids: np.ndarray) -> np.ndarray:
+    def _spans(self, n: int) -> list[tuple[int, int]]:
+        """From where to where each window of n ids goes."""
         longest = self.module.config.positions - SPECIALS
-        self.cut += len(ids) > longest
-        return with_specials(ids[:longest], self.tokenizer)
+        if n <= longest:
+            return [(0, n)]
+        self.cut += 1
+        spans = window_spans(n, longest) if self.in_windows else [(0, longest)]
+        self.windows += len(spans) if self.in_windows else 0
+        return spans
+
+    def _read(self, ids: np.ndarray, spans: list[tuple[int, int]]) -> tuple[np.ndarray, tuple[int, ...]]:
+        """`ids` and `seams` of an Encoded."""
+        windows = [with_specials(ids[start:stop], self.tokenizer) for start, stop in spans]
+        return np.concatenate(windows), tuple(np.cumsum([len(each) for each in windows[:-1]], dtype=int).tolist())
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
         return [items]  # nothing is padded
 
     def logits(self, items: list[Encoded], step: int | None) -> Tensor:
-        tokens, positions, documents = packed([item.ids for item in items], self.device)
-        places = np.concatenate([item.places + start for item, start in zip(items, documents.bounds.tolist())])
+        windows = [window for item in items for window in np.split(item.ids, item.seams)]
+        begins = np.cumsum([0] + [len(item.ids) for item in items])
+        places = np.concatenate([item.places + begin for item, begin in zip(items, begins)])
         dropout = None
         if step is not None:  # keys for a layer more than there are: the classifier's
             layers = self.module.config.layers + 1
             dropout = Dropout.for_step(self.dropout, self.seed, step, layers, self.device)
-        return self.module(tokens, positions, documents, torch.from_numpy(places).to(self.device), dropout)
+        lengths = np.array([len(window) for window in windows])
+        # without gradients the windows of one long text need not be in memory together
+        together = EVAL_TOKENS if step is None else int(lengths.sum())
+        stops, logits = np.cumsum(lengths), []  # places increase, of words too: later ones are in later windows
+        for part in batches(lengths, together, np.arange(len(windows))):
+            start, stop = stops[part[0]] - lengths[part[0]], stops[part[-1]]
+            inside = places[(places >= start) & (places < stop)] - start
+            row = packed([windows[i] for i in part], self.device)
+            logits.append(self.module(*row, torch.from_numpy(inside).to(self.device), dropout))
+        if self.kind == "sequence" and len(windows) > len(items):
+            counts = torch.tensor([len(item.places) for item in items], device=self.device)
+            return torch.segment_reduce(torch.cat(logits).float(), "mean", lengths=counts, axis=0)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def save(self, folder: Path) -> None:
         weights = {name: parameter.detach().float() for name, parameter in self.module.named_parameters()}
@@ -91,6 +125,30 @@ def with_specials(ids: np.ndarray, tokenizer: Tokenizer | JsonTokenizer) -> np.n
     """A document as a model reads it, int64: [CLS] … [SEP]."""
     special = tokenizer.vocabulary
     return np.concatenate([[special.cls], ids, [special.sep]]).astype(np.int64)
+
+
+def window_spans(n: int, longest: int) -> list[tuple[int, int]]:
+    """From where to where each of the fewest windows goes that hold n > longest tokens and overlap by OVERLAP. All are
+    as long as the model reads, at even distances, so that no window of few tokens counts as much as a whole one."""
+    apart = longest - int(OVERLAP * longest)
+    count = 1 - (longest - n) // apart  # n - longest over apart, rounded up, and the first
+    return [(start, start + longest) for start in (i * (n - longest) // (count - 1) for i in range(count))]
+
+
+def places_in_windows(first: np.ndarray, stop: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
+    """(W,) where each of W words begins in the windows' tokens, one window after the other and each with [CLS] and
+    [SEP]: in the window in which the word is furthest from an edge. -1 where its beginning is in none.
+
+    first, stop: (W,) from where to where each word goes in the ids of the text. spans: of the windows in them."""
+    places = np.full(len(first), -1)
+    most = np.full(len(first), np.iinfo(np.int64).min)
+    begin = 0
+    for left, right in spans:
+        room = np.minimum(first - left, right - stop)
+        better = (left <= first) & (first < right) & (room > most)
+        places[better], most[better] = begin + 1 + first[better] - left, room[better]
+        begin += right - left + SPECIALS
+    return places
 
 
 def packed(documents: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Documents]:
@@ -108,7 +166,10 @@ def open_network(folder: Path, task: dict) -> Network:
     pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had no other
     model = Classifier(config, len(task["labels"]), pooling)
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-    return Network(model, open_tokenizer(folder), task["kind"], several=task.get("several", False))
+    return Network(
+        model, open_tokenizer(folder), task["kind"], several=task.get("several", False),
+        number=task.get("number", False), long=task.get("long", "cut"),
+    )  # fmt: skip
 
 
 class Start:
@@ -150,5 +211,7 @@ class Start:
         model = Classifier(self.model_config, len(data.labels), pooling).initialise(seed)
         if self.trained is not None:
             model.start_from(self.trained)
-        network = Network(model, self.tokenizer, data.kind, self.config.dropout, seed, data.several)
+        network = Network(
+            model, self.tokenizer, data.kind, self.config.dropout, seed, data.several, data.number, self.config.long
+        )
         return fit(network, data, self.config, seed, score)

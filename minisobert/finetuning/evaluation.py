@@ -16,7 +16,8 @@ from minisobert.tasks.dataset import Dataset, Example
 class Evaluation:
     """Of one split. figures: what metrics.json has. per_class: of classes, or of entity types and all entities.
     confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class; of more than MANY the
-    commonest ones, and all others as the last; empty where a text has several classes."""
+    commonest ones, and all others as the last; empty where a text has several classes. Of numbers there are figures
+    alone."""
 
     figures: dict[str, float]
     per_class: dict[str, metrics.Scores]
@@ -24,9 +25,18 @@ class Evaluation:
     confusion: np.ndarray
 
 
+# r2 comes last, as the one that epochs and seeds are compared by: it is what training minimises, on a scale on which 0
+# is always giving the mean. The correlation of ranks would not see that all numbers are twice too large.
+OF_NUMBERS = ("rmse", "mae", "spearman", "r2")
+NO_CLASSES = (), np.zeros((0, 0), np.int64)
+
+
 def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
+    """probabilities: for each example (its size, classes); the numbers themselves where those are predicted."""
+    if data.number:
+        return Evaluation(metrics.of_numbers(truth_of(data, examples), numbers(probabilities)), {}, *NO_CLASSES)
     if data.kind == "pair":  # (rank, first text) of each query, see retrieval.py
-        return Evaluation(metrics.of_ranks(np.stack(probabilities)[:, 0]), {}, (), np.zeros((0, 0), np.int64))
+        return Evaluation(metrics.of_ranks(np.stack(probabilities)[:, 0]), {}, *NO_CLASSES)
     if data.several:
         return _several(data, examples, np.concatenate(probabilities))
     return (_sequence if data.kind == "sequence" else _token)(data, examples, probabilities)
@@ -53,17 +63,30 @@ def _several(data: Dataset, examples: list[Example], p: np.ndarray) -> Evaluatio
         "micro_f1": micro.f1,
         "macro_f1": float(np.mean([s.f1 for s, there in zip(scores, occurs) if there] or [0.0])),
     }
-    return Evaluation(figures, dict(zip(data.labels, scores)), (), np.zeros((0, 0), np.int64))
+    return Evaluation(figures, dict(zip(data.labels, scores)), *NO_CLASSES)
 
 
 def truth_of(data: Dataset, examples: list[Example]) -> np.ndarray:
-    """(N,) the class of each text, or (N, C) bool where a text has several."""
+    """(N,) the class or the number of each text, or (N, C) bool where a text has several classes."""
+    if data.number:
+        return np.array([e.value for e in examples])
     if not data.several:
         return np.array([e.label for e in examples])
     truth = np.zeros((len(examples), len(data.labels)), bool)
     for row, e in zip(truth, examples):
         row[list(e.tags)] = True
     return truth
+
+
+def numbers(probabilities: list[np.ndarray]) -> np.ndarray:
+    """(N,) of what a network that predicts numbers gives for N texts."""
+    return np.concatenate(probabilities)[:, 0]
+
+
+def always_the_mean(data: Dataset) -> dict[str, float]:
+    """The figures, on test, of giving the mean of train for each text."""
+    truth = truth_of(data, data.test)
+    return metrics.of_numbers(truth, np.full(len(truth), truth_of(data, data.train).mean()))
 
 
 def _token(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
@@ -107,7 +130,12 @@ def names(data: Dataset, tags: Sequence[int] | np.ndarray) -> list[str]:
 
 def main_figure(data: Dataset) -> str:
     """By which epochs and seeds are compared."""
-    return data.task.figures[-1]
+    return (OF_NUMBERS if data.number else data.task.figures)[-1]
+
+
+def shown(name: str, value: float) -> str:
+    """A figure as people read it: errors are in the unit of the numbers, however large, all others are shares."""
+    return f"{value:.4g}" if name in ("rmse", "mae") else f"{value:.4f}"
 
 
 def dev_score(data: Dataset, probabilities: list[np.ndarray]) -> float:

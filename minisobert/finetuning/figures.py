@@ -64,6 +64,20 @@ def curves(path: Path, labels: Sequence[str], truth: np.ndarray, probabilities: 
     plt.close(figure)
 
 
+def scatter(path: Path, name: str, truth: np.ndarray, predicted: np.ndarray) -> None:
+    """Predicted numbers over true ones; what is right lies on the line. truth, predicted: (N,)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
+    ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
+    axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    # many points lie on each other, of whole numbers above all: the fainter, the fewer
+    axes.scatter(truth, predicted, s=14, alpha=max(0.05, min(0.6, 60 / len(truth) ** 0.5)), linewidths=0)
+    axes.set(xlabel=f"true: {_name(name)}", ylabel="predicted", title="True and predicted numbers of test")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+    plt.close(figure)
+
+
 def _name(label: str) -> str:
     """As a plot can show it: short, and with no dollar that would begin a formula."""
     return (label if len(label) <= LONGEST else label[: LONGEST - 1] + "…").replace("$", r"\$")

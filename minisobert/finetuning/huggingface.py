@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import Encoded, Outcome, fit
+from minisobert.finetuning.standard import last_layer
 from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Dataset, Example
 
@@ -44,7 +45,10 @@ class Start:
                 output_loading_info=True,
             )  # fmt: skip
         _check_weights(self.name, module.base_model_prefix, found)
-        return fit(Network(module, self.tokenizer, data.kind, data.several), data, self.config, seed, score)
+        if data.number:  # what it has there may give another number, in another unit
+            last_layer(module).reset_parameters()
+        network = Network(module, self.tokenizer, data.kind, data.several, data.number)
+        return fit(network, data, self.config, seed, score)
 
 
 class Network:
@@ -53,7 +57,7 @@ class Network:
     format = "transformers"
     dtype = torch.float32  # of the parameters; on a GPU autocast computes in bf16
 
-    def __init__(self, module, tokenizer, kind: str, several: bool = False):
+    def __init__(self, module, tokenizer, kind: str, several: bool = False, number: bool = False):
         if len(tokenizer) > (rows := module.get_input_embeddings().weight.shape[0]):
             raise ValueError(
                 f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, the model {rows:,} rows of "
@@ -64,6 +68,9 @@ class Network:
         self.several = module.config.num_labels if several else 0
         if several:
             module.config.problem_type = "multi_label_classification"  # their pipelines then take sigmoids
+        self.number = number
+        if number:
+            module.config.problem_type = "regression"  # and here nothing
         positions = getattr(module.config, "max_position_embeddings", None) or LONGEST
         if any(family in module.config.model_type for family in ("roberta", "camembert", "longformer", "mpnet")):
             positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
@@ -77,7 +84,9 @@ class Network:
         found = self.tokenizer(batch, truncation=True, max_length=self.longest, is_split_into_words=words)
         ids = [np.array(each, dtype=np.int64) for each in found["input_ids"]]
         if not words:
-            return [Encoded.document(e, each, self.several) for e, each in zip(examples, ids)]
+            return [
+                Encoded.document(e, each, several=self.several, number=self.number) for e, each in zip(examples, ids)
+            ]
         items = []
         for i, (e, each) in enumerate(zip(examples, ids)):
             word = np.array([-1 if w is None else w for w in found.word_ids(i)])
@@ -101,7 +110,9 @@ class Network:
         for row, item in zip(ids, items):
             row[: len(item.ids)] = torch.from_numpy(item.ids)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        # the numbers that a trained network gives must not be rounded to 8 bits
+        rounded = self.device.type == "cuda" and not (self.number and step is None)
+        with torch.autocast("cuda", torch.bfloat16, enabled=rounded):
             logits = self.module(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
         if self.kind == "token":
             at = [i * ids.shape[1] + item.places for i, item in enumerate(items)]
@@ -119,8 +130,9 @@ def open_network(folder: Path, task: dict) -> Network:
     with explained(str(folder)):
         module = _auto(task["kind"]).from_pretrained(folder)
         return Network(
-            module, transformers.AutoTokenizer.from_pretrained(folder), task["kind"], task.get("several", False)
-        )
+            module, transformers.AutoTokenizer.from_pretrained(folder), task["kind"], task.get("several", False),
+            task.get("number", False),
+        )  # fmt: skip
 
 
 def _transformers():

@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from minisobert.finetuning.config import FineTuneConfig
+from minisobert.finetuning.standard import Standard
 from minisobert.hashing import key, permutation_keys
 from minisobert.ops import cross_entropy
 from minisobert.tasks.dataset import Dataset, Example
@@ -40,10 +41,12 @@ EVAL_TOKENS = 16_384  # of a batch without gradients
 class Encoded:
     """What a network reads of one example.
 
-    ids: (n,) with the tokenizer's special tokens, cut at the network's length. places: (r,) the tokens to classify:
-    the first of a document, or the first piece of each word that was not cut off. word_indices: (r,) which words these
-    are. targets: (r,) their classes; of a document that may have several (1, C) fp32, 1 for those
-    it has. size: how many words the example has; 1 for a document.
+    ids: (n,) with the tokenizer's special tokens, cut at the network's length; or windows of that length at most, one
+    after the other, each with special tokens. seams: where in ids windows begin, but for the first. places: the tokens
+    to classify: the first of each window of a document, or the first piece of each word that was not cut off.
+    word_indices: (r,) which words these are; 0 for a document. targets: (r,) their classes; of a document that may have
+    several (1, C) fp32, 1 for those it has; of one with a number (1,) fp64, that number. size: how many words the
+    example has; 1 for a document.
     """
 
     ids: np.ndarray
@@ -51,20 +54,31 @@ class Encoded:
     word_indices: np.ndarray
     targets: np.ndarray
     size: int
+    seams: tuple[int, ...] = ()
+
+    @property
+    def is_number(self) -> bool:
+        return self.targets.ndim == 1 and self.targets.dtype.kind == "f"
 
     @staticmethod
-    def document(example: Example, ids: np.ndarray, several: int = 0) -> Encoded:
-        """several: of how many classes it may have any number; 0 where it has one class."""
+    def document(
+        example: Example, ids: np.ndarray, seams: tuple[int, ...] = (), several: int = 0, number: bool = False
+    ) -> Encoded:
+        """several: of how many classes it may have any number; 0 where it has one class. number: it has one instead."""
         targets = np.zeros((1, several), np.float32) if several else np.array([example.label])
         if several:
             targets[0, list(example.tags)] = 1
-        return Encoded(ids, np.array([0]), np.array([0]), targets, 1)
+        if number:
+            targets = np.array([example.value], np.float64)
+        return Encoded(ids, np.array([0, *seams]), np.array([0]), targets, 1, seams)
 
     @staticmethod
-    def sentence(example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray) -> Encoded:
+    def sentence(
+        example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray, seams: tuple[int, ...] = ()
+    ) -> Encoded:
         """An example without tags, whose classes nobody knows, has targets 0."""
         tags = np.array(example.tags or [0] * len(example.words), dtype=np.int64)
-        return Encoded(ids, places, word_indices, tags[word_indices], len(example.words))
+        return Encoded(ids, places, word_indices, tags[word_indices], len(example.words), seams)
 
 
 class Network(Protocol):
@@ -78,7 +92,8 @@ class Network(Protocol):
         """A batch in the parts that go through the network together."""
 
     def logits(self, items: list[Encoded], step: int | None) -> Tensor:
-        """(Σ r, classes), in the order of the items. step: of training, with dropout; None: without."""
+        """(Σ r, classes), or (Σ r, 1) numbers, in the order of the items; of a document its windows' mean. step: of
+        training, with dropout; None: without."""
 
     def save(self, folder: Path) -> None:
         """Writes weights, sizes and tokenizer into a folder, in `format`."""
@@ -86,7 +101,8 @@ class Network(Protocol):
 
 @dataclass
 class Outcome:
-    """What training from one seed gave. Probabilities: for each example (its size, classes)."""
+    """What training from one seed gave. dev, test: for each example the probabilities (its size, classes), or (1, 1)
+    its number."""
 
     seed: int
     score: float  # on dev
@@ -105,6 +121,9 @@ def fit(
     same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
     training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
     note_cut(network, data)
+    standard = Standard(network.module, np.array([e.value for e in data.train])) if data.number else None
+    if standard:
+        training, dev = standard.scores(training), standard.scores(dev)
     weights = class_weights(training, len(data.labels)) if config.class_weights else np.ones(len(data.labels))
     weights = torch.tensor(weights, dtype=torch.float32, device=next(network.module.parameters()).device)
     lengths = np.array([len(item.ids) for item in training])
@@ -114,20 +133,25 @@ def fit(
 
     def on_dev() -> tuple[float, float, list[np.ndarray]]:
         probabilities = predict(network, dev)
-        return score(probabilities), mean_loss(probabilities, dev), probabilities
+        found = standard.back(probabilities) if standard else probabilities
+        return score(found), mean_loss(probabilities, dev), found
 
     cut_into = partial(batches, lengths, config.tokens_per_batch)
     outcome = train(network, config, seed, lengths, cut_into, backward, on_dev)
+    if standard:
+        standard.fold(lambda: predict(network, dev[:8]))
     outcome.test = predict(network, test)
     return outcome
 
 
 def note_cut(network: Network, data: Dataset) -> None:
-    """Adds to the notes how many texts the network has cut, unless an earlier seed has: all cut the same ones."""
+    """Adds to the notes how many texts the network has cut, at their end or into windows, unless an earlier seed has:
+    all cut the same ones."""
     if cut := getattr(network, "cut", 0):
-        note = f"{cut:,} texts were longer than the model reads, and cut at their end"
+        how = f"read in {windows:,} windows" if (windows := getattr(network, "windows", 0)) else "cut at their end"
+        note = f"{cut:,} texts were longer than the model reads, and {how}"
         data.notes.extend([note] * (note not in data.notes))
-        network.cut = 0
+        network.cut = network.windows = 0
 
 
 def train(
@@ -214,7 +238,10 @@ def _backward(network: Network, items: list[Encoded], tokens: int, step: int, we
         targets = torch.from_numpy(np.concatenate([item.targets for item in part])).to(weights.device)
         if len(targets):
             logits = network.logits(part, step)
-            if targets.is_floating_point():
+            if part[0].is_number:
+                losses = (logits[:, 0].float() - targets.float()).square()
+                weight = torch.ones_like(losses)
+            elif targets.ndim == 2:
                 losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(1)
                 weight = torch.ones_like(losses)
             else:
@@ -228,14 +255,17 @@ def _backward(network: Network, items: list[Encoded], tokens: int, step: int, we
 
 @torch.no_grad()
 def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
-    """Of each item (size, classes) probabilities. A word that was cut off has class 0, no entity, for certain."""
+    """Of each item (size, classes) probabilities, or (1, 1) its number. A word that was cut off has class 0, no entity,
+    for certain."""
     results: list[np.ndarray] = [np.zeros(0)] * len(items)
     order = np.argsort([len(item.ids) for item in items], kind="stable")
     number = {id(item): i for i, item in enumerate(items)}
     for batch in batches(np.array([len(item.ids) for item in items]), EVAL_TOKENS, order):
         for part in network.parts([items[i] for i in batch], EVAL_TOKENS):
             logits = network.logits(part, None).double()
-            found = (logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)).cpu().numpy()
+            if not part[0].is_number:
+                logits = logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)
+            found = logits.cpu().numpy()
             if found.shape[1] > WIDE:  # or those of a large split fill the memory
                 found = found.astype(np.float32)
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
@@ -247,7 +277,9 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
 
 
 def mean_loss(probabilities: list[np.ndarray], items: list[Encoded]) -> float:
-    """In nats, over all places that the network saw."""
+    """In nats, over all places that the network saw; of numbers the mean squared error."""
+    if items[0].is_number:
+        return float(np.square(np.concatenate(probabilities)[:, 0] - [item.targets[0] for item in items]).mean())
     of_targets = [
         np.where(item.targets, p, 1 - p)[0] if item.targets.ndim == 2 else p[item.word_indices, item.targets]
         for p, item in zip(probabilities, items)

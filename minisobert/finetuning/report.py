@@ -27,9 +27,9 @@ WORST = 20
 WIDEST = 8  # classes of a table that a page has room for; the plot has MANY
 SHOWN = 1_000  # characters of a document among the worst errors
 UNUSED = {
-    "tfidf": ("epochs", "learning_rate", "tokens_per_batch", "pairs_per_batch", "pair_tokens", "dropout"),
+    "tfidf": ("epochs", "learning_rate", "tokens_per_batch", "pairs_per_batch", "pair_tokens", "dropout", "long"),
     "hf": ("dropout",),
-}  # of the settings
+}  # of the settings; TF-IDF reads whole texts, however long
 
 
 def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
@@ -45,26 +45,33 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         **summary(data, config.model, evaluated), "seeds": seeds, "best_seed": best.seed,
         **evaluation.mean_and_deviation([e.figures for e in evaluations]), "settings": dataclasses.asdict(config),
     }  # fmt: skip
-    if data.kind == "pair":
+    if data.kind == "pair" or data.number:
         results["beside"] = _beside(data, outcomes)
     write_json(folder / "metrics.json", results)
     write_predictions(folder / "predictions.csv", data, best.test)
-    if data.kind != "pair" and not data.several:
+    if data.number:
+        truth = evaluation.truth_of(data, data.test)
+        figures.scatter(folder / "scatter.png", data.labels[0], truth, evaluation.numbers(best.test))
+    elif data.kind != "pair" and not data.several:
         figures.confusion(folder / "confusion.png", evaluated.classes, evaluated.confusion, _matrix(evaluated, data))
-    if data.kind == "sequence":
+    if data.kind == "sequence" and not data.number:
         p, truth = np.concatenate(best.test), evaluation.truth_of(data, data.test)
         figures.curves(folder / "curves.png", data.labels, truth, p)
     if best.network:
         (folder / "model").mkdir()
         best.network.save(folder / "model")
         task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning,
-                "columns": data.columns, "several": data.several}  # fmt: skip
-        write_json(folder / "model/task.json", {**task, "format": best.network.format, "pooling": config.pooling})
+                "columns": data.columns, "several": data.several, "number": data.number}  # fmt: skip
+        task |= {"format": best.network.format, "pooling": config.pooling, "long": config.long}
+        write_json(folder / "model/task.json", task)
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 
 def _beside(data: Dataset, outcomes: list[Outcome]) -> dict[str, dict[str, float]]:
-    """Of pairs, the figures of TF-IDF, where scikit-learn is there, and of the model before it was trained."""
+    """Of pairs, the figures of TF-IDF, where scikit-learn is there, and of the model before it was trained; of numbers
+    those of always giving the same one."""
+    if data.number:
+        return {"always the mean of train": evaluation.always_the_mean(data)}
     found = {}
     with suppress(ValueError):
         found["TF-IDF"] = evaluation.evaluate(data, data.test, baselines.ranks(data)[1]).figures
@@ -95,10 +102,14 @@ def headline(data: Dataset, outcomes: list[Outcome]) -> str:
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
     """A row for each document, with the probabilities of all classes, or of more than MANY those of the true and of
-    the predicted one; for token tasks a row for each word; for pairs one for each query, with what it found first."""
+    the predicted one; with the number; for token tasks a row for each word; for pairs one for each query, with what it
+    found first."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        if data.kind == "pair":
+        if data.number:
+            rows.writerow(["id", "label", "predicted"])
+            rows.writerows([e.id, e.value, f"{p[0, 0]:.8g}"] for e, p in zip(data.test, probabilities))
+        elif data.kind == "pair":
             candidates = retrieval.searches(data)[1].candidates
             rows.writerow(["id", "rank", "found_first"])
             rows.writerows([e.id, rank, candidates[first]] for e, (rank, first) in zip(data.test, probabilities))
@@ -135,16 +146,22 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
         yield "the best on dev.\n"
     on_dev = f"dev_{evaluation.main_figure(data)}"
     rows = [
-        [seed["seed"], *(f"{seed[name]:.4f}" for name in (*results["mean"], on_dev)), seed["best_epoch"] or "–"]
+        [
+            seed["seed"],
+            *(evaluation.shown(name, seed[name]) for name in (*results["mean"], on_dev)),
+            seed["best_epoch"] or "–",
+        ]
         for seed in seeds
     ]
     yield from (*table(["seed", *results["mean"], on_dev, "best epoch"], rows), "")
 
     if beside := results.get("beside"):
         yield "## Beside others\n"
-        yield "On the same pairs; TF-IDF is of words and pairs of words, and learns nothing but how rare they are.\n"
+        if data.kind == "pair":
+            yield "On the same pairs; TF-IDF is of words and pairs of words, and learns only how rare they are.\n"
         rows = [
-            [n, *(f"{x:.4f}" for x in each.values())] for n, each in {**beside, "this model": results["mean"]}.items()
+            [n, *(evaluation.shown(figure, x) for figure, x in each.items())]
+            for n, each in {**beside, "this model": results["mean"]}.items()
         ]
         yield from (*table(["", *results["mean"]], rows), "")
 
@@ -155,12 +172,14 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
 
     if data.kind == "pair":
         yield from _queries(data, best.test)
+    elif data.number:
+        yield from _numbers(data, best.test)
     else:
         yield from _classes(data, best, evaluated)
 
     yield "## How it was made\n"
     unused = {"tensorboard", *UNUSED.get(results["model"].partition(":")[0], ()), *task_options()}
-    unused |= {"class_weights", "pooling"} if data.kind == "pair" else {"pairs_per_batch", "pair_tokens"}
+    unused |= {"class_weights", "pooling", "long"} if data.kind == "pair" else {"pairs_per_batch", "pair_tokens"}
     unused -= data.task.options.keys()
     given = {n: v for n, v in results["settings"].items() if v not in ("", ()) and n not in unused}
     yield from (*table(["setting", ""], [[f"`{n}`", f"`{v}`"] for n, v in given.items()]), "")
@@ -170,6 +189,17 @@ def _report(results: dict, data: Dataset, best: Outcome, evaluated: Evaluation) 
             yield f"`python -m minisobert.embed {out} FILE --out vectors.npy` makes vectors of new texts.\n"
         else:
             yield f"`python finetune.py --predict FILE --model {out}` applies the model to new posts.\n"
+
+
+def _numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
+    yield "## Predicted and true\n"
+    yield "![true and predicted numbers](scatter.png)\n"
+    truth, found = evaluation.truth_of(data, data.test), evaluation.numbers(probabilities)
+    yield f"## The {WORST} worst errors\n"
+    for number, i in enumerate(np.argsort(-np.abs(truth - found), kind="stable")[:WORST], 1):
+        e = data.test[i]
+        yield f"{number}. `{e.id}`: **{truth[i]:g}**, predicted **{found[i]:g}**\n"
+        yield _quoted(_beginning(e.text))
 
 
 def _queries(data: Dataset, results: list[np.ndarray]) -> Iterable[str]:
@@ -238,11 +268,11 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
             found = [evaluation.names(data, classes) for classes in (e.tags, np.flatnonzero(p[0] >= 0.5))]
             truth, found = ("; ".join(each) or "none" for each in found)
             yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}**\n"
-            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+            yield _quoted(_beginning(e.text))
         elif data.kind == "sequence":
             truth, found = data.labels[e.label], data.labels[p[0].argmax()]
             yield f"{number}. `{e.id}`: **{truth}**, taken for **{found}** with {p[0].max():.1%}\n"
-            yield _quoted(e.text if len(e.text) <= SHOWN else e.text[:SHOWN] + " …")
+            yield _quoted(_beginning(e.text))
         else:
             yield f"{number}. `{e.id}`: the truth, and what was found\n"
             yield _quoted(marking.mark_words(e.words, evaluation.names(data, e.tags)))
@@ -259,14 +289,18 @@ def _matrix(evaluated: Evaluation, data: Dataset) -> str:
     return f"Confusion matrix of the {metrics.MANY} commonest in test of {count:,} classes"
 
 
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"
+
+
 def _quoted(text: str) -> str:
     """As code in an item of a list, whatever marks it has."""
     return "".join(f"        {line}\n" for line in printable(text).splitlines())
 
 
 def _plus_minus(results: dict, name: str) -> str:
-    deviation = f" ± {results['std'][name]:.4f}" if "std" in results else ""
-    return f"{results['mean'][name]:.4f}{deviation}"
+    deviation = f" ± {evaluation.shown(name, results['std'][name])}" if "std" in results else ""
+    return f"{evaluation.shown(name, results['mean'][name])}{deviation}"
 
 
 def _count(n: int, noun: str) -> str:

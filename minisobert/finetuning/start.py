@@ -15,8 +15,9 @@ def read_data(config: FineTuneConfig) -> Dataset:
     task = TASKS[config.task]
     options = {name: getattr(config, name) for name in task.options}
     data = task.read([Path(path) for path in config.data], SPLIT_SEED, **options)
-    if data.several and config.class_weights:
-        raise ValueError("--class-weights is for texts of one class; with --several leave it out")
+    if (data.several or data.number) and config.class_weights:
+        what = "several" if data.several else "number"
+        raise ValueError(f"--class-weights is for texts of one class; with --{what} leave it out")
     return data
 
 
@@ -26,6 +27,10 @@ def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Star
         raise ValueError(
             f"--pooling mean is for modern models of minisobert, and --model is {config.model}; leave it out"
         )
+    if config.long == "windows" and config.model.startswith("hf:"):
+        raise ValueError(f"--long windows is for models of minisobert, and --model is {config.model}; leave it out")
+    if config.long == "windows" and TASKS[config.task].kind == "pair":
+        raise ValueError(f"--long windows is for classes, tags and numbers; with --task {config.task} leave it out")
     if config.model == "tfidf":
         return baselines.TfIdf(config)
     if TASKS[config.task].kind == "pair":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minisobert.cli import table
 from minisobert.corpus.tokenizer import Tokenizer
+from minisobert.finetuning.evaluation import shown
 from minisobert.model import Model
 from minisobert.tasks.words import WORD
 from minisobert.training import checkpoint
@@ -214,6 +215,16 @@ classify("How do I sort a list?", truncation=True)
 ```
 """
 
+_NUMBER = """## How to load it
+
+```python
+from transformers import pipeline
+
+predict = pipeline("text-classification", "NAME", function_to_apply="none")
+predict("How do I sort a list?", truncation=True)  # the score is the number
+```
+"""
+
 _RETRIEVE = """## How to load it
 
 ```python
@@ -249,19 +260,27 @@ word is so rare that the space before it is a piece by itself.
 
 def _fine_tuned(name: str, about: FineTuned) -> list[str]:
     task, results = about.task, about.results
-    text = {"sequence": _CLASSIFY, "token": _TAG, "pair": _RETRIEVE}[task["kind"]].replace("NAME", name)
+    text = {"sequence": _CLASSIFY, "token": _TAG, "pair": _RETRIEVE}[task["kind"]]
+    text = (_NUMBER if task.get("number") else text).replace("NAME", name)
     text = text.replace("PATTERN", WORD.pattern)
     if task["cleaning"]:
         text += (
             "\nThe texts were cleaned before training, and texts to classify must be too: by "
             f"`minisobert.tasks.TASKS[{task['task']!r}].cleaning[{task['cleaning']!r}]`.\n"
         )
+    if task.get("long") == "windows":
+        text += (
+            "\nThe figures below are those of reading longer texts in overlapping windows. transformers does not do "
+            "that: with `truncation=True` it reads their beginning alone.\n"
+        )
     seeds, beside = len(results["seeds"]), results.get("beside", {})
     rows = [
-        [figure, *(f"{of[figure]:.4f}" for of in (results["mean"], *beside.values()))] for figure in results["mean"]
+        [figure, *(shown(figure, of[figure]) for of in (results["mean"], *beside.values()))]
+        for figure in results["mean"]
     ]
     several = "These are means; the model is that of the seed that was best on dev.\n" if seeds > 1 else ""
-    labels = f", with the labels {', '.join(f'`{label}`' for label in task['labels'])}" if task["labels"] else ""
+    learnt = "to predict the number" if task.get("number") else "with the labels"
+    labels = f", {learnt} {', '.join(f'`{label}`' for label in task['labels'])}" if task["labels"] else ""
     return [
         text,
         "## Task\n",

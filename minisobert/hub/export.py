@@ -46,6 +46,7 @@ class Source:
     dropout: float
     labels: Sequence[str] = ()
     several: bool = False  # of the labels may belong to a text
+    number: bool = False  # the one label is the name of a number
 
 
 def export(source: str, out: str, format: str = "", checkpoint: str = "") -> str:
@@ -93,7 +94,9 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     network = encoder.open_network(out / "model", task)
     kind = "SequenceClassification" if task["kind"] == "sequence" else "TokenClassification"
     dropout = results["settings"]["dropout"]
-    source = Source(network.module, network.tokenizer, kind, dropout, task["labels"], task.get("several", False))
+    source = Source(
+        network.module, network.tokenizer, kind, dropout, task["labels"], bool(network.several), network.number
+    )
     return source, card.FineTuned(task, results)
 
 
@@ -121,6 +124,8 @@ def write(folder: Path, source: Source, format: str) -> None:
         described["classifier_dropout"] = source.dropout
         if source.several:
             described["problem_type"] = "multi_label_classification"
+        if source.number:
+            described["problem_type"] = "regression"
         if pooling := config.is_modern and source.model.pooling:
             described["classifier_pooling"] = pooling
     write_json(folder / "config.json", {**described, "dtype": "float32"})

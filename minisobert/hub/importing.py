@@ -42,6 +42,7 @@ class Imported:
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
     of_documents: bool = False  # a Classifier of whole documents, not of words
     several: bool = False  # of the labels may belong to a document
+    number: bool = False  # what it gives of a document is a number, whose name is the one label
 
 
 def read(folder: str | Path) -> Imported:
@@ -86,8 +87,9 @@ def read(folder: str | Path) -> Imported:
             f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
             "embeddings; it is the tokenizer of another model"
         )
-    several = bool(labels) and theirs.get("problem_type") == "multi_label_classification"
-    return Imported(model.eval(), tokenizer, architecture, labels, of_documents, several)
+    problem = theirs.get("problem_type") if labels else None
+    several, number = problem == "multi_label_classification", problem == "regression" and len(labels) == 1
+    return Imported(model.eval(), tokenizer, architecture, labels, of_documents, several, number)
 
 
 def our_config(theirs: dict) -> ModelConfig:

@@ -41,6 +41,7 @@ class Example:
     id: str
     text: str = ""  # of a sequence task
     label: int = 0  # of a sequence task: index into Dataset.labels
+    value: float = 0.0  # of a sequence task whose answer is a number
     words: tuple[str, ...] = ()  # of a token task
     tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels; or a text's several ones
     other: str = ""  # of a pair task: what `text`, the query, is to find
@@ -50,7 +51,8 @@ class Example:
 class Dataset:
     """labels: classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of what the files' texts went
     through, "" if nothing. columns: of a table, those that make up a text. several: whether a text has any number of
-    classes, its `tags`, and not one, its `label`."""
+    classes, its `tags`, and not one, its `label`. number: whether it has a number instead, its `value`; `labels` then
+    holds the name of that number alone."""
 
     task: Task
     labels: tuple[str, ...]
@@ -61,6 +63,7 @@ class Dataset:
     cleaning: str = ""
     columns: tuple[str, ...] = ()
     several: bool = False
+    number: bool = False
 
     @property
     def kind(self) -> str:

@@ -1,18 +1,25 @@
-"""Your own labels: a class for each text, from tables with your own columns.
+"""Your own labels: a class or a number for each text, from tables with your own columns.
 
     python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/teams
+    python finetune.py --task labels --data tickets.csv --label hours --number --model RUN --out results/hours
 
 Rows without a text or a class, and rows that cannot be read, are left out and counted. The splits are those in the
-names of the files, or of the column --split, or they are drawn class by class; the same text is never in two of them.
+names of the files, or of the column --split, or they are drawn class by class (numbers: from ten ranges of them); the
+same text is never in two of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import re
 import unicodedata
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
+
+import numpy as np
 
 from minisobert.cli import words
 from minisobert.tasks.dataset import Dataset, Example, Option, Task
@@ -25,15 +32,21 @@ LABEL = Option(
 )
 TEXT = Option("for labels and --predict, columns that make up a text (default text); for pairs, the two texts", ())
 ADVICE = "name yours with --text, --label and --split"
+RANGES, FEWEST = 10, 20  # of numbers, from which dev and test are drawn alike; the texts that a range has at least
+PRECISION = 1e-5  # deviation / mean, below which the fp32 of a network could not tell numbers apart
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I | re.A)
 
 
 def read(
-    paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "", several: bool = False
-) -> Dataset:
+    paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "",
+    several: bool = False, number: bool = False,
+) -> Dataset:  # fmt: skip
     """The classes are ordered by how many rows they have, the commonest first; those that train lacks are kept, and
     count as wrong. text, label, split: columns; by default "text", "label" and none. several: a text has any number of
-    classes, a list in a .jsonl or else with ; between. Raises ValueError for whatever is wrong with the files as a
-    whole."""
+    classes, a list in a .jsonl or else with ; between. number: it has a number, and not a class. Raises ValueError for
+    whatever is wrong with the files as a whole."""
+    if several and number:
+        raise ValueError("--several is for texts of several classes, --number for those of one number; leave one out")
     columns, label = text or ("text",), label or "label"
     if label in columns:
         raise ValueError(f"--label {label} is one of the columns of --text; a text must not tell its class")
@@ -42,7 +55,7 @@ def read(
     files = _files(paths)
     for file in files:
         try:
-            found += _labelled(file, columns, label, split, several, notes)
+            found += _labelled(file, columns, label, split, several, number, notes)
         except NoColumn as error:  # a file of a folder may hold something else
             if file.named:
                 raise
@@ -50,6 +63,8 @@ def read(
             notes.append(f"{file} left out, it has no column {error.column!r}")
     if absent and not found:
         raise absent
+    if number:
+        return _of_numbers([item for item, _ in found], seed, notes, columns, label)
     counts = Counter(name for _, names in found for name in names)
     if len(counts) < (1 if several else 2):
         only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
@@ -76,9 +91,10 @@ def _files(paths: list[Path]) -> list[File]:
 
 
 def _labelled(
-    file: File, columns: tuple[str, ...], label: str, split: str, several: bool, notes: list[str]
+    file: File, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool, notes: list[str]
 ) -> list[tuple[Labelled, tuple[str, ...]]]:
-    """The examples of a file with their classes' names. What was left out is appended to the notes."""
+    """The examples of a file with their classes' names, of which a number has none. What was left out is appended to
+    the notes."""
     found, left_out, there = [], Counter(), {}
     first: dict[str, int] = {}  # reason → line
     for row in rows(file):
@@ -90,7 +106,7 @@ def _labelled(
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            found.append(_example(file, row.line, row.fields, columns, label, split, several))
+            found.append(_example(file, row.line, row.fields, columns, label, split, several, number))
         except ValueError as error:
             left_out[str(error)] += 1
             first.setdefault(str(error), row.line)
@@ -101,24 +117,75 @@ def _labelled(
 
 
 def _example(
-    file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str, several: bool
+    file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool
 ) -> tuple[Labelled, tuple[str, ...]]:
     """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
     text = text_of(fields, columns)
-    value = fields.get(label)
-    if isinstance(value, list) and not several:
-        raise ValueError(f"{label} is a list, which --several takes")
-    given = value if isinstance(value, list) else plain(fields, label).split(";") if several else [value]
-    names = tuple(dict.fromkeys(filter(None, (class_name(plain({label: each}, label)) for each in given))))
+    value, names = (number_of(fields, label), ()) if number else (0.0, _names(fields, label, several))
     where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
     if not text.strip():
         raise ValueError("without a text")
-    if not names and not (several and value is not None):  # an empty list says that it has none
+    if not (names or number or (several and fields.get(label) is not None)):  # an empty list says that it has none
         raise ValueError(f"without a {label}")
     if split and not where:
         raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
     thread = hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
-    return Labelled(thread, where, Example(f"{file.stem}:{line}", text)), names
+    return Labelled(thread, where, Example(f"{file.stem}:{line}", text, value=value)), names
+
+
+def _names(fields: dict, label: str, several: bool) -> tuple[str, ...]:
+    value = fields.get(label)
+    if isinstance(value, list) and not several:
+        raise ValueError(f"{label} is a list, which --several takes")
+    given = value if isinstance(value, list) else plain(fields, label).split(";") if several else [value]
+    return tuple(dict.fromkeys(filter(None, (class_name(plain({label: each}, label)) for each in given))))
+
+
+def number_of(fields: dict, column: str) -> float:
+    """Raises ValueError, with a reason that rows have in common, where there is none or none that is finite. A comma
+    makes it none, since 1,234 is a thousand to some and one to others."""
+    value = fields.get(column)
+    if isinstance(value, str):
+        value = value.strip()
+        if not value:
+            raise ValueError(f"without a {column}")
+        if not _NUMBER.fullmatch(value):
+            raise ValueError(f"{column} is no number like -1234.5 or 1e3" + ", it has a comma" * ("," in value))
+    if value is None:
+        raise ValueError(f"without a {column}")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
+        raise ValueError(f"{column} is no number")
+    try:
+        found = float(value)
+    except OverflowError:  # of an integer with more than 308 digits
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"{column} is not finite")
+    return found
+
+
+def _of_numbers(items: list[Labelled], seed: int, notes: list[str], columns: tuple[str, ...], label: str) -> Dataset:
+    if not items:
+        raise ValueError("; ".join([f"labels: no row has a text and a number in {label}", *notes]))
+    ranges = min(RANGES, max(1, len(items) // FEWEST))
+    order = np.argsort([item.example.value for item in items], kind="stable")
+    for rank, i in enumerate(order):
+        items[i] = items[i]._replace(group=rank * ranges // len(items))
+    data = dataset(TASK, (label,), items, seed, notes, unit="text", columns=columns)
+    values = np.array([e.value for e in data.train])
+    with np.errstate(over="ignore", invalid="ignore"):  # then they are not finite, and refused
+        mean, deviation = values.mean(), values.std()
+    if values.min() == values.max():
+        raise ValueError(f"labels: every {label} of train is {values[0]:g}; two different ones at least can be learnt")
+    if not PRECISION * abs(mean) < deviation < math.sqrt(np.finfo(np.float32).max):
+        raise ValueError(
+            f"labels: {label} is {mean:g} ± {deviation:g} in train, which single precision cannot tell apart or hold; "
+            "subtract a constant from it, or divide it by one"
+        )
+    notes.append(
+        f"{label} in train: from {values.min():g} to {values.max():g}, mean {mean:g}, standard deviation {deviation:g}"
+    )
+    return dataclasses.replace(data, number=True)
 
 
 def class_name(given: str) -> str:
@@ -170,6 +237,7 @@ TASK = Task(
         "text": TEXT,
         "label": LABEL,
         "several": Option("for labels, any number of classes a text: lists, or with ; between"),
+        "number": Option("for labels, predict the number in the column --label, not a class"),
         "split": Option("for labels, column that says train, dev or test", ""),
     },
     own_classes=True,

@@ -1,4 +1,4 @@
-"""Accuracy, precision, recall, F1, ROC and PR curves, and scores of entities, in numpy.
+"""Accuracy, precision, recall, F1, ROC and PR curves, scores of entities, and errors of numbers, in numpy.
 
 Classes are the integers 0 … C-1. The values are scikit-learn's and seqeval's (tests compare them), with one convention
 throughout: a ratio whose denominator is zero is 0.
@@ -126,6 +126,27 @@ def entity_scores(
         for entity in group:
             count[entity[1]][column] += 1
     return _scores(len(true & found), len(found), len(true)), {kind: _scores(*n) for kind, n in count.items()}
+
+
+def of_numbers(truth, predicted) -> dict[str, float]:
+    """Root of the mean squared error, mean absolute error, Spearman's correlation of ranks (equal numbers share the
+    mean of theirs), and r2 = 1 - Σ (truth - predicted)² / Σ (truth - its mean)². The last two are 0 where all numbers
+    of one side are equal. truth, predicted: (N,)."""
+    truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
+    errors, spread = predicted - truth, truth - truth.mean()
+    a, b = (each - each.mean() for each in (_ranks(truth), _ranks(predicted)))
+    return {
+        "rmse": float((errors**2).mean() ** 0.5),
+        "mae": float(np.abs(errors).mean()),
+        "spearman": _ratio(a @ b, ((a @ a) * (b @ b)) ** 0.5),
+        "r2": 1 - float((errors @ errors) / (spread @ spread)) if truth.min() < truth.max() else 0.0,
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[index]
 
 
 def _cumulated(positive, score) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,7 @@ def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, st
 
 def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> dict[str, list[Labelled]]:
     split_of: dict[str, str] = {}
-    seen: dict[str, int | tuple[int, ...]] = {}  # text → class, or those of its words
+    seen: dict[str, tuple] = {}  # text → class and number, or the classes of its words
     left_out: Counter = Counter()
     kept: dict[str, list[Labelled]] = {}
     for split, part in parts.items():
@@ -92,7 +92,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> di
         for item in part:
             text = fingerprint(item.example.text or " ".join(item.example.words))
             text += "\0" + fingerprint(item.example.other)
-            label = item.example.tags or item.example.label
+            label = item.example.tags or (item.example.label, item.example.value)
             if split_of.setdefault(item.thread, split) != split:
                 left_out[f"of {split}, their {unit} is in {split_of[item.thread]} too"] += 1
             elif text in seen:
