@@ -32,6 +32,7 @@ from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning import encoder, loop
+from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import EVAL_TOKENS, Outcome, batches
 from minisobert.model import Embedder
 from minisobert.ops import Dropout
@@ -172,7 +173,20 @@ def contrastive_loss(queries: Tensor, others: Tensor, no_negatives: Tensor) -> T
 
 
 class Start(encoder.Start):
-    """Where training on pairs begins."""
+    """Where training on pairs begins: an encoder, or what an earlier training on pairs has made of one."""
+
+    def __init__(self, config: FineTuneConfig):
+        """Raises ValueError where there is no such model."""
+        folder = Path(config.model) / "model"
+        if not (folder / "task.json").is_file():
+            super().__init__(config)
+            return
+        if config.tokenizer:
+            raise ValueError("--tokenizer is for random:PRESET; a model has its own")
+        if (kind := json.loads((folder / "task.json").read_text())["kind"]) != "pair":
+            raise ValueError(f"{config.model} was fine-tuned on a task of the kind {kind}; give a run, or one of pairs")
+        self.config, network = config, open_network(folder)
+        self.tokenizer, self.trained, self.model_config = network.tokenizer, network.module, network.module.config
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
         model = Embedder(self.model_config).initialise(seed)

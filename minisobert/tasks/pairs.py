@@ -4,6 +4,8 @@
     python finetune.py --task pairs --data site.7z --model RUN --out results/search
 
 - Tables (.csv, .tsv, .jsonl, .parquet) with two columns, --text FIRST SECOND: the query, and what it is to find.
+- Tables with one column, --text COLUMN: two passages of each text, which stand beside each other in it. That takes no
+  pairs, and is a first training before one on few of them (--model with the results of the first).
 - A dump: each question with the answer that was accepted, or where none was with the one of the highest score; and
   each question that was closed as a duplicate with the question that it repeats, where the dump has PostLinks.xml.
 
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,23 +34,27 @@ from minisobert.tasks.tables import NOT_UTF8, TABLES, check_columns, rows, text_
 
 MOST = 200_000  # questions of a dump, and duplicates likewise: those with the smallest hashes of their ids
 DUPLICATE = "3"  # the LinkTypeId
+PASSAGE, SHORTEST = 100, 20  # words of a passage at most, and at least
 
 
 def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset:
-    """text: the two columns of a table. Raises ValueError for whatever is wrong with the files as a whole."""
+    """text: the two columns of a table, or the one that is cut. Raises ValueError for whatever is wrong with the files
+    as a whole."""
     files = find(paths, TABLES)
     if not files:
         raise ValueError(f"no {words(TABLES)} and no dump in {', '.join(map(str, paths))}")
     tables = [file for file in files if file.kind != DUMP]
-    if tables and len(text) != 2:
-        given = f"--text {' '.join(text)} names {len(text)}" if text else "--text is missing"
-        raise ValueError(f"{tables[0]} is a table, and {given}; name its two columns, the query's first")
+    if tables and len(text) not in (1, 2):
+        given = f"--text {' '.join(text)} names {len(text)} columns" if text else "--text is missing"
+        raise ValueError(
+            f"{tables[0]} is a table, and {given}; name two, the query's first, or one whose texts are to be cut in two"
+        )
     if text and not tables:
         raise ValueError("--text is for tables, and only dumps are given; leave it out")
     notes: list[str] = []
     found: list[tuple[File, Example]] = []
     for file in files:
-        pairs = _of_dump(file.path, seed, notes) if file.kind == DUMP else _of_table(file, text, notes)
+        pairs = _of_dump(file.path, seed, notes) if file.kind == DUMP else _of_table(file, text, seed, notes)
         found += [(file, example) for example in pairs]
     if not found:
         raise ValueError("; ".join(["pairs: no pair was found", *notes]))
@@ -58,7 +66,7 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
     return dataset(TASK, (), items, seed, notes, unit="text", columns=text)
 
 
-def _of_table(file: File, columns: tuple[str, ...], notes: list[str]) -> Iterator[Example]:
+def _of_table(file: File, columns: tuple[str, ...], seed: int, notes: list[str]) -> Iterator[Example]:
     left_out: Counter = Counter()
     checked = file.kind == ".jsonl"  # whose rows need not all have the same ones
     there: dict[str, None] = {}
@@ -72,10 +80,11 @@ def _of_table(file: File, columns: tuple[str, ...], notes: list[str]) -> Iterato
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            first, second = (text_of(row.fields, [column]) for column in columns)
-            for column, text in zip(columns, (first, second)):
+            texts = [text_of(row.fields, [column]) for column in columns]
+            for column, text in zip(columns, texts):
                 if not text.strip():
                     raise ValueError(f"without a {column}")
+            first, second = texts if len(texts) == 2 else passages(texts[0], seed)
             if fingerprint(first) == fingerprint(second):
                 raise ValueError("its two texts are the same")
         except ValueError as error:
@@ -84,6 +93,18 @@ def _of_table(file: File, columns: tuple[str, ...], notes: list[str]) -> Iterato
         yield Example(f"{file.stem}:{row.line}", first, other=second)
     check_columns(file, columns, list(there), "name yours with --text")
     notes += [f"{file}: {n:,} row{'s' * (n > 1)} left out, {why}" for why, n in left_out.items()]
+
+
+def passages(text: str, seed: int) -> tuple[str, str]:
+    """Two of PASSAGE words at most, to the left and to the right of a place drawn by (seed, text). Raises ValueError
+    for a text of fewer than twice SHORTEST words."""
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    if len(words) < 2 * SHORTEST:
+        raise ValueError(f"of fewer than {2 * SHORTEST} words, too short for two passages")
+    drawn = key(seed, "passages", zlib.crc32(text.encode()))
+    place = SHORTEST + drawn % (len(words) - 2 * SHORTEST + 1)
+    left, right = words[max(place - PASSAGE, 0) : place], words[place : place + PASSAGE]
+    return text[left[0][0] : left[-1][1]], text[right[0][0] : right[-1][1]]
 
 
 def _of_dump(dump: Path, seed: int, notes: list[str]) -> Iterator[Example]:

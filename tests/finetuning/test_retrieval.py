@@ -251,6 +251,18 @@ def test_a_model_of_pairs_predicts_nothing_and_is_no_run(results, tmp_path, caps
     assert "was trained on pairs, and makes vectors" in predicted and "holds an encoder without its head" in imported
 
 
+def test_training_goes_on_from_pairs(results, tmp_path, capsys):
+    data = ["--task", "pairs", "--data", str(results / "pairs.csv"), "--text", "question", "answer"]
+    made = ["--model", str(results / "tiny"), "--epochs", "1", "--learning-rate", "1e-9", "--out", str(tmp_path / "on")]
+    assert finetune.main([*data, *made]) == 0
+    before, after = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (results / "tiny", tmp_path / "on")
+    )
+    assert after["beside"]["the model before this training"] == before["mean"]  # the seed that was kept
+    with pytest.raises(SystemExit):
+        finetune.main([*data, "--model", str(results / "tfidf"), "--out", str(tmp_path / "none")])
+
+
 def test_without_scikit_learn_the_report_lacks_that_row_alone(results, monkeypatch):
     def missing():
         raise ValueError("no scikit-learn")

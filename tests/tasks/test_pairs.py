@@ -49,8 +49,8 @@ def test_rows_that_are_no_pair_are_counted(tmp_path):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ((), "--text is missing; name its two columns, the query's first"),
-        (("question",), "--text question names 1; name its two columns"),
+        ((), "--text is missing; name two, the query's first, or one"),
+        (("question", "answer", "id"), "--text question answer id names 3 columns; name two"),
         (("question", "reply"), "no column 'reply'; its columns are question, answer"),
     ],
 )
@@ -58,6 +58,23 @@ def test_the_columns_must_be_named(text, expected, tmp_path):
     path = table(tmp_path / "rows.csv", [("q", "a")])
     with pytest.raises(ValueError, match=expected):
         read(path, text=text)
+
+
+def test_two_passages_of_a_text_make_a_pair(tmp_path):
+    """They stand beside each other, each of its words and line ends is the text's, and texts that are too short are
+    counted."""
+    texts = [" ".join(f"w{i}.{j}" + "\n" * (j % 7 == 0) for j in range(40 + 9 * i)) for i in range(40)]
+    rows = [(text, "") for text in [*texts, "too short " * 19]]
+    data = read(table(tmp_path / "rows.csv", rows), text=("question",))
+    assert len(everything(data)) == 40 and any("fewer than 40 words" in note for note in data.notes)
+    for e in everything(data):
+        whole = texts[int(e.text[1:].partition(".")[0])]
+        assert min(len(e.text.split()), len(e.other.split())) >= pairs.SHORTEST
+        assert max(len(e.text.split()), len(e.other.split())) <= pairs.PASSAGE
+        before, after = whole.index(e.text), whole.index(e.other)
+        assert whole[before + len(e.text) : after].isspace()
+    again = read(table(tmp_path / "again.csv", rows[::-1]), text=("question",))
+    assert {(e.text, e.other) for e in everything(again)} == {(e.text, e.other) for e in everything(data)}
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-# Is a model that goes on with other data better on it? Not run yet. From the root: bash benchmarks/results/continued/commands.sh DATA
+# Is a model that goes on with other data better on it? From the root: bash benchmarks/results/continued/commands.sh DATA
 # DATA: a folder with text/ (titles, question bodies), dumps/ (.7z of sites) and tasks/ (the sets for fine-tuning)
 set -e
 python=.venv/bin/python
 quality="$1/tasks/quality_preprocessed_train.csv.xz $1/tasks/quality_preprocessed_test.csv.xz"
-unseen=$(for file in $quality; do echo quality=$file; done)
 java=$1/dumps/java-questions-2025.stackoverflow.com.7z
+unseen="$(for file in $quality; do echo quality=$file; done) pairs=$java"
 here=runs/continued
 export OMP_NUM_THREADS=1
 mkdir -p $here/logs
@@ -28,11 +28,16 @@ $train --data $here/java-data --out $here/scratch --train-tokens 1e6 >$here/logs
 wait
 for run in untouched continued scratch; do echo $run; tail -n 1 $here/$run/metrics.jsonl; done >$here/logs/held-out.txt
 
-# 3. one task
+# 3. a task of java posts, to find the answer to a question; and one of questions of all kinds
 for model in general continued scratch; do
-    $python finetune.py --task quality --model $here/$model --out $here/quality-$model --data $quality --seeds 3 \
-        --dropout 0 --epochs 4 --learning-rate 1e-3 --pooling mean >$here/logs/quality-$model.txt &
+    $python finetune.py --task pairs --model $here/$model --out $here/pairs-$model --data $java --seeds 3 --dropout 0 \
+        --epochs 4 --learning-rate 3e-3 --pair-tokens 128 --tokens-per-batch 65536 >$here/logs/pairs-$model.txt &
     [ $model = continued ] && wait
 done
 wait
-$python -m minisobert.finetuning.compare $here/quality-*
+for model in general continued; do
+    $python finetune.py --task quality --model $here/$model --out $here/quality-$model --data $quality --seeds 3 \
+        --dropout 0 --epochs 4 --learning-rate 1e-3 --pooling mean >$here/logs/quality-$model.txt &
+done
+wait
+$python -m minisobert.finetuning.compare $here/pairs-* $here/quality-* >$here/logs/tasks.txt
