@@ -207,25 +207,28 @@ class Page:
         longest = model.model.config.positions - SPECIALS
         count, ids = len(ids), [int(n) for n in ids[:longest]]
         typed = [place for place in typed if place < longest]
-        clicked = {
+        clicked = [
             place for mask in masked if mask.model == i for place in range(max(mask.start, 0), min(mask.stop, len(ids)))
-        }
-        places = sorted(clicked | set(typed))
+        ]
+        order = {place: when for when, place in enumerate(clicked)}
+        places = sorted({*clicked, *typed})
         if len(places) > MASKS:
             raise ValueError(f"{len(places):,} tokens are masked; the page guesses up to {MASKS} at a time")
         found = guess(model, np.array(ids), places, self.best) if places else []
-        parts = [
-            tokens(i, chips(model.tokenizer.decode, ids[:TOKENS]), ids, places, typed, [row[0][0] for row in found])
-        ]
-        for place, row in zip(places, found):
+        rows = dict(zip(places, found))
+        best = [row[0][0] for row in found]
+        parts = [tokens(i, chips(model.tokenizer.decode, ids[:TOKENS]), ids, places, typed, best)]
+        if len(ids) > TOKENS:
+            parts.append(note(f"the first {TOKENS:,} of {len(ids):,} tokens are drawn"))
+        if count > longest:
+            parts.append(note(f"the post has {count:,} tokens, of which the model reads the first {longest:,}"))
+        parts += [] if places else [note("Click a word to mask it.")]
+        blocks = []
+        for place in sorted(places, key=lambda place: -order.get(place, -1)):  # what was clicked on last comes first
             was = "" if place in typed else model.tokenizer.decode([ids[place]])
             title = f"in place of <b>{piece(was)}</b>" if was else "for <b>[MASK]</b>"
-            parts.append(f'<div class="guesses"><h4>{title}</h4>{bars(row, {was}, mark=piece)}</div>')
-        if count > longest:
-            parts.insert(1, note(f"the post has {count:,} tokens, of which the model reads the first {longest:,}"))
-        if len(ids) > TOKENS:
-            parts.insert(1, note(f"the first {TOKENS:,} of {len(ids):,} tokens are drawn"))
-        return "".join(parts) if places else parts[0] + note("Click a word to mask it.") + "".join(parts[1:])
+            blocks.append(f"<div><h4>{title}</h4>{bars(rows[place], {was}, mark=piece)}</div>")
+        return f'{"".join(parts)}<div class="guesses">{"".join(blocks)}</div>'
 
     def _labels(self, i: int, post: str) -> str:
         model = self.models[i][1]

@@ -24,11 +24,13 @@ EXAMPLE = "How do I [MASK] a list in Python?\n\nfor i in range(10):\n    numbers
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 CLICKS = """
+// the HTML is new after each click: the keyboard's place in it and what was scrolled are kept
+let focused = '', scrolled = [];
 const mask = (token) => {
+    scrolled = [...element.querySelectorAll('.tokens')].map((each) => each.scrollTop);
     const [model, start, stop] = token.dataset.mask.split(' ').map(Number);
     trigger('mask', {model, start, stop});
 };
-let focused = '';  // the HTML is new after each click, and the keyboard's place in it would be lost
 element.addEventListener('click', (event) => {
     const token = event.target.closest('[data-mask]');
     if (token) mask(token);
@@ -41,8 +43,9 @@ element.addEventListener('keydown', (event) => {
     mask(token);
 });
 watch('value', () => {
-    if (focused) element.querySelector(`[data-mask="${focused}"]`)?.focus();
-    focused = '';
+    element.querySelectorAll('.tokens').forEach((each, i) => { each.scrollTop = scrolled[i] ?? 0; });
+    if (focused) element.querySelector(`[data-mask="${focused}"]`)?.focus({preventScroll: true});
+    focused = '', scrolled = [];
 });
 """
 
@@ -122,9 +125,10 @@ def build(gradio, page: Page):
         with gradio.Row(elem_id="head"):
             gradio.HTML("<h1>minisobert <small>playground</small></h1>")
         with gradio.Row():
-            with gradio.Column(scale=2, min_width=320):
+            with gradio.Column(scale=2, min_width=320, elem_id="asked"):
                 post = gradio.Textbox(EXAMPLE, label="Post", lines=12, max_lines=24, elem_id="post",
                                       info="Text or code. The models guess what stands for [MASK].")  # fmt: skip
+                clear = gradio.Button("Clear", size="sm")
                 lines = gradio.Textbox(label="Nearest texts", lines=4, max_lines=12, elem_id="lines",
                                        info="One text a line: which of them is nearest to the post?")  # fmt: skip
             with gradio.Column(scale=3, min_width=320):
@@ -147,8 +151,9 @@ def build(gradio, page: Page):
             "api_visibility": "private",
         }
         answer.mask(click, [post, lines, masked], [answer, masked], trigger_mode="multiple", **one)
-        post.input(changed, [post, lines], [answer, masked], trigger_mode="always_last", **one)
-        lines.input(page, [post, lines, masked], answer, trigger_mode="always_last", **one)
+        post.change(changed, [post, lines], [answer, masked], trigger_mode="always_last", **one)
+        clear.click(lambda: "", None, post, **one)
+        lines.change(page, [post, lines, masked], answer, trigger_mode="always_last", **one)
     look = {
         "theme": gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         "css_paths": Path(__file__).with_name("page.css"),
