@@ -23,12 +23,13 @@ import finetune
 import train
 from minisobert import page, playground
 from minisobert.corpus.tokenizer import open_tokenizer
-from minisobert.inference import Entity, Loaded, guess
+from minisobert.inference import Entity, Loaded, guess, with_masks
 from minisobert.model import MaskedLM
 from minisobert.page import Mask, Page
 from tests.runs import SMALL_MODERN, make_small, words
 
 ROOT = Path(__file__).parents[1]
+IMAGE = "<img src=x onerror='hacked=1'>"  # can name a folder and a class
 ATTACK = "<script>hacked=1</script><img src=x onerror='hacked=1'>\"'><b onclick=hacked=1>&lt; ${hacked=1} {{hacked}}"
 
 
@@ -104,12 +105,10 @@ def test_guesses_are_those_of_the_model_for_typed_and_for_clicked_masks(model):
     post = "bar [MASK] gin don"
     typed = model.fill_mask(post, 4)[0]
     assert rows(shown(post)) == expected(typed)
-    (clickable,) = [t for t in Parsed(shown(post)).of("token") if t.get("data-mask", "").split()[1:2] == ["2"]]
+    clickable = [token for token in Parsed(shown(post)).of("token") if "data-mask" in token][-1]
     mask = Mask(*map(int, clickable["data-mask"].split()))
-    from minisobert.inference import with_masks
-
     ids, (place,) = with_masks(model, post)
-    of_typed, of_clicked = guess(model, ids, [place, mask.start], 4) if place < mask.start else []
+    of_typed, of_clicked = guess(model, ids, [place, mask.start], 4)
     html = shown(post, masked=[mask])
     assert rows(html) == expected(of_clicked) + expected(of_typed)  # what was clicked on comes first
     assert len(Parsed(html).of("masked")) == 2
@@ -210,8 +209,10 @@ def test_what_is_too_long_is_refused_or_cut_and_that_is_said(model, monkeypatch,
         assert Parsed(shown(empty)).of("hint")
     assert "51 tokens are masked; the page guesses up to 50" in shown("[MASK] " * 51)
     monkeypatch.setitem(model.model.config.__dict__, "positions", 12)
-    html = shown("bar gin don bar gin don bar gin [MASK]")
-    count = len(model.tokenizer.encode("bar gin don bar gin don bar gin")) + 1
+    post = "bar gin don " * 5
+    html = shown(f"{post}[MASK]")
+    count = len(model.tokenizer.encode(post[:-1])) + 1  # a mask takes the space before it
+    assert count > 10
     assert f"the post has {count} tokens, of which the model reads the first 10" in html
     assert "1 of 1 texts were cut to their first 10 tokens" in html and not capsys.readouterr().err
     assert len(Parsed(html).of("token")) == 10 and not Parsed(html).of("error")
@@ -262,12 +263,12 @@ def served(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setitem)
-        run = folder / "<img src=x onerror='hacked=1'>"
+        run = folder / IMAGE
         train.main(words(corpus, run, steps=1))
     with open(folder / "posts.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
-        table.writerows([f"{i % 3} {'script' if i % 3 else 'bar'} {i}", (ATTACK, "b", "c")[i % 3]] for i in range(60))
+        table.writerows([f"{i % 3} {'script' if i % 3 else 'bar'} {i}", (IMAGE, "b", "c")[i % 3]] for i in range(60))
     finetune.main(["--task", "labels", "--data", str(folder / "posts.csv"), "--text", "text", "--label", "label",
                    "--model", "tfidf", "--out", str(folder / "classes")])  # fmt: skip
     command = [sys.executable, "-m", "minisobert.playground", str(run), str(folder / "classes"), "--page"]
@@ -320,10 +321,10 @@ def test_paste_click_and_see_in_a_browser(served, browser):
     post.send_keys(Keys.CONTROL, "v")
     see(lambda: "".join(token.text for token in all_of(".token")).replace("·", " ") == f"bar gin {ATTACK}")
     names = [name.text for name in all_of(".name")]
-    assert sorted(names) == sorted([ATTACK, "b", "c"])  # the labels of the classifier, in the order of their shares
+    assert sorted(names) == sorted([IMAGE, "b", "c"])  # the labels of the classifier, in the order of their shares
     widths = [bar.size["width"] for bar in all_of(".bar b")]
     assert widths == sorted(widths, reverse=True) and widths[0] > 20
-    assert "<img src=x onerror='hacked=1'>" in all_of("h3")[0].text
+    assert IMAGE in all_of("h3")[0].text
     word = all_of(".token")[1]
     word.click()
     see(lambda: len(all_of(".guesses .row")) == 5 and len(all_of(".masked")) == 1)
