@@ -158,7 +158,9 @@ class Page:
         self.models, self.texts, self.best = models, tuple(texts), best
         # a click on a word asks the models for its guesses, and nothing else that they have answered before
         self._answers = lru_cache(4 * len(models))(self._answer)
-        self._vectors = lru_cache(4 * len(models))(lambda i, texts: _unit(self.models[i][1].embed(list(texts))))
+        self._vectors = lru_cache(4 * len(models))(self._embed)
+        # here, where a terminal shows how far it is: a file may be long
+        self._ready = {i: self._embed(i, self.texts) for i, (_, model) in enumerate(models) if texts and _embeds(model)}
 
     def __call__(self, post: str, lines: str = "", masked: Collection[Mask] = ()) -> str:
         """The HTML. lines: a text in each, to compare the post with. masked: what the models that guess do not see."""
@@ -197,7 +199,7 @@ class Page:
             return self._card(i, "labels", self._labels, post)
         if _answers(model.entities):
             return self._card(i, "entities", self._entities, post)
-        if _answers(model.embed) and (others or self.texts):
+        if _embeds(model) and (others or self.texts):
             return self._card(i, "nearest texts", self._nearest, post, others)
         return ""
 
@@ -234,10 +236,8 @@ class Page:
         model = self.models[i][1]
         (p,) = model.classify([post])
         likeliest = [int(n) for n in np.argsort(-p, kind="stable")[: apply.LIKELIEST]]
-        # of classes that add up to 1 one is chosen, of others those that are likelier than not
-        chosen = {model.labels[n] for n in likeliest[:1] if abs(p.sum() - 1) < 1e-3} or set(
-            apply.classes(model.labels, p)
-        )
+        several = abs(p.sum() - 1) > 1e-3
+        chosen = apply.classes(model.labels, p) if several else [model.labels[likeliest[0]]]
         html = bars([(model.labels[n], float(p[n])) for n in likeliest], chosen)
         rest = len(p) - len(likeliest)
         return html + (note(f"and {rest:,} less likely ones") if rest else "")
@@ -249,10 +249,24 @@ class Page:
     def _nearest(self, i: int, post: str, others: tuple[str, ...]) -> str:
         texts = (*others, *self.texts)
         (vector,) = self._vectors(i, (post,))
-        cosines = np.concatenate([self._vectors(i, part) @ vector for part in (others, self.texts) if part])
+        vectors = [self._vectors(i, others)] if others else []
+        vectors += [self._ready[i]] if self.texts else []
+        cosines = np.concatenate(vectors) @ vector
         nearest = [int(n) for n in np.argsort(-cosines, kind="stable")[:NEAREST]]
         rows = [(texts[n][:SHOWN] + "…" * (len(texts[n]) > SHOWN), float(cosines[n])) for n in nearest]
-        return f'<div class="texts">{bars(rows, percent=False)}</div>' + note(f"by cosine, of {len(texts):,} texts")
+        says = f"by cosine, of {len(texts):,}"
+        if isinstance(self.models[i][1].model, MaskedLM):
+            says += "; a model that was only pre-trained finds little: fine-tune it for retrieval"
+        return f'<div class="texts">{bars(rows, percent=False)}</div>{note(says)}'
+
+    def _embed(self, i: int, texts: Sequence[str]) -> np.ndarray:
+        """(n, h) vectors of length 1, so that products are cosines."""
+        vectors = self.models[i][1].embed(list(texts))
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _embeds(model: Loaded) -> bool:
+    return not model.labels and _answers(model.embed)
 
 
 def _answers(question: Callable) -> bool:
@@ -262,10 +276,6 @@ def _answers(question: Callable) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _checked(text: str, what: str) -> str:
