@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.page or not options.text:
         serve([options.run, *options.text], options.texts, options.best, options.host, options.port)
         return
+    if options.texts or options.port:
+        raise ValueError("--texts and --port are for the page; add --page, and give RUNs without a TEXT")
     model = load(options.run)
     for text in options.text:
         if "[MASK]" not in text and Path(text).is_dir():
@@ -87,6 +89,8 @@ def serve(runs: list[str], texts: str | None, best: int, host: str, port: int | 
     gradio = _gradio()
     if port is not None and not 1 <= port <= 65_535:
         raise ValueError(f"--port is {port:,}; it must be from 1 to 65,535")
+    if best < 1:
+        raise ValueError(f"--best is {best:,}; it must be at least 1")
     try:  # gradio would try a hundred ports, five seconds each
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

@@ -229,9 +229,13 @@ def test_one_word_opens_a_page_and_a_text_is_answered_in_the_terminal(model, tmp
     assert calls == [(["runs/a"], None, 5, "127.0.0.1", None), (["runs/a", "runs/b"], "t.txt", 3, "127.0.0.1", 8000)]
     playground.main(["runs/a", "bar [MASK]"])
     assert capsys.readouterr().out.startswith("bar [MASK]\n") and len(calls) == 2
-    with pytest.raises(SystemExit, match="2"):
-        playground.main(["runs/a", str(tmp_path)])
-    assert "to open several models, add --page" in capsys.readouterr().err
+    for options, message in (
+        ([str(tmp_path)], "to open several models, add --page"),
+        (["bar [MASK]", "--texts", "t.txt"], "--texts and --port are for the page"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            playground.main(["runs/a", *options])
+        assert message in capsys.readouterr().err
 
 
 def test_what_keeps_a_page_from_opening_is_one_line(monkeypatch, capsys):
@@ -239,6 +243,7 @@ def test_what_keeps_a_page_from_opening_is_one_line(monkeypatch, capsys):
     cases = []
     if _has("gradio"):
         cases += [(["--port", "0"], "--port is 0"), (["--port", "70000"], "--port is 70,000")]
+        cases += [(["--best", "0"], "--best is 0")]
         cases += [(["--host", "203.0.113.7"], "no page can be served at --host 203.0.113.7, port any: ")]
     for options, message in cases:
         with pytest.raises(SystemExit, match="2"):
