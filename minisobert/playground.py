@@ -24,10 +24,7 @@ EXAMPLE = "How do I [MASK] a list in Python?\n\nfor i in range(10):\n    numbers
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 CLICKS = """
-// the HTML is new after each click: the keyboard's place in it and what was scrolled are kept
-let focused = '', scrolled = [];
 const mask = (token) => {
-    scrolled = [...element.querySelectorAll('.tokens')].map((each) => each.scrollTop);
     const [model, start, stop] = token.dataset.mask.split(' ').map(Number);
     trigger('mask', {model, start, stop});
 };
@@ -39,13 +36,7 @@ element.addEventListener('keydown', (event) => {
     const token = event.target.closest('[data-mask]');
     if (!token || (event.key !== 'Enter' && event.key !== ' ')) return;
     event.preventDefault();
-    focused = token.dataset.mask;
     mask(token);
-});
-watch('value', () => {
-    element.querySelectorAll('.tokens').forEach((each, i) => { each.scrollTop = scrolled[i] ?? 0; });
-    if (focused) element.querySelector(`[data-mask="${focused}"]`)?.focus({preventScroll: true});
-    focused = '', scrolled = [];
 });
 """
 
