@@ -337,10 +337,8 @@ def test_paste_click_and_see_in_a_browser(served, browser):
     all_of(".token")[0].send_keys(Keys.ENTER)  # the keyboard does it too, and stays where it was
     see(lambda: len(all_of(".masked")) == 2 and len(all_of(".guesses .row")) == 10)
     assert browser.execute_script("return document.activeElement.dataset.mask").split() == ["0", "0", "1"]
-    all_of(".masked")[0].click()
-    see(lambda: not all_of(".masked"))
-    all_of(".token")[1].click()
-    see(lambda: all_of(".masked"))
+    all_of(".masked")[1].click()
+    see(lambda: len(all_of(".masked")) == 1)
 
     assert browser.execute_script("return typeof hacked") == "undefined"
     assert not all_of("script") and not all_of("img")
