@@ -41,7 +41,7 @@ def imports(path: Path) -> set[str]:
 
 LAYERS = [  # each may import itself and what stands below it
     r"train$|finetune$|demo$|data\b|benchmarks\b",
-    r"minisobert\.(hub|finetuning|inference|embed|playground)\b",
+    r"minisobert\.(hub|finetuning|inference|embed|page|playground)\b",
     r"minisobert\.(plot|tasks|planning)\b",
     r"minisobert\.(training|corpus\.loader)\b",
     r"minisobert\.parallel\b",
