@@ -197,6 +197,8 @@ class Page:
         model = self.models[i][1]
         if _answers(model.classify):
             return self._card(i, "labels", self._labels, post)
+        if _answers(model.numbers):
+            return self._card(i, "number", self._number, post)
         if _answers(model.entities):
             return self._card(i, "entities", self._entities, post)
         if _embeds(model) and (others or self.texts):
@@ -241,6 +243,11 @@ class Page:
         html = bars([(model.labels[n], float(p[n])) for n in likeliest], chosen)
         rest = len(p) - len(likeliest)
         return html + (note(f"and {rest:,} less likely ones") if rest else "")
+
+    def _number(self, i: int, post: str) -> str:
+        model = self.models[i][1]
+        (found,) = model.numbers([post])
+        return f'<p class="number">{shown(model.labels[0])} <b>{found:.6g}</b></p>'
 
     def _entities(self, i: int, post: str) -> str:
         (found,) = self.models[i][1].entities([post])

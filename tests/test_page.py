@@ -141,15 +141,20 @@ class FineTuned:
 
     model = tokenizer = None
 
-    def __init__(self, labels=(), p=(), found=(), vectors=None):
+    def __init__(self, labels=(), p=(), found=(), vectors=None, value=None):
         self.labels, self.p, self.found, self.vectors = tuple(labels), np.array(p), list(found), vectors
-        self.asked = 0
+        self.asked, self.value = 0, value
 
     def classify(self, texts):
         if not len(self.p):
             raise ValueError("classifies nothing")
         self.asked += len(texts)
         return np.stack([self.p] * len(texts)) if texts else np.empty((0, len(self.p)))
+
+    def numbers(self, texts):
+        if self.value is None:
+            raise ValueError("predicts no number")
+        return np.full(len(texts), self.value)
 
     def entities(self, texts):
         if not self.found:
@@ -174,7 +179,9 @@ def test_labels_entities_and_nearest_texts():
     )
     vectors = {post: [1.0, 0.0], "far": [0.0, 2.0], ATTACK: [3.0, 0.0], "nearer": [1.0, 1.0], "back": [-1.0, 0.0]}
     finder = FineTuned(vectors=vectors)
-    models = {"classifier": classifier, "several": several, "many": many, "tagger": tagger, ATTACK: finder}
+    number = FineTuned([ATTACK], value=2.5)
+    models = {"classifier": classifier, "several": several, "many": many, "tagger": tagger, "number": number}
+    models[ATTACK] = finder
     shown = Page(list(models.items()), texts=["nearer", "back"])
     html = shown(post, f"far\n\n{ATTACK}\n")
     check_harmless(html)
@@ -183,6 +190,7 @@ def test_labels_entities_and_nearest_texts():
     assert len(Parsed(cards["classifier"]).of("chosen")) == 1
     assert len(Parsed(cards["several"]).of("chosen")) == 2
     assert len(rows(cards["many"])) == 10 and "and 30 less likely ones" in cards["many"]
+    assert Parsed(cards["number"]).text.endswith(f"{ATTACK} 2.5")
     marked = re.findall("<mark.*?</mark>", cards["tagger"].split('class="post"')[1], re.S)
     assert [Parsed(mark).text for mark in marked] == ["<i>list</i>" + ATTACK, "JavaLanguage"]
     assert rows(cards[ATTACK]) == [(ATTACK, "1.000"), ("nearer", "0.707"), ("far", "0.000"), ("back", "-1.000")]
