@@ -43,10 +43,10 @@ class FineTuneConfig:
         most=MOST_TOKENS,
     )  # fmt: skip
     pairs_per_batch: int = _recipe(
-        128, "for pairs, those of a batch, in which every text is told from all others; it may have any tokens", least=2
+        128, "number of pairs in a batch of --task pairs, where each text is told from those of all others", least=2
     )  # fmt: skip
     pair_tokens: int = _recipe(
-        256, "for pairs, the first tokens of a text, all that training reads of it; a search reads all of it", least=8
+        256, "tokens of a text that training on pairs reads, from its beginning; a search reads all of it", least=8
     )  # fmt: skip
     dropout: float = _recipe(0.1, "dropout rate, as in pre-training and before the classifier", least=0, below=1)
     pooling: str = _recipe(

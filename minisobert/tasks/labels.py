@@ -30,7 +30,11 @@ from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, p
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
 )
-TEXT = Option("for labels and --predict, columns that make up a text (default text); for pairs, the two texts", ())
+TEXT = Option(
+    "for labels and --predict, columns that make up a text (default text); for pairs, the query's and the one of what it "
+    "is to find, or one that is cut in two",
+    (),
+)
 ADVICE = "name yours with --text, --label and --split"
 RANGES, FEWEST = 10, 20  # of numbers, from which dev and test are drawn alike; the texts that a range has at least
 PRECISION = 1e-5  # deviation / mean, below which the fp32 of a network could not tell numbers apart
