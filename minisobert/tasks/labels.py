@@ -31,8 +31,8 @@ LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
 )
 TEXT = Option(
-    "for labels and --predict, columns that make up a text (default text); for pairs, that of the query and that of what "
-    "it is to find, or one that is cut in two",
+    "for labels and --predict, columns that make up a text (default text); for pairs, the column of the query and that "
+    "of what it is to find, or one that is cut in two",
     (),
 )
 ADVICE = "name yours with --text, --label and --split"
