@@ -154,9 +154,8 @@ def _large(figure, curves: list[Curves], entropy: float | None = None) -> None:
                   markerfacecolor="white")  # fmt: skip
         lines = {"training": run.smooth_loss, "held out": run.held_out}
         ends = [(np.flatnonzero(np.isfinite(y))[-1], name) for name, y in lines.items() if np.isfinite(y).any()]
-        if (
-            len(curves) > 1
-        ):  # one label a run: at the line that goes further, or where both end together at the held-out
+        if len(curves) > 1:
+            # one label a run: at the line that goes further, or where both end together at the held-out one
             ends = sorted(ends, key=lambda end: end[0])[-1:]
         for last, name in ends:
             x, y = run.tokens[last], lines[name][last]
