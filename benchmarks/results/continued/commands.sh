@@ -4,7 +4,7 @@ set -e
 python=.venv/bin/python
 quality="$1/tasks/quality_preprocessed_train.csv.xz $1/tasks/quality_preprocessed_test.csv.xz"
 java=$1/dumps/java-questions-2025.stackoverflow.com.7z
-unseen="$(for file in $quality; do echo quality=$file; done) pairs=$java"
+unseen=$(for file in $quality; do echo quality=$file; done)
 here=runs/continued
 export OMP_NUM_THREADS=1
 mkdir -p $here/logs
@@ -19,7 +19,7 @@ $python -m data.prepare --input $here/titles.txt $here/bodies.jsonl --vocab-size
 $train --data $here/general-data --out $here/general --train-tokens 4e6 >$here/logs/general.txt
 
 # 2. java posts in its ids: the same model untouched (a step at no rate measures it), continued, and begun from scratch
-$python -m data.prepare --input $java --tokenizer $here/general --out $here/java-data --decontaminate $unseen \
+$python -m data.prepare --input $java --tokenizer $here/general --out $here/java-data --decontaminate $unseen pairs=$java \
     >$here/logs/java-data.txt
 $train --data $here/java-data --init $here/general --out $here/untouched --train-tokens 2048 --learning-rate 1e-12 \
     --muon-learning-rate 1e-12 --weight-decay 0 >$here/logs/untouched.txt
@@ -28,16 +28,11 @@ $train --data $here/java-data --out $here/scratch --train-tokens 1e6 >$here/logs
 wait
 for run in untouched continued scratch; do echo $run; tail -n 1 $here/$run/metrics.jsonl; done >$here/logs/held-out.txt
 
-# 3. a task of java posts, to find the answer to a question; and one of questions of all kinds
+# 3. a task of java posts: to find the answer to a question
 for model in general continued scratch; do
     $python finetune.py --task pairs --model $here/$model --out $here/pairs-$model --data $java --seeds 3 --dropout 0 \
         --epochs 4 --learning-rate 3e-3 --pair-tokens 128 --tokens-per-batch 65536 >$here/logs/pairs-$model.txt &
     [ $model = continued ] && wait
 done
 wait
-for model in general continued; do
-    $python finetune.py --task quality --model $here/$model --out $here/quality-$model --data $quality --seeds 3 \
-        --dropout 0 --epochs 4 --learning-rate 1e-3 --pooling mean >$here/logs/quality-$model.txt &
-done
-wait
-$python -m minisobert.finetuning.compare $here/pairs-* $here/quality-* >$here/logs/tasks.txt
+$python -m minisobert.finetuning.compare $here/pairs-continued $here/pairs-general $here/pairs-scratch >$here/logs/tasks.txt
