@@ -118,7 +118,7 @@ def test_posts_can_be_chosen(site, tmp_path):
 def test_a_text_file_is_a_document_per_line(tmp_path, name, pack):
     lines = "\ufeffone line\r\n\n  two ½\nbad \udcff line\nthree"
     (tmp_path / name).write_bytes(pack(lines.encode(errors="surrogateescape")))
-    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1, skip_unreadable=True)
     assert sorted(texts(tmp_path / "out")) == ["  two ½", "one line", "three"]
     assert meta["posts"] == 0
     assert meta["dropped"] == {"empty": 1, "malformed lines": 1}
@@ -131,7 +131,7 @@ def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
     good = ['{"text": "a\\r\\nb"}', "", '{"text": "c", "more": 1}']
     bad = ["{", "[1]", '{"other": 1}', '{"text": 5}', '{"text": "\\ud800"}', "null", '"text"', "[" * 100_000]
     (tmp_path / name).write_bytes(pack("\n".join(good[:2] + bad + good[2:]).encode()))
-    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1, skip_unreadable=True)
     assert sorted(texts(tmp_path / "out")) == ["a\nb", "c"]
     assert meta["dropped"] == {"malformed lines": 8}
 
@@ -227,7 +227,7 @@ def dump(content):
         (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or no .7z archive"),
         (broken("a.pdf", b"x"), "no known kind"),
         (broken("a.txt", b"\n\n"), "no document"),
-        (broken("a.jsonl", b"{\n[]\n"), "no document in .*2 malformed lines"),
+        (broken("a.jsonl", b"{\n[]\n"), r"a.jsonl:1: no JSON object \(2 of the first 2 lines .*--skip-unreadable"),
         (broken("a.txt.gz", gzip.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
         (broken("a.txt.xz", lzma.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
         (broken("a.jsonl.gz", b"no gzip"), "truncated or damaged"),
