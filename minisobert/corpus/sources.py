@@ -73,6 +73,7 @@ class TextFile:
         \\n. errors: what becomes of bytes that are not UTF-8, as of `open`. progress: called with the bytes, unpacked,
         that were read since the last call. Raises NotText for a binary file, ValueError for bytes that cannot be
         decoded."""
+        encoding = "utf-8-sig"
         try:
             with self.binary() as stream:
                 head = stream.read(HEAD)
@@ -87,7 +88,7 @@ class TextFile:
                 raw = io.BufferedReader(_Rejoined(head, stream, progress), HEAD)
                 yield io.TextIOWrapper(raw, encoding, errors, newline)
         except UnicodeDecodeError as error:
-            name = error.encoding.removesuffix("-sig").upper()
+            name = encoding.removesuffix("-sig").upper()
             raise ValueError(
                 f"{self} is not {name} ({error.reason}: {error.object[error.start : error.start + 1]!r}); "
                 "convert it, e.g. with iconv"
