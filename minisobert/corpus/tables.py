@@ -38,7 +38,7 @@ class Row(NamedTuple):
     line: int  # on which it begins, from 1; of a .parquet, and of an array in a .json, its number
     fields: dict  # column → value: text, or of OBJECTS whatever JSON has
     problem: str = ""  # why it cannot be read; then it has no fields
-    lines: int = 1  # that it takes up: a stray quote can hide many
+    lines: int = 1  # of the file that it takes up: after a stray quote these can be many
 
 
 def rows(
@@ -101,20 +101,20 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
         raise ValueError(f"{file} has two columns named {twice!r}; rename one")
     while True:
         line = reader.line_num + 1
+        problem = ""
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield Row(line, {}, f"a quote is missing or too many ({error})", reader.line_num + 1 - line)
-            continue
+            fields, problem = [""], f"a quote is missing or too many ({error})"
         if fields is None:
             return
-        if fields and len(fields) != len(columns):
-            why = f"{len(fields)} fields, the header has {len(columns)}; is a quote missing?"
-            yield Row(line, {}, why, reader.line_num + 1 - line)
+        if not fields:
+            continue
+        if not problem and len(fields) != len(columns):
+            problem = f"{len(fields)} fields, the header has {len(columns)}; is a quote missing?"
         elif not is_unicode("".join(fields)):
-            yield Row(line, {}, NOT_UTF8)
-        elif fields:
-            yield Row(line, dict(zip(columns, fields)))
+            problem = NOT_UTF8
+        yield Row(line, {} if problem else dict(zip(columns, fields)), problem, reader.line_num + 1 - line)
 
 
 def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], object]) -> Iterator[Row]:

@@ -52,17 +52,18 @@ def texts(
     bad = total = 0
     first = ""
     seen: set[str] = set()
-    keys: list[str] = []
+    there: list[str] = []
+    keys = ("text",) if file.kind in PLAIN else reading.keys
     try:
         for row in _rows(file, reading, progress):
             total += row.lines
-            if row.fields and len(seen) < len(reading.keys):
-                keys = list(row.fields)
-                if file.kind not in OBJECTS and file.kind not in PLAIN:
-                    check_columns(file, reading.keys, keys, ADVICE)
-                seen |= row.fields.keys() & {*reading.keys}
+            if len(seen) < len(keys) and row.fields:
+                there = list(row.fields)
+                if file.kind not in OBJECTS:
+                    check_columns(file, keys, there, ADVICE)
+                seen |= row.fields.keys() & {*keys}
             try:
-                text = _text(row, reading.keys if file.kind not in PLAIN else ("text",))
+                text = _text(row, keys)
             except ValueError as error:
                 bad += row.lines
                 dropped["malformed lines"] += row.lines
@@ -74,9 +75,8 @@ def texts(
         if bad > total * reading.unreadable:
             advice = ", more than one in a hundred; --skip-unreadable leaves them out" if reading.unreadable else ""
             raise ValueError(f"{first} ({bad:,} of the first {total:,} lines cannot be read{advice})")
-        lacking = [key for key in reading.keys if key not in seen]
-        if file.kind in OBJECTS and seen and lacking:
-            check_columns(file, lacking, keys, ADVICE)
+        if seen:  # a key that no object has is misspelt
+            check_columns(file, keys, list(dict.fromkeys((*there, *sorted(seen)))), ADVICE)
     except (NotText, NoColumn) as error:
         if reading.unreadable < 1:
             raise
@@ -91,19 +91,22 @@ def _text(row: Row, keys: tuple[str, ...]) -> str:
     """Raises ValueError, with the reason, for a row that cannot be used. A \\r alone stays, as in all shards so far."""
     if row.problem:
         raise ValueError(row.problem)
-    if not any(key in row.fields for key in keys):
-        there = ", ".join(list(row.fields)[:30])[:300] or "none"
-        raise ValueError(f"it has no {words(map(repr, keys))}, its keys are {there}; {ADVICE}")
     parts = []
     for key in keys:
         value = row.fields.get(key)
-        if not isinstance(value, str | None):
+        if isinstance(value, str):
+            part = value.replace("\r\n", "\n").strip("\n")
+            if not (part.isascii() or is_unicode(part)):
+                escaped = any("\udc80" <= c <= "\udcff" for c in part)
+                raise ValueError(NOT_UTF8 if escaped else f"{key} holds half of a surrogate pair")
+            parts.append(part)
+        elif value is not None:
             raise ValueError(f"{key} is {_KINDS.get(type(value), type(value).__name__)}, not text")
-        part = (value or "").replace("\r\n", "\n").strip("\n")
-        if not is_unicode(part):
-            escaped = any("\udc80" <= c <= "\udcff" for c in part)
-            raise ValueError(NOT_UTF8 if escaped else f"{key} holds half of a surrogate pair")
-        parts.append(part)
+        elif key in row.fields:
+            parts.append("")
+    if not parts:
+        there = ", ".join(list(row.fields)[:30])[:300] or "none"
+        raise ValueError(f"it has no {words(map(repr, keys))}, its keys are {there}; {ADVICE}")
     return parts[0] if len(parts) == 1 else "\n\n".join(part for part in parts if part.strip())
 
 
