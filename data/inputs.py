@@ -39,11 +39,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check(inputs: Sequence[Path], document: str = "") -> tuple[list[Site | TextFile], int | None, list[str]]:
+def check(
+    inputs: Sequence[Path], document: str = "", dropped: Counter | None = None
+) -> tuple[list[Site | TextFile], int | None, list[str]]:
     """(sources, bytes, notes): the sites and files of text to read, in order; their bytes, unpacked, None where that is
     not known, as of packed files; and lines on what is missing or not read.
 
-    document: see `Reading`; where it is given, standard input is text and not a .jsonl. Raises ValueError for a missing
+    document: see `Reading`; where it is given, standard input is text and not a .jsonl. dropped: counts the files of a
+    folder or .zip that are not read. Raises ValueError for a missing
     file, an unknown kind, an archive that cannot be read, comments without their posts, an input without posts, and for
     what is there twice.
     """
@@ -57,6 +60,8 @@ def check(inputs: Sequence[Path], document: str = "") -> tuple[list[Site | TextF
         found[path], others = _files(path, document)
         if others and found[path]:
             notes.append(f"left out of {path}, as of no known kind: {_some(others)}")
+            if dropped is not None:
+                dropped["files of no known kind"] += len(others)
         elif not found[path] and (others or not is_dump(path)):
             held = f"holds {_some(others)}, which is" if others else "is"
             raise ValueError(
@@ -102,9 +107,10 @@ def _files(path: Path, document: str) -> tuple[list[tuple[TextFile, int | None]]
         members = zip_contents(path)
         if dump := next((name for name in members if is_dump(Path(PurePosixPath(name).name))), ""):
             raise ValueError(f"{path} holds {dump}; a dump is read from a folder or .7z: unpack it and give the folder")
-        chosen = [name for name in sorted(members) if _is_text(name)]
+        chosen = [name for name in sorted(members) if _is_text(name) and members[name] is not None]
+        taken = {*chosen}
         files = [(TextFile(path, kind_of(name), name), None if _is_packed(name) else members[name]) for name in chosen]
-        return files, [name for name in sorted(members) if not _is_text(name)]
+        return files, [name for name in sorted(members) if name not in taken]
     return ([(TextFile(path, kind_of(path.name)), _size(path))] if kind_of(path.name) in KINDS else []), []
 
 

@@ -79,15 +79,15 @@ def prepare(
     _check_settings(vocab_size, workers)
     with ExitStack() as stack:
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
+        dropped: Counter = Counter()
         reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
-        sources, total_bytes, notes = check(inputs, document)
+        sources, total_bytes, notes = check(inputs, document, dropped)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
         spool = work / "spool"
-        dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             options = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
             found = documents(sources, work, dropped, **options)

@@ -158,7 +158,7 @@ def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
     assert "Printer 7\n\nIt is \non fire; again" in found and "# Page 3\n\nIt has\n\n    code 3" in found
     meta = json.loads((tmp_path / "out/meta.json").read_text())
     assert meta["reading"] == {"keys": ["subject", "description"], "document": "", "unreadable": 0.01}
-    assert meta["dropped"] == {"malformed lines": 1}
+    assert meta["dropped"] == {"files of no known kind": 1, "malformed lines": 1}
     assert any("logo.svg" in note for note in meta["notes"])
     status, _, errors = run(
         "--input", tmp_path / "mail.zip", "--text-key", "subject", "body", "--out", tmp_path / "b", capsys=capsys

@@ -138,15 +138,15 @@ def kind_of(name: str) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def zip_contents(path: Path) -> dict[str, int]:
-    """The size in bytes, unpacked, of each file of a .zip by its name there; symlinks are left out. Raises ValueError
-    where it cannot be read."""
-    sizes: dict[str, int] = {}
+def zip_contents(path: Path) -> dict[str, int | None]:
+    """The size in bytes, unpacked, of each file of a .zip by its name there; None for a symlink, whose content is a
+    path and no text. Raises ValueError where it cannot be read."""
+    sizes: dict[str, int | None] = {}
     for item in _zip(path).infolist():
         if item.filename in sizes:
             raise ValueError(f"{path} holds {item.filename} twice")
-        if not item.is_dir() and not stat.S_ISLNK(item.external_attr >> 16):
-            sizes[item.filename] = item.file_size
+        if not item.is_dir():
+            sizes[item.filename] = None if stat.S_ISLNK(item.external_attr >> 16) else item.file_size
     return sizes
 
 

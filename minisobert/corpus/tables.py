@@ -125,7 +125,8 @@ def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], o
     try:
         with _seekable(file) as stream:
             size = stream.seek(0, 2)
-            table = parquet.ParquetFile(stream)
+            # or it would read a column of a whole row group at once, which in one file may be gigabytes
+            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
             total, read = table.metadata.num_rows, 0
             wanted = list(columns) if columns and set(columns) <= set(table.schema_arrow.names) else None
             for batch in table.iter_batches(1_024, columns=wanted):

@@ -229,7 +229,8 @@ def test_a_json_array_is_the_same_wherever_it_is_cut_into_pieces(tmp_path, monke
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    rows = [{"text": f"{i} " * 50} for i in range(20_000)]
+    draw = random.Random(0)  # what does not shrink when it is packed
+    rows = [{"text": f"{draw.getrandbits(2_000):x}"} for _ in range(20_000)]
     content = {**WRITE, ".txt": lambda rows: "".join(row["text"] + "\n" for row in rows).encode()}[kind](rows)
     path = tmp_path / f"a{kind}.gz"
     path.write_bytes(gzip.compress(content, 1))
@@ -239,7 +240,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     count = sum(1 for _ in texts(file, Counter()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 20_000 and peak < 2.5e6  # the text has 6 MB
+    assert count == 20_000 and peak < 2.5e6  # the text has 10 MB
 
 
 @pytest.mark.parametrize("document", ["line", "paragraph", "file"])
@@ -290,7 +291,8 @@ def test_a_folder_and_a_zip_give_the_files_inside(mixed, tmp_path):
     assert read(archive) == expected
     _, size, notes = inputs.check([archive])
     assert size is None and notes == [
-        f"left out of {archive}, as of no known kind: .DS_Store, .git/x.txt, __MACOSX/sub/._c.csv, picture.png"
+        f"left out of {archive}, as of no known kind: .DS_Store, .git/x.txt, __MACOSX/sub/._c.csv, link.txt, "
+        "picture.png"
     ]
 
 
