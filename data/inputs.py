@@ -1,73 +1,161 @@
-"""What `data.prepare` can read: one stream of documents out of any mixture of dumps and text files."""
+"""What `data.prepare` can read: one stream of documents out of any mixture of dumps and files of text."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from minisobert.corpus.dump import Site, is_dump, sites
 from minisobert.corpus.posts import Post, posts
-from minisobert.corpus.texts import format_of, texts
+from minisobert.corpus.sources import STDIN, TextFile, encoding_of, kind_of, zip_contents
+from minisobert.corpus.texts import AS_IT_COMES, DOCUMENTS, KINDS, PLAIN, Reading, texts
+from minisobert.files import COMPRESSED
+
+NAMED = 8  # files that a note names
 
 
-def check(inputs: Sequence[Path]) -> tuple[list[Site | Path], int | None, list[str]]:
-    """(sources, bytes, notes): the sites and text files to read, in order; their bytes, unpacked, None where a text
-    file is packed; and lines on what is missing or not read.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    kinds = (
+        f".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml; {', '.join(KINDS)} "
+        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input"
+    )
+    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
+    parser.add_argument(
+        "--text-key", nargs="+", default=("text",), metavar="KEY",
+        help="columns or keys that make up a text, a blank line between them (default text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--document", choices=DOCUMENTS, default="",
+        help=f"what of a {' or '.join(PLAIN)} is a document; paragraphs have a blank line between them "
+        "(default: a line of a .txt, the whole of a .md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-unreadable", action="store_true",
+        help="leave out what of the files of text cannot be read, even if it is more than one line in a hundred",
+    )  # fmt: skip
 
-    Raises ValueError for a missing file, an unknown kind, an archive that cannot be read, comments without their posts,
-    an input without posts, and for what is there twice.
+
+def check(
+    inputs: Sequence[Path], document: str = "", dropped: Counter | None = None
+) -> tuple[list[Site | TextFile], int | None, list[str]]:
+    """(sources, bytes, notes): the sites and files of text to read, in order; their bytes, unpacked, None where that is
+    not known, as of packed files; and lines on what is missing or not read.
+
+    document: see `Reading`; where it is given, standard input is text and not a .jsonl. dropped: counts the files of a
+    folder or .zip that are not read. Raises ValueError for a missing
+    file, an unknown kind, an archive that cannot be read, comments without their posts, an input without posts, and for
+    what is there twice.
     """
+    found: dict[Path, list[tuple[TextFile, int | None]]] = {}
+    notes = []
     for path in inputs:
-        if not path.exists():
+        if path != STDIN and not path.exists():
             raise ValueError(f"{path} does not exist")
-        if not (is_dump(path) or format_of(path)):
-            raise ValueError(
-                f"{path} is of no known kind: .7z, a folder with Posts.xml or .7z archives, .jsonl or .txt (.gz, .xz)"
-            )
-    dumps = [path for path in inputs if is_dump(path)]
-    found, notes = sites(dumps) if dumps else ([], [])
-    sources: list[Site | Path] = []
-    for path in inputs:
-        if is_dump(path):
-            sources += [site for site in found if site.source == path]
-        elif path.resolve() in {source.resolve() for source in sources if isinstance(source, Path)}:
+        if path in found:
             raise ValueError(f"{path} is given twice")
-        else:
-            sources.append(path)
-    return sources, _size(sources), notes
+        found[path], others = _files(path, document)
+        if others and found[path]:
+            notes.append(f"left out of {path}, as of no known kind: {_some(others)}")
+            if dropped is not None:
+                dropped["files of no known kind"] += len(others)
+        elif not found[path] and (others or not is_dump(path)):
+            held = f"holds {_some(others)}, which is" if others else "is"
+            raise ValueError(
+                f"{path} {held} of no known kind: .7z, a folder with Posts.xml or .7z archives, {', '.join(KINDS)} "
+                f"({', '.join(COMPRESSED)}), a .zip or folder of such files"
+            )
+    dumps = [path for path, files in found.items() if not files]
+    of_dumps, notes_on_dumps = sites(dumps) if dumps else ([], [])
+    sources: list[Site | TextFile] = []
+    sizes: list[int | None] = []
+    known: set[tuple[Path, str]] = set()
+    for path, files in found.items():
+        for site in of_dumps:
+            if site.source == path:
+                sources.append(site)
+                sizes.append(site.posts.size + (site.comments.size if site.comments else 0))
+        for file, size in files:
+            if (place := (file.path.resolve(), file.member)) in known:
+                raise ValueError(f"{file} is given twice")
+            known.add(place)
+            sources.append(file)
+            sizes.append(size)
+    return sources, None if None in sizes else sum(sizes), notes_on_dumps + notes
 
 
-def _size(sources: list[Site | Path]) -> int | None:
-    size = 0
-    for source in sources:
-        if isinstance(source, Site):
-            size += source.posts.size + (source.comments.size if source.comments else 0)
-        elif format_of(source) == source.suffix:
-            size += source.stat().st_size
-        else:
-            return None
-    return size
+def _files(path: Path, document: str) -> tuple[list[tuple[TextFile, int | None]], list[str]]:
+    """The files of text at a path, with their bytes where those are known, and the names of what else a folder or .zip
+    holds; nothing for a dump."""
+    if path == STDIN:
+        head = sys.stdin.buffer.peek(1)  # waits for whoever writes
+        start = head.decode(encoding_of(head), "ignore").lstrip()
+        return [(TextFile(path, ".jsonl" if start.startswith("{") and not document else ".txt"), None)], []
+    if path.is_dir():
+        inside = [Path(at, name) for at, folders, names in os.walk(path) for name in (*names, *_links(at, folders))]
+        if any(is_dump(file) for file in inside if not file.is_dir()):
+            return [], []
+        inside.sort()
+        chosen = [file for file in inside if not file.is_dir() and _is_text(str(file.relative_to(path)))]
+        taken = {*chosen}
+        files = [(TextFile(file, kind_of(file.name)), _size(file)) for file in chosen]
+        return files, [str(file.relative_to(path)) for file in inside if file not in taken]
+    if path.suffix.lower() == ".zip":
+        members = zip_contents(path)
+        if dump := next((name for name in members if is_dump(Path(PurePosixPath(name).name))), ""):
+            raise ValueError(f"{path} holds {dump}; a dump is read from a folder or .7z: unpack it and give the folder")
+        chosen = [name for name in sorted(members) if _is_text(name) and members[name] is not None]
+        taken = {*chosen}
+        files = [(TextFile(path, kind_of(name), name), None if _is_packed(name) else members[name]) for name in chosen]
+        return files, [name for name in sorted(members) if name not in taken]
+    return ([(TextFile(path, kind_of(path.name)), _size(path))] if kind_of(path.name) in KINDS else []), []
+
+
+def _links(folder: str, folders: list[str]) -> list[str]:
+    """Links to folders, which are not followed: they may lead round in a circle."""
+    return [name for name in folders if os.path.islink(os.path.join(folder, name))]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file inside a folder or .zip is to be read; hidden ones are not, nor what macOS adds to a .zip."""
+    parts = PurePosixPath(name).parts
+    return kind_of(name) in KINDS and not any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _is_packed(name: str) -> bool:
+    return PurePosixPath(name.lower()).suffix in COMPRESSED
+
+
+def _size(file: Path) -> int | None:
+    return None if _is_packed(file.name) else file.stat().st_size
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def documents(
-    sources: Sequence[Site | Path],
+    sources: Sequence[Site | TextFile],
     work: Path,
     dropped: Counter,
     *,
     kind: str,
     min_score: int | None,
     progress: Callable[[int], object],
+    reading: Reading = AS_IT_COMES,
 ) -> Iterator[tuple[int, int, Post | str]]:
     """(source, thread, document) of every document: an index into `sources`, because two sites have the same ids; the
-    id of a question, or a line's number.
+    id of a question, or the number of a line or row.
 
-    work, dropped, kind, min_score, progress: see `posts`.
+    work, dropped, kind, min_score, progress: see `posts`. reading: see `texts`.
     """
     for number, source in enumerate(sources):
         if isinstance(source, Site):
             for post in posts(source, work, dropped, kind=kind, min_score=min_score, progress=progress):
                 yield number, post.thread, post
         else:
-            for line, text in texts(source, dropped, progress):
+            for line, text in texts(source, dropped, progress, reading):
                 yield number, line, text

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from data import decontamination
 from data.decontamination import Texts
-from data.inputs import check, documents
+from data.inputs import add_options, check, documents
 from minisobert.cli import Parser, command
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, write_meta
+from minisobert.corpus.texts import FEW, Reading
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
 from minisobert.files import new_folder
 from minisobert.hashing import key, permutation_keys
@@ -58,13 +59,17 @@ def prepare(
     kind: str = "all",
     tokenizer: str | Path | None = None,
     decontaminate: Sequence[str] = (),
+    text_key: Sequence[str] = ("text",),
+    document: str = "",
+    skip_unreadable: bool = False,
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
     vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
     this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
     place of training one. decontaminate: TASK=PATH, each a task's files
-    whose dev and test texts the corpus must not hold. Raises ValueError, in one line, for whatever is wrong with the
+    whose dev and test texts the corpus must not hold. text_key, document, skip_unreadable: how files of text are read,
+    see `Reading`. Raises ValueError, in one line, for whatever is wrong with the
     input or the settings; `out` appears only when it is complete.
     """
     inputs = [Path(path) for path in inputs]
@@ -74,16 +79,18 @@ def prepare(
     _check_settings(vocab_size, workers)
     with ExitStack() as stack:
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
-        sources, total_bytes, notes = check(inputs)
+        dropped: Counter = Counter()
+        reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
+        sources, total_bytes, notes = check(inputs, document, dropped)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
         spool = work / "spool"
-        dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            found = documents(sources, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
+            options = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
+            found = documents(sources, work, dropped, **options)
             index, counts = _write_spool(spool, _batches(found), dropped, pool)
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
@@ -122,6 +129,7 @@ def prepare(
             "seed": seed,
             "kind": kind,
             "min_score": min_score,
+            **({"reading": reading._asdict()} if reading != Reading() else {}),
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
             "notes": notes,
@@ -349,8 +357,7 @@ def table(meta: dict) -> str:
 @command("data.prepare", "nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
-    kinds = ".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml, .jsonl, .txt (.gz, .xz)"
-    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
+    add_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist yet")
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="size of the vocabulary that the tokenizer learns (default 50000)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import fcntl
 import gzip
@@ -22,8 +23,21 @@ from typing import TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:  # what prepares data must start without torch, which takes seconds to import
     from torch import Tensor
 
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
-COMPRESSED = tuple(_OPEN)  # suffixes that `open_binary` unpacks
+
+def _open_zst(file: Path | BinaryIO, mode: str) -> BinaryIO:
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise ValueError("reading .zst needs a package: pip install 'minisobert[tables]'") from None
+    # archives of Reddit and others are packed with `zstd --long=31`, which unpacks into a window of 2 GiB
+    return zstd.open(file, mode, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+_OPEN = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst, ".bz2": bz2.open}
+COMPRESSED = tuple(_OPEN)  # suffixes that `open_binary` unpacks, in lower case
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
@@ -33,13 +47,24 @@ _locks: set[int] = set()  # the descriptors of the lock files that this process 
 
 
 @contextmanager
-def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """A file as bytes, unpacked where its name ends in .gz or .xz. ValueError where the packed file is damaged."""
+def open_binary(path: Path, inside: BinaryIO | None = None) -> Iterator[BinaryIO]:
+    """A file as bytes, unpacked where its name ends in one of COMPRESSED. inside: the bytes of the file, where `path`
+    only names it. ValueError where the packed file is damaged."""
+    unpack = _OPEN.get(path.suffix.lower())
     try:
-        with _OPEN.get(path.suffix, open)(path, "rb") as file:
-            yield file
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error})") from None
+        if unpack:
+            with unpack(inside or path, "rb") as file:
+                yield file
+        elif inside:
+            yield inside
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except Exception as error:
+        damaged = isinstance(error, (EOFError, lzma.LZMAError, zlib.error)) or type(error).__name__ == "ZstdError"
+        if damaged or (isinstance(error, OSError) and error.errno is None):  # bz2's and gzip's have no number
+            raise ValueError(f"{path} is truncated or damaged ({error})") from None
+        raise
 
 
 @contextmanager

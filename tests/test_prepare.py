@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -118,7 +119,7 @@ def test_posts_can_be_chosen(site, tmp_path):
 def test_a_text_file_is_a_document_per_line(tmp_path, name, pack):
     lines = "\ufeffone line\r\n\n  two ½\nbad \udcff line\nthree"
     (tmp_path / name).write_bytes(pack(lines.encode(errors="surrogateescape")))
-    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1, skip_unreadable=True)
     assert sorted(texts(tmp_path / "out")) == ["  two ½", "one line", "three"]
     assert meta["posts"] == 0
     assert meta["dropped"] == {"empty": 1, "malformed lines": 1}
@@ -131,9 +132,48 @@ def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
     good = ['{"text": "a\\r\\nb"}', "", '{"text": "c", "more": 1}']
     bad = ["{", "[1]", '{"other": 1}', '{"text": 5}', '{"text": "\\ud800"}', "null", '"text"', "[" * 100_000]
     (tmp_path / name).write_bytes(pack("\n".join(good[:2] + bad + good[2:]).encode()))
-    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1)
+    meta = prepare([tmp_path / name], tmp_path / "out", vocab_size=290, workers=1, skip_unreadable=True)
     assert sorted(texts(tmp_path / "out")) == ["a\nb", "c"]
     assert meta["dropped"] == {"malformed lines": 8}
+
+
+def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
+    """Tickets as a spreadsheet exports them, a wiki as a folder of pages, and a .zip: in one command."""
+    wiki = tmp_path / "wiki/pages"
+    wiki.mkdir(parents=True)
+    for i in range(20):
+        (wiki / f"page {i}.MD").write_text(f"# Page {i}\n\nIt has\n\n    code {i}\n")
+    (wiki / "logo.svg").write_text("<svg/>")
+    rows = "".join(f'{i};"Printer {i}";"It is \r\non fire; again"\r\n' for i in range(100))
+    (tmp_path / "tickets.csv").write_bytes(b"\xef\xbb\xbf" + f"id;subject;description\r\n{rows}3;cut\r\n".encode())
+    with zipfile.ZipFile(tmp_path / "mail.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("2024/mail.jsonl", "".join(json.dumps({"subject": f"Re: {i}"}) + "\n" for i in range(30)))
+    inputs = [tmp_path / "tickets.csv", tmp_path / "wiki"]
+    options = ["--text-key", "subject", "description", "--vocab-size", 330, "--workers", 2]
+    status, output, errors = run("--input", *inputs, *options, "--out", tmp_path / "out", capsys=capsys)
+    assert status == 0 and re.search("documents +120", output)
+    assert "tickets.csv:202: 2 fields, the header has 3; is a quote missing? (1 of 201 lines left out)" in errors
+    assert "note: left out of" in errors and "pages/logo.svg" in errors
+    found = texts(tmp_path / "out")
+    assert "Printer 7\n\nIt is \non fire; again" in found and "# Page 3\n\nIt has\n\n    code 3" in found
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["reading"] == {"keys": ["subject", "description"], "document": "", "unreadable": 0.01}
+    assert meta["dropped"] == {"files of no known kind": 1, "malformed lines": 1}
+    assert any("logo.svg" in note for note in meta["notes"])
+    status, _, errors = run(
+        "--input", tmp_path / "mail.zip", "--text-key", "subject", "body", "--out", tmp_path / "b", capsys=capsys
+    )
+    assert status == 2 and "mail.zip: 2024/mail.jsonl has no column 'body'; its columns are subject" in errors
+    assert not (tmp_path / "b").exists()
+
+
+def test_standard_input_goes_in(tmp_path):
+    words = ["--input", "-", "--out", tmp_path / "out", "--vocab-size", "290", "--workers", "2"]
+    content = "".join(json.dumps({"text": f"piped {i}"}) + "\n" for i in range(20_000)).encode()
+    done = subprocess.run([sys.executable, "-m", "data.prepare", *words], input=content, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert sorted(texts(tmp_path / "out")) == sorted(f"piped {i}" for i in range(20_000))
+    assert json.loads((tmp_path / "out/meta.json").read_text())["sources"] == ["-"]
 
 
 def test_several_inputs_become_one_corpus(site, tmp_path):
@@ -227,7 +267,7 @@ def dump(content):
         (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or no .7z archive"),
         (broken("a.pdf", b"x"), "no known kind"),
         (broken("a.txt", b"\n\n"), "no document"),
-        (broken("a.jsonl", b"{\n[]\n"), "no document in .*2 malformed lines"),
+        (broken("a.jsonl", b"{\n[]\n"), r"a.jsonl:1: no JSON object \(2 of the first 2 lines .*--skip-unreadable"),
         (broken("a.txt.gz", gzip.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
         (broken("a.txt.xz", lzma.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
         (broken("a.jsonl.gz", b"no gzip"), "truncated or damaged"),

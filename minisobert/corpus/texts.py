@@ -1,41 +1,158 @@
-"""Documents from plain text: `.txt` (one per line) or `.jsonl` ({"text": …} per line), as they are or `.gz`, `.xz`."""
+"""Documents from files of text: `.txt` and `.md` (a line, a paragraph or the file), and a row each of a table (KINDS of
+tables.py). Every kind may be packed, in a .zip, or standard input, and is read a piece at a time."""
 
 from __future__ import annotations
 
-import json
+import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
-from minisobert.files import COMPRESSED, open_binary
+from tqdm import tqdm
+
+from minisobert.cli import printable, words
+from minisobert.corpus.sources import LONGEST, NotText, TextFile, lines
+from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, NoColumn, Row, check_columns, is_unicode, rows
+
+PLAIN = (".txt", ".md")
+KINDS = (*TABLES, *PLAIN)
+DOCUMENTS = ("file", "line", "paragraph")
+FEW = 0.01  # share of a file's lines that may be unreadable and are left out without being asked
+HOPELESS = 1_000  # unreadable lines, more than half of all, after which a file is given up before its end
+ADVICE = "name yours with --text-key"
 
 
-def format_of(path: Path) -> str | None:
-    """The suffix .txt or .jsonl of a text file, packed or not; None for any other file."""
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return suffix if suffix in (".txt", ".jsonl") else None
+class Reading(NamedTuple):
+    """keys: columns or keys that make up a text. document: what of a .txt or .md is one, of DOCUMENTS; "" for a line of
+    a .txt and the whole of a .md. unreadable: share of a file's lines that may be, and are left out."""
+
+    keys: tuple[str, ...] = ("text",)
+    document: str = ""
+    unreadable: float = FEW
+
+
+AS_IT_COMES = Reading()
 
 
 def texts(
-    path: Path, dropped: Counter, progress: Callable[[int], object] = lambda size: None
+    file: TextFile,
+    dropped: Counter,
+    progress: Callable[[int], object] = lambda size: None,
+    reading: Reading = AS_IT_COMES,
 ) -> Iterator[tuple[int, str]]:
-    """(line number, text) of every document, line ends as \\n; "" for an empty line of a .txt.
+    """(number, text) of every document, line ends as \\n; the number is that of its first line, or of a row, from 0. An
+    empty line of a .txt is an empty text.
 
-    A line that is no such JSON object or not UTF-8 is counted in `dropped` and skipped. progress: called with the bytes
-    read since it was last called, after unpacking. Raises ValueError where a packed file is truncated or damaged.
+    Lines that cannot be read are counted in `dropped` and left out; a line on standard error has the first. progress:
+    called with the bytes read since it was last called, after unpacking. Raises ValueError where more of them are
+    unreadable than `reading` allows, for a file that is no text or lacks a column (where all may be unreadable, it is
+    left out and counted), and for a packed file that is truncated or damaged.
     """
-    jsonl = format_of(path) == ".jsonl"
-    with open_binary(path) as file:
-        for number, line in enumerate(file):
-            progress(len(line))
-            if number == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if jsonl and not line.strip():
-                continue
+    bad = total = 0
+    first = ""
+    seen: set[str] = set()
+    there: list[str] = []
+    keys = ("text",) if file.kind in PLAIN else reading.keys
+    try:
+        for row in _rows(file, reading, progress):
+            total += row.lines
+            if len(seen) < len(keys) and row.fields:
+                there = list(row.fields)
+                if file.kind not in OBJECTS:
+                    check_columns(file, keys, there, ADVICE)
+                seen |= row.fields.keys() & {*keys}
             try:
-                text = json.loads(line)["text"] if jsonl else line.decode()
-                text.encode()  # JSON can hold half of a surrogate pair
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                dropped["malformed lines"] += 1
+                text = _text(row, keys)
+            except ValueError as error:
+                bad += row.lines
+                dropped["malformed lines"] += row.lines
+                first = first or f"{file}:{row.line}: {error}"
+                if bad >= HOPELESS and bad > total / 2 and reading.unreadable < 1:
+                    break
                 continue
-            yield number, text.replace("\r\n", "\n").strip("\n")
+            yield row.line - 1, text
+        if bad > total * reading.unreadable:
+            advice = ", more than one in a hundred; --skip-unreadable leaves them out" if reading.unreadable else ""
+            raise ValueError(f"{first} ({bad:,} of the first {total:,} lines cannot be read{advice})")
+        if seen:  # a key that no object has is misspelt
+            check_columns(file, keys, list(dict.fromkeys((*there, *sorted(seen)))), ADVICE)
+    except (NotText, NoColumn) as error:
+        if reading.unreadable < 1:
+            raise
+        dropped["unreadable files"] += 1
+        first = first or str(error)
+    if first:
+        share = f"{bad:,} of {total:,} lines" if bad else "the file"
+        tqdm.write(printable(f"note: {first} ({share} left out)"), file=sys.stderr)
+
+
+def _text(row: Row, keys: tuple[str, ...]) -> str:
+    """Raises ValueError, with the reason, for a row that cannot be used. A \\r alone stays, as in all shards so far."""
+    if row.problem:
+        raise ValueError(row.problem)
+    parts = []
+    for key in keys:
+        value = row.fields.get(key)
+        if isinstance(value, str):
+            part = value.replace("\r\n", "\n").strip("\n")
+            if not (part.isascii() or is_unicode(part)):
+                escaped = any("\udc80" <= c <= "\udcff" for c in part)
+                raise ValueError(NOT_UTF8 if escaped else f"{key} holds half of a surrogate pair")
+            parts.append(part)
+        elif value is not None:
+            raise ValueError(f"{key} is {_KINDS.get(type(value), type(value).__name__)}, not text")
+        elif key in row.fields:
+            parts.append("")
+    if not parts:
+        there = ", ".join(list(row.fields)[:30])[:300] or "none"
+        raise ValueError(f"it has no {words(map(repr, keys))}, its keys are {there}; {ADVICE}")
+    return parts[0] if len(parts) == 1 else "\n\n".join(part for part in parts if part.strip())
+
+
+_KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "a JSON object"}
+
+
+def _rows(file: TextFile, reading: Reading, progress: Callable[[int], object]) -> Iterator[Row]:
+    if file.kind not in PLAIN:
+        yield from rows(file, reading.keys, progress)
+        return
+    document = reading.document or ("line" if file.kind == ".txt" else "file")
+    read = {"file": _whole, "line": _by_line, "paragraph": _by_paragraph}[document]
+    with file.text("\n", errors="surrogateescape", progress=progress) as stream:
+        yield from read(stream, file)
+
+
+def _by_line(stream: io.TextIOBase, file: TextFile) -> Iterator[Row]:
+    for number, line in enumerate(lines(stream, file), 1):
+        yield Row(number, {"text": line.lstrip("\ufeff")})  # files that were put together have a mark inside
+
+
+def _by_paragraph(stream: io.TextIOBase, file: TextFile) -> Iterator[Row]:
+    """Lines up to one without text."""
+    found: list[str] = []
+    first = size = 0
+    for number, line in enumerate(lines(stream, file), 1):
+        line = line.lstrip("\ufeff")
+        if line.strip():
+            first = first if found else number
+            found.append(line)
+            size += len(line)
+            _check_size(size, file, "a paragraph")
+        elif found:
+            yield Row(first, {"text": "".join(found)}, lines=len(found))
+            found, size = [], 0
+    if found:
+        yield Row(first, {"text": "".join(found)}, lines=len(found))
+
+
+def _whole(stream: io.TextIOBase, file: TextFile) -> Iterator[Row]:
+    text = stream.read(LONGEST)
+    _check_size(len(text) + 1, file, "one document")
+    bad = next((n for n, line in enumerate(text.split("\n"), 1) if not is_unicode(line)), 0)
+    yield Row(bad, {}, NOT_UTF8) if bad else Row(1, {"text": text})
+
+
+def _check_size(size: int, file: TextFile, what: str) -> None:
+    if size > LONGEST:
+        raise ValueError(f"{file} is {what} of more than {LONGEST:,} characters; choose --document line or paragraph")

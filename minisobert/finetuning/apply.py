@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from minisobert.cli import printable, words
 from minisobert.corpus.packing import SPECIALS
-from minisobert.corpus.texts import texts
+from minisobert.corpus.sources import STDIN, TextFile, kind_of
+from minisobert.corpus.tables import KINDS, OBJECTS, Row, check_columns, rows, text_of
+from minisobert.corpus.texts import Reading, texts
 from minisobert.files import new_file
 from minisobert.finetuning import baselines, encoder, huggingface, marking, retrieval
 from minisobert.finetuning.loop import predict
 from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Example
 from minisobert.tasks.files import DUMP, File, find
-from minisobert.tasks.tables import KINDS, Row, check_columns, rows, text_of
 from minisobert.tasks.words import word_spans
 
 SHOWN = 60  # characters of a post beside its class
@@ -137,7 +138,7 @@ def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str
         total += 1
         if guess and "text" in row.fields and not any(column in row.fields for column in columns):
             columns = ("text",)
-        if row.fields and file.kind != ".jsonl":
+        if row.fields and file.kind not in OBJECTS:
             check_columns(file, columns, list(row.fields), "name those that make up a text with --text")
         try:
             text = _text(row, columns)
@@ -259,15 +260,14 @@ def entities(labels: Sequence[str], spans: list[tuple[int, int]], p: np.ndarray)
 
 
 def read(source: str) -> list[str]:
-    """The posts of a file, `text` of each line of a .jsonl or each line itself."""
-    dropped: Counter = Counter()
-    path = Path("/dev/stdin" if source == "-" else source)
+    """The posts of a file: `text` of each object or row, or each line."""
+    path = Path(source)
+    kind = ".txt" if path == STDIN else kind_of(path.name)
+    file = TextFile(path, kind if kind in KINDS else ".txt")
     try:
-        posts = [text for _, text in texts(path, dropped)]
+        posts = [text for _, text in texts(file, Counter(), reading=Reading(document="line", unreadable=0))]
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
-    if malformed := sum(dropped.values()):
-        raise ValueError(f'{source} has {malformed:,} lines that are not UTF-8, or in a .jsonl not {{"text": "…"}}')
     if not any(map(str.strip, posts)):
         raise ValueError(f"{source} has no text; give a post a line, or a .jsonl")
     return posts

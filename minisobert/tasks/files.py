@@ -10,32 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisobert.corpus.archives import contents, open_member
+from minisobert.corpus.archives import contents
 from minisobert.corpus.dump import POSTS
-from minisobert.files import COMPRESSED, open_binary
+from minisobert.corpus.sources import TextFile, kind_of
+from minisobert.corpus.tables import LONGEST_FIELD
 
 DUMP = "dump"
-LONGEST_FIELD = 1 << 24  # characters; csv's own limit of 131,072 is shorter than some posts
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
 
 
 @dataclass(frozen=True)
-class File:
+class File(TextFile):
     """kind: one of those that `find` was asked for, or DUMP. named: by the user; a file found in a folder may belong to
     another task."""
 
-    path: Path
-    kind: str
-    named: bool
-    member: str = ""  # of an archive
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.member}" if self.member else str(self.path)
+    named: bool = False
 
     @property
     def stem(self) -> str:
-        return re.sub(r"(\.(csv|tsv|jsonl|parquet|txt|conll|7z|xz|gz))+$", "", Path(self.member).name or self.path.name)
+        kinds = "csv|tsv|jsonl|ndjson|json|parquet|txt|conll|7z|xz|gz|zst|bz2"
+        return re.sub(rf"(\.({kinds}))+$", "", Path(self.member).name or self.path.name, flags=re.I)
 
     @property
     def split(self) -> str | None:
@@ -46,21 +41,10 @@ class File:
         return found.pop() if len(found) == 1 else None
 
     @contextmanager
-    def text(self, newline: str, errors: str = "strict") -> Iterator[io.TextIOBase]:
-        """The decoded file. errors: what becomes of bytes that are not UTF-8, as of `open`. Whatever is wrong with it
-        is a ValueError that names it."""
-        if self.member:
-            opened = open_member(self.path, [self.member])
-        else:
-            opened = open_binary(self.path)
+    def text(self, newline: str, errors: str = "strict", **options) -> Iterator[io.TextIOBase]:
         try:
-            with opened as stream:
-                yield io.TextIOWrapper(stream, "utf-8-sig", errors, newline)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self} is not UTF-8 ({error.reason}: {error.object[error.start : error.start + 1]!r}); "
-                "convert it, e.g. with iconv"
-            ) from None
+            with super().text(newline, errors, **options) as stream:
+                yield stream
         except csv.Error as error:
             raise ValueError(f"{self} is no readable .csv file ({error})") from None
 
@@ -77,7 +61,7 @@ def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list
             continue
         files = _expand(path, kinds, named=True)
         if not files:
-            known = f"a folder, .7z, {', '.join(kinds)} (.xz, .gz), or a dump's Posts.xml"
+            known = f"a folder, .7z, {', '.join(kinds)} (.gz, .xz, .zst, .bz2), or a dump's Posts.xml"
             raise ValueError(f"{path} is of no known kind: {known}")
         found += files
     return found
@@ -85,16 +69,16 @@ def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list
 
 def _expand(path: Path, kinds: Sequence[str], named: bool) -> list[File]:
     if path.is_dir():
-        return [File(path, DUMP, named)]
+        return [File(path, DUMP, named=named)]
     if path.name.lower() == POSTS:
-        return [File(path.parent, DUMP, named)]
-    if path.suffix == ".7z":
+        return [File(path.parent, DUMP, named=named)]
+    if path.suffix.lower() == ".7z":
         members = contents(path)
         if any(re.search(r"(^|/)posts\.xml$|\.7z$", member, re.I) for member in members):
-            return [File(path, DUMP, named)]
-        return [File(path, Path(m).suffix, named, m) for m in sorted(members) if Path(m).suffix in kinds]
-    kind = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return [File(path, kind, named)] if kind in kinds else []
+            return [File(path, DUMP, named=named)]
+        return [File(path, kind_of(m), m, named) for m in sorted(members) if Path(m).suffix.lower() in kinds]
+    kind = kind_of(path.name)
+    return [File(path, kind, named=named)] if kind in kinds else []
 
 
 def select(paths: Sequence[Path], task: str, layouts: dict[str, tuple[str, ...]]) -> list[tuple[File, str]]:

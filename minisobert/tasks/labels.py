@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.cli import words
+from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, NoColumn, check_columns, plain, rows, text_of
 from minisobert.tasks.dataset import Dataset, Example, Option, Task
 from minisobert.tasks.files import DUMP, SPLITS, File, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
-from minisobert.tasks.tables import NOT_UTF8, TABLES, NoColumn, check_columns, plain, rows, text_of
 
 LABEL = Option(
     "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
@@ -105,7 +105,7 @@ def _labelled(
         there |= dict.fromkeys(row.fields)
         if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
             raise ValueError(f"{file}:{row.line}: {row.problem}")
-        if row.fields and file.kind != ".jsonl" and not found:
+        if row.fields and file.kind not in OBJECTS and not found:
             check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
         try:
             if row.problem:

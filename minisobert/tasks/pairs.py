@@ -24,13 +24,13 @@ from pathlib import Path
 
 from minisobert.cli import words
 from minisobert.corpus.posts import xml_rows
+from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, check_columns, rows, text_of
 from minisobert.hashing import key
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.files import DUMP, File, find
 from minisobert.tasks.labels import TEXT
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
-from minisobert.tasks.tables import NOT_UTF8, TABLES, check_columns, rows, text_of
 
 MOST = 200_000  # questions of a dump, and duplicates likewise: those with the smallest hashes of their ids
 DUPLICATE = "3"  # the LinkTypeId
@@ -68,7 +68,7 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
 
 def _of_table(file: File, columns: tuple[str, ...], seed: int, notes: list[str]) -> Iterator[Example]:
     left_out: Counter = Counter()
-    checked = file.kind == ".jsonl"  # whose rows need not all have the same ones
+    checked = file.kind in OBJECTS  # whose rows need not all have the same ones
     there: dict[str, None] = {}
     for row in rows(file):
         if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents

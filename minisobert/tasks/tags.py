@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from minisobert.corpus.tables import NOT_UTF8, rows, text_of
 from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.files import DUMP, File, find
 from minisobert.tasks.labels import LABEL, class_name
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
-from minisobert.tasks.tables import NOT_UTF8, rows, text_of
 from minisobert.tasks.words import word_spans
 
 COLUMNS = (".conll", ".bio", ".iob", ".txt", ".tsv")

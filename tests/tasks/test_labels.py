@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minisobert.corpus.tables import rows
 from minisobert.tasks import labels
 from minisobert.tasks.files import File
 from minisobert.tasks.splits import fingerprint
-from minisobert.tasks.tables import rows
 
 
 def everything(data):
@@ -210,7 +210,7 @@ def test_classes_that_train_lacks_stay_and_those_without_examples_go(tmp_path):
     ("t.csv", "text,label\n" + "".join(f"t{i},x\n" for i in range(30)), "all rows are 'x'; two classes at least"),
     ("t.csv", "text,text,label\na,b,c\n", "two columns named 'text'"),
     ("t.csv", "text,label\na,x\ncaf\udce9,x\n", ":3: not UTF-8; convert the file"),
-    ("t.csv", "\udcff\udcfet\0e\0x\0t\0", "no text in UTF-8"),
+    ("t.csv", "t\0e\0x\0t\0,\0", "no text in UTF-8: it holds NUL bytes; where it is UTF-16, convert it"),
     ("t.txt", "one\n", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
     ("t.xlsx", "PK", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl"),
     ("t.csv", "text,label\na,x\nb,y\n", "is empty; there are too few examples"),
@@ -228,7 +228,7 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     """So that a file may be larger than memory: the first comes before a damaged end is met."""
     path = table(tmp_path / "t.jsonl.gz", "")
     path.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)))[:-4_000])
-    found = rows(File(path, ".jsonl", True))
+    found = rows(File(path, ".jsonl", named=True))
     assert next(found).fields == {"text": "0"}
     with pytest.raises(ValueError, match="truncated or damaged"):
         for _ in found:

@@ -1,0 +1,239 @@
+"""Tables as people have them, a row at a time: .csv (comma, semicolon or tab), .tsv, .jsonl or .ndjson, .json, .parquet
+(extra [tables]), and lines of .txt.
+
+A row that cannot be read costs itself alone: it comes with the reason, so that whoever reads can count it or name it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import BinaryIO, NamedTuple
+
+from minisobert.corpus.sources import HEAD, LONGEST, NotText, TextFile, lines
+
+OBJECTS = (".jsonl", ".ndjson", ".json")  # each row may have keys of its own
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".ndjson", ".json")
+KINDS = (*TABLES, ".txt")
+MOST_NAMES, LONGEST_NAME = 30, 40  # of columns in a message; a file without a header has texts there
+LONGEST_FIELD = 1 << 24  # characters of a .csv; csv's own limit of 131,072 is shorter than some posts
+NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
+_BETWEEN = re.compile("[\\s,\ufeff]*")  # the values of a .json
+
+
+class NoColumn(ValueError):
+    def __init__(self, column: str, message: str):
+        super().__init__(message)
+        self.column = column
+
+
+class Row(NamedTuple):
+    line: int  # on which it begins, from 1; of a .parquet, and of an array in a .json, its number
+    fields: dict  # column → value: text, or of OBJECTS whatever JSON has
+    problem: str = ""  # why it cannot be read; then it has no fields
+    lines: int = 1  # of the file that it takes up: after a stray quote these can be many
+
+
+def rows(
+    file: TextFile, columns: Sequence[str] = (), progress: Callable[[int], object] = lambda size: None
+) -> Iterator[Row]:
+    """file: of one of KINDS; a .txt has the column "text". Empty lines are left out, but not of a .txt. columns: the
+    only ones that are read of a .parquet that has them all; by default all are. progress: called with the bytes,
+    unpacked, that were read since the last call. Raises ValueError where the file has no header, or is no text at all.
+    """
+    if file.kind == ".parquet":
+        yield from _parquet(file, columns, progress)
+        return
+    read = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".txt": _lines}.get(file.kind, _csv)
+    newline = "" if read is _csv else "\n"
+    with file.text(newline, errors="surrogateescape", progress=progress) as stream:
+        yield from read(lines(stream, file) if read in (_jsonl, _lines) else stream, file)
+
+
+def text_of(fields: dict, columns: Sequence[str]) -> str:
+    """The columns that are not empty, with a blank line between them. Raises ValueError for a value that is no text."""
+    for column in columns:
+        if isinstance(fields.get(column), (bool, int, float)):
+            raise ValueError(f"{column} is a number, not text")
+    return "\n\n".join(text for column in columns if (text := plain(fields, column).strip("\n")).strip())
+
+
+def plain(fields: dict, column: str) -> str:
+    """A value as text, line ends as \\n; "" where there is none. Raises ValueError for one that is no text."""
+    value = fields.get(column)
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{column} is a {'list' if isinstance(value, list) else 'JSON object'}, not text")
+    text = (value or "").replace("\r\n", "\n").replace("\r", "\n")
+    if not is_unicode(text):  # JSON can hold half of a surrogate pair
+        raise ValueError(f"{column} holds half of a surrogate pair")
+    return text
+
+
+def check_columns(file: TextFile, wanted: Sequence[str], there: Sequence[str], advice: str) -> None:
+    """Raises NoColumn for the first one that the file lacks."""
+    for column in wanted:
+        if column not in there:
+            names = ", ".join(name[:LONGEST_NAME] for name in there[:MOST_NAMES]) + ", …" * (len(there) > MOST_NAMES)
+            has = f"its columns are {names}" if there else "it has no rows"
+            raise NoColumn(column, f"{file} has no column {column!r}; {has}; {advice}")
+
+
+def _csv(stream, file: TextFile) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_FIELD)
+    first = stream.readline(LONGEST_FIELD)
+    if "\0" in first or not is_unicode(first):
+        raise NotText(f"{file} is no text in UTF-8 (or a spreadsheet?); save it as CSV in UTF-8")
+    delimiter = "\t" if file.kind == ".tsv" else max(",;\t", key=first.count)
+    reader = csv.reader(
+        chain([first], lines(stream, file)), delimiter=delimiter, strict=True
+    )  # strict: or a stray quote hides rows
+    columns = [name.strip() for name in next(reader, [])]
+    if twice := next((name for name in columns if name and columns.count(name) > 1), ""):
+        raise ValueError(f"{file} has two columns named {twice!r}; rename one")
+    while True:
+        line = reader.line_num + 1
+        problem = ""
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            fields, problem = [""], f"a quote is missing or too many ({error})"
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if not problem and len(fields) != len(columns):
+            problem = f"{len(fields)} fields, the header has {len(columns)}; is a quote missing?"
+        elif not is_unicode("".join(fields)):
+            problem = NOT_UTF8
+        yield Row(line, {} if problem else dict(zip(columns, fields)), problem, reader.line_num + 1 - line)
+
+
+def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], object]) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{file} needs pyarrow: pip install 'minisobert[tables]'") from None
+    try:
+        with _seekable(file) as stream:
+            size = stream.seek(0, 2)
+            # or it would read a column of a whole row group at once, which in one file may be gigabytes
+            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+            total, read = table.metadata.num_rows, 0
+            wanted = list(columns) if columns and set(columns) <= set(table.schema_arrow.names) else None
+            for batch in table.iter_batches(1_024, columns=wanted):
+                for number, each in enumerate(_dicts(batch), read + 1):
+                    yield Row(number, {}, NOT_UTF8) if each is None else Row(number, each)
+                progress(size * (read + len(batch)) // total - size * read // total)
+                read += len(batch)
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise NotText(f"{file} is no readable .parquet file ({error})") from None
+
+
+def _dicts(batch) -> Iterator[dict | None]:
+    """The rows of a pyarrow.RecordBatch; None for one with bytes that are not UTF-8, which it does not check."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(len(batch)):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
+
+
+@contextmanager
+def _seekable(file: TextFile) -> Iterator[BinaryIO]:
+    """A file on disk as it is; the unpacked bytes of any other in a temporary file."""
+    with file.binary() as stream:
+        if isinstance(stream, io.BufferedReader) and stream.seekable() and not file.member:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(stream, copy, 1 << 20)
+            yield copy
+
+
+def _json(stream, file: TextFile) -> Iterator[Row]:
+    """Arrays of objects, objects one after the other, or one a line, of which a damaged one costs no other.
+
+    An array is never in memory as a whole. Where it is damaged there is no telling where its next object begins, so
+    that this is a ValueError."""
+    buffer = stream.readline(LONGEST)
+    while buffer.isspace():
+        buffer = stream.readline(LONGEST)
+    if buffer.lstrip("\ufeff \t").startswith("{") and isinstance(_value(buffer), dict):
+        yield from _jsonl(chain([buffer], lines(stream, file)), file)
+        return
+    read, number, at, in_array, ended = json.JSONDecoder().raw_decode, 0, 0, False, False
+    while True:
+        at = _BETWEEN.match(buffer, at).end()
+        if buffer[at : at + 1] == ("]" if in_array else "["):
+            at, in_array = at + 1, not in_array
+            continue
+        problem = ""
+        try:
+            value, end = read(buffer, at)
+        except (ValueError, RecursionError) as error:
+            problem, end = getattr(error, "msg", "nested too deeply"), len(buffer)
+        if end == len(buffer) and not ended:  # maybe more of the value is to come
+            more = stream.read(max(HEAD, len(buffer) - at))
+            buffer, at, ended = buffer[at:] + more, 0, not more
+            if len(buffer) > LONGEST + HEAD:
+                raise ValueError(f"{file}: value {number + 1:,} is no JSON, or has more than {LONGEST:,} characters")
+            continue
+        if at == len(buffer):
+            if in_array:
+                raise ValueError(f"{file} is truncated: its array never ends")
+            return
+        number += 1
+        if problem:
+            raise ValueError(f"{file}: value {number:,} is no JSON ({problem}), or the file is truncated")
+        at = end
+        yield Row(number, value) if isinstance(value, dict) else Row(number, {}, "no JSON object")
+
+
+def _value(line: str) -> object:
+    try:
+        return json.loads(line.lstrip("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _jsonl(found: Iterable[str], file: TextFile) -> Iterator[Row]:
+    for number, line in enumerate(found, 1):
+        line = line.lstrip("\ufeff")  # files that were put together have one inside
+        if not line.strip():
+            continue
+        value = _value(line)
+        if not is_unicode(line):
+            yield Row(number, {}, NOT_UTF8)
+        elif isinstance(value, dict):
+            yield Row(number, value)
+        else:
+            yield Row(number, {}, "no JSON object")
+
+
+def _lines(found: Iterable[str], file: TextFile) -> Iterator[Row]:
+    for number, line in enumerate(found, 1):
+        line = line.lstrip("\ufeff").rstrip("\r\n")
+        yield Row(number, {"text": line}) if is_unicode(line) else Row(number, {}, NOT_UTF8)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no bytes that were not UTF-8, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
