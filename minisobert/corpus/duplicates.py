@@ -32,7 +32,7 @@ MISSED = 0.01  # the share of pairs exactly at the threshold that have no equal 
 HASHES = 64  # at most, of a document: more of them would make longer bands and fewer vain comparisons, but cost time
 LEAST = 0.5  # the lowest threshold: below it so many bands of few hashes are needed that most documents share one
 MOST = 100  # documents of one band that a document is compared with, or boilerplate would cost the square of its number
-_PAIRS = 500  # compared in one task of a worker
+_BATCH = 1_000_000  # bytes of text, about, that a worker compares in one task
 
 # What a byte is to a word: 0 stands between words, 1 belongs to one, 2 is one by itself. All of UTF-8 past ASCII counts
 # as letters.
@@ -180,8 +180,9 @@ def _compare_band(
         if not len(left):
             break
         pairs = np.stack([order[first[left] + i], order[left]], axis=1)  # (P, 2)
-        cuts = range(_PAIRS, len(pairs), _PAIRS)
-        tasks = ((read, spans[part], threshold) for part in np.split(pairs, cuts))
+        sizes = np.cumsum((spans[pairs, 1] - spans[pairs, 0]).sum(axis=1))
+        cuts = np.unique(np.searchsorted(sizes, np.arange(_BATCH, sizes[-1], _BATCH)))
+        tasks = ((read, spans[part], threshold) for part in np.split(pairs, cuts) if len(part))
         near = [answer for _, answers in run(_compare_part, tasks) for answer in answers]
         found[order[left]] = near
 
