@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from minisobert.corpus.dump import Site, is_dump, sites
+from minisobert.corpus.posts import KINDS as POSTS
 from minisobert.corpus.posts import Post, posts
 from minisobert.corpus.sources import STDIN, TextFile, encoding_of, kind_of, zip_contents
 from minisobert.corpus.texts import AS_IT_COMES, DOCUMENTS, KINDS, PLAIN, Reading, texts
@@ -37,6 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--skip-unreadable", action="store_true",
         help="leave out what of the files of text cannot be read, even if it is more than one line in a hundred",
     )  # fmt: skip
+    which = "of a dump, which posts to read, each with its comments (default %(default)s)"
+    parser.add_argument("--posts", choices=POSTS, default="all", dest="kind", help=which)
+    parser.add_argument("--min-score", type=int, metavar="N", help="of a dump, leave out posts with a score below N")
 
 
 def check(

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +33,12 @@ from tqdm import tqdm
 from data import decontamination
 from data.decontamination import Texts
 from data.inputs import add_options, check, documents
+from data.spool import DOCUMENT, parts, size_of, texts_of, unique
 from minisobert.cli import Parser, command
-from minisobert.corpus.posts import KINDS, Post
-from minisobert.corpus.shards import held_out, write_meta
+from minisobert.corpus import duplicates
+from minisobert.corpus.duplicates import digest
+from minisobert.corpus.posts import Post
+from minisobert.corpus.shards import write_meta
 from minisobert.corpus.texts import FEW, Reading
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
 from minisobert.files import new_folder
@@ -62,21 +65,24 @@ def prepare(
     text_key: Sequence[str] = ("text",),
     document: str = "",
     skip_unreadable: bool = False,
+    keep_duplicates: bool = False,
+    near_duplicates: float | None = None,
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
     vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
     this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
-    place of training one. decontaminate: TASK=PATH, each a task's files
-    whose dev and test texts the corpus must not hold. text_key, document, skip_unreadable: how files of text are read,
-    see `Reading`. Raises ValueError, in one line, for whatever is wrong with the
-    input or the settings; `out` appears only when it is complete.
+    place of training one. decontaminate: TASK=PATH, each a task's files whose dev and test texts the corpus must not
+    hold. text_key, document, skip_unreadable: how files of text are read, see `Reading`. keep_duplicates: leave only
+    those out that are also held out. near_duplicates: leave out documents that are as similar as this to an earlier
+    one. Raises ValueError, in one line, for whatever is wrong with the input or the settings; `out` appears only when
+    it is complete.
     """
     inputs = [Path(path) for path in inputs]
     if tokenizer is not None and vocab_size is not None:
         raise ValueError("--tokenizer has a vocabulary of its own; leave --vocab-size out")
     vocab_size = 50_000 if vocab_size is None else vocab_size
-    _check_settings(vocab_size, workers)
+    _check_settings(vocab_size, workers, keep_duplicates, near_duplicates)
     with ExitStack() as stack:
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
         dropped: Counter = Counter()
@@ -91,17 +97,21 @@ def prepare(
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             options = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
             found = documents(sources, work, dropped, **options)
-            index, counts = _write_spool(spool, _batches(found), dropped, pool)
+            index = _write_spool(spool, _batches(found), dropped, pool)
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
-        ends = index[:, 2]
-        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)  # (D, 2): from where to where in the spool
-        last = held_out(index[:, 0], index[:, 1], seed)
+        before = np.bincount(index["source"], minlength=len(sources))
+        run = partial(_in_order, pool)
+        index, last = unique(index, spool, seed, keep_duplicates, near_duplicates, dropped, run, BATCH)
+        left_out = before - np.bincount(index["source"], minlength=len(sources))
+        duplicates_of: Counter = Counter()
+        for source, n in zip(sources, left_out.tolist()):
+            duplicates_of[source.name] += n
+        spans = index["span"]  # (D, 2)
         if given is None:
             sample = _sample(spans[~last], seed)
-            size = int((sample[:, 1] - sample[:, 0]).sum())
-            print(f"training the tokenizer on {size / 1e6:,.1f} MB of text …", file=sys.stderr)
+            print(f"training the tokenizer on {size_of(sample) / 1e6:,.1f} MB of text …", file=sys.stderr)
             tokenizer = Tokenizer(_train(spool, sample, vocab_size))
         else:
             tokenizer = given
@@ -109,12 +119,14 @@ def prepare(
         model.write_bytes(tokenizer.content)
 
         spans = np.concatenate([spans[~last], spans[last]])
-        lengths = _encode(spool, spans, model, work / "tokens.bin", pool)
+        lengths, characters = _encode(spool, spans, model, work / "tokens.bin", pool)
         spool.unlink()
         with open(work / "documents.npy", "wb") as file:  # numpy's own writing does not tell that a disk is full
             np.save(SimpleNamespace(write=file.write), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         meta = {
-            **counts,
+            "posts": int((index["comments"] >= 0).sum()),
+            "comments": int(index["comments"].clip(0).sum()),
+            "characters": characters,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
             "vocab_size": tokenizer.vocab_size,
@@ -133,17 +145,23 @@ def prepare(
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
             "notes": notes,
+            **({"near_duplicates": near_duplicates} if near_duplicates is not None else {}),
+            **({"duplicates": dict(+duplicates_of)} if +duplicates_of else {}),
         }
         write_meta(work, **meta)
     return meta
 
 
-def _check_settings(vocab_size: int, workers: int | None) -> None:
+def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold: float | None) -> None:
     least = FIRST_ORDINARY_ID + 256 + 1
     if vocab_size < least:
         raise ValueError(f"a vocabulary of {vocab_size} pieces is too small: the bytes alone need at least {least}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: at least one process is needed")
+    if threshold is not None:
+        if keep:
+            raise ValueError("--keep-duplicates and --near-duplicates contradict each other; leave one of them out")
+        duplicates.shape(threshold)  # raises for one that cannot be looked for
 
 
 @contextmanager
@@ -233,50 +251,41 @@ def _strings(document: Post | str) -> list[str]:
     return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
 
 
-def _render(batch) -> tuple[bytes, list[int], list[str | None], int]:
-    """In a worker: the texts in one piece, the bytes of each, the task of a text it holds, and all characters."""
+def _render(batch) -> tuple[bytes, list[int], list[str | None], list[int]]:
+    """In a worker: the texts in one piece, and of each its bytes, the task of a text that it holds, and its digest."""
     found = [document if isinstance(document, str) else document.text() for *_, document in batch]
     tasks = [_unwanted.task_of(text) for text in found]
     found = ["" if task else text for text, task in zip(found, tasks)]
     encoded = [text.encode() for text in found]
-    return b"".join(encoded), [len(text) for text in encoded], tasks, sum(map(len, found))
+    return b"".join(encoded), [len(text) for text in encoded], tasks, [digest(text) for text in found]
 
 
-def _write_spool(spool: Path, batches, dropped: Counter, pool) -> tuple[np.ndarray, dict[str, int]]:
-    """The text of all documents into one file. Returns (D, 3) int64, the source, thread and end of each; and counts."""
-    index = array("q")
-    counts = {"posts": 0, "comments": 0, "characters": 0}
+def _write_spool(spool: Path, batches, dropped: Counter, pool) -> np.ndarray:
+    """The text of all documents into one file. Returns (D,) DOCUMENT."""
+    index = bytearray()
     end = 0
     with open(spool, "wb") as file:
-        for batch, (content, sizes, tasks, characters) in _in_order(pool, _render, batches):
+        for batch, (content, *each) in _in_order(pool, _render, batches):
             file.write(content)
-            counts["characters"] += characters
-            for (source, thread, document), size, task in zip(batch, sizes, tasks):
-                comments = len(document.comments) if isinstance(document, Post) else 0
+            kept = []
+            for (source, thread, document), size, task, number in zip(batch, *each):
+                comments = len(document.comments) if isinstance(document, Post) else -1
                 if size == 0:
                     dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
-                    dropped["comments of dropped posts"] += comments
+                    dropped["comments of dropped posts"] += max(comments, 0)
                     continue
+                kept.append((source, comments, thread, (end, end + size), number))
                 end += size
-                index.extend((source, thread, end))
-                counts["posts"] += isinstance(document, Post)
-                counts["comments"] += comments
-    return np.array(index, np.int64).reshape(-1, 3), counts
+            index += np.array(kept, DOCUMENT).tobytes()
+    return np.frombuffer(index, DOCUMENT)
 
 
 def _sample(spans: np.ndarray, seed: int) -> np.ndarray:
     """The spans of the documents to train the tokenizer on, in order, about TRAINING_TEXT bytes at most."""
-    share = TRAINING_TEXT / int((spans[:, 1] - spans[:, 0]).sum())
+    share = TRAINING_TEXT / size_of(spans)
     if share >= 1:
         return spans
     return spans[permutation_keys(len(spans), key(seed, "tokenizer")) < share * 2**32]
-
-
-def _texts(spool: Path, spans: np.ndarray) -> Iterator[str]:
-    with open(spool, "rb") as file:
-        for start, end in spans.tolist():
-            file.seek(start)
-            yield file.read(end - start).decode()
 
 
 def _train(spool: Path, sample: np.ndarray, vocab_size: int) -> bytes:
@@ -301,7 +310,7 @@ def _train(spool: Path, sample: np.ndarray, vocab_size: int) -> bytes:
 def _train_and_send(sender: Connection, spool: Path, sample: np.ndarray, vocab_size: int) -> None:
     _begin_process()
     try:
-        sender.send(train(_texts(spool, sample), vocab_size))
+        sender.send(train(texts_of(spool, sample), vocab_size))
     except Exception as error:
         sender.send(error)
 
@@ -309,27 +318,27 @@ def _train_and_send(sender: Connection, spool: Path, sample: np.ndarray, vocab_s
 # The second pass: text → ids
 
 
-def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> np.ndarray:
-    """Write the ids of these documents; returns the length of each in tokens, (D,) int64."""
-    sizes = np.cumsum(spans[:, 1] - spans[:, 0])
-    cuts = np.searchsorted(sizes, np.arange(BATCH, sizes[-1], BATCH))
-    tasks = ((spool, part, model) for part in np.split(spans, np.unique(cuts)) if len(part))
-    lengths = array("q")
-    with open(out, "wb") as file, tqdm(total=int(sizes[-1]), unit="B", unit_scale=True, desc="encode") as bar:
-        for (_, part, _), (content, counts) in _in_order(pool, _encode_part, tasks):
+def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> tuple[np.ndarray, int]:
+    """Write the ids of these documents; returns the length of each in tokens, (D,) int64, and all characters."""
+    lengths, characters = array("q"), 0
+    tasks = ((spool, part, model) for part in parts(spans, BATCH))
+    with open(out, "wb") as file, tqdm(total=size_of(spans), unit="B", unit_scale=True, desc="encode") as bar:
+        for (_, part, _), (content, counts, more) in _in_order(pool, _encode_part, tasks):
             file.write(content)
             lengths.extend(counts)
-            bar.update(int((part[:, 1] - part[:, 0]).sum()))
+            characters += more
+            bar.update(size_of(part))
     _opened.cache_clear()
-    return np.frombuffer(lengths, np.int64)
+    return np.frombuffer(lengths, np.int64), characters
 
 
-def _encode_part(task) -> tuple[bytes, list[int]]:
-    """In a worker: the ids of some documents in one piece, and how many each has."""
+def _encode_part(task) -> tuple[bytes, list[int], int]:
+    """In a worker: the ids of some documents in one piece, how many each has, and the characters of all."""
     spool, spans, model = task
     tokenizer = _opened(model)
-    encoded = [tokenizer.encode_bytes(text) for text in _texts(spool, spans)]
-    return b"".join(encoded), [len(ids) // tokenizer.dtype.itemsize for ids in encoded]
+    texts = list(texts_of(spool, spans))
+    encoded = [tokenizer.encode_bytes(text) for text in texts]
+    return b"".join(encoded), [len(ids) // tokenizer.dtype.itemsize for ids in encoded], sum(map(len, texts))
 
 
 _opened = lru_cache(1)(open_tokenizer)
@@ -339,6 +348,7 @@ def table(meta: dict) -> str:
     """What was prepared, for a person."""
     lines = [(name, f"{meta[name]:,}") for name in ("posts", "comments", "documents")]
     lines += [(f"dropped: {reason}", f"{n:,}") for reason, n in meta["dropped"].items()]
+    lines += [(f"duplicates in {name}", f"{n:,}") for name, n in meta.get("duplicates", {}).items()]
     asked = meta["vocab_size_asked"]
     fewer = f" (of {asked:,} asked for: the text has no more to merge)" if meta["vocab_size"] < asked else ""
     first, last = meta["validation_documents"]
@@ -369,12 +379,17 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the held-out threads")
-    parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a score below N")
-    which = "which posts to read, each with its comments (default %(default)s)"
-    parser.add_argument("--posts", choices=KINDS, default="all", dest="kind", help=which)
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",
         help="leave out documents with a dev or test text of these files of finetune.py's tasks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-duplicates", action="store_true",
+        help="keep documents that equal an earlier one but for white space; what is held out is never in training",
+    )  # fmt: skip
+    parser.add_argument(
+        "--near-duplicates", type=float, metavar="SHARE",
+        help="also leave out what shares at least this much of its five-word runs with an earlier document (0.5 to 1)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     meta = prepare(**vars(options))

@@ -179,7 +179,9 @@ def test_standard_input_goes_in(tmp_path):
 def test_several_inputs_become_one_corpus(site, tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/Posts.xml").write_text((site / "Posts.xml").read_text().replace("Do ", "Undo "))
+    (tmp_path / "other/Posts.xml").write_text(
+        (site / "Posts.xml").read_text().replace("do ", "undo ").replace("Do ", "Undo ")
+    )
     inputs = [site, tmp_path / "a.txt", tmp_path / "other"]
     meta = prepare(inputs, tmp_path / "out", vocab_size=400, workers=1)
     assert (meta["posts"], meta["documents"]) == (240, 242)
@@ -202,7 +204,7 @@ def test_a_large_corpus_is_sampled_for_the_tokenizer(site, tmp_path, monkeypatch
     train = module._train
 
     def train_and_note(spool, spans, vocab_size):
-        seen.append(list(module._texts(spool, spans)))
+        seen.append(list(module.texts_of(spool, spans)))
         return train(spool, spans, vocab_size)
 
     monkeypatch.setattr(module, "_train", train_and_note)
@@ -453,10 +455,10 @@ sys.exit(prepare.main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(  # what is too large is the spool; of many short documents, the offsets
-    "line, size", [("one word and another\n", 10_000), ("a\n", 50_000)]
+    "line, size", [("one word and another {}\n", 10_000), ("{}\n", 65_000)]
 )
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path, line, size):
-    (tmp_path / "in.txt").write_text(line * 10_000)
+    (tmp_path / "in.txt").write_text("".join(map(line.format, range(10_000))))
     arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "1", "--vocab-size", "270"]
     command = [sys.executable, "-c", LIMITED, size, *arguments]
     process = subprocess.run(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
