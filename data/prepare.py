@@ -95,9 +95,8 @@ def prepare(
         pool = stack.enter_context(_pool(workers, texts))
         spool = work / "spool"
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            options = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
-            found = documents(sources, work, dropped, **options)
-            index = _write_spool(spool, _batches(found), dropped, pool)
+            how = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
+            index = _write_spool(spool, _batches(documents(sources, work, dropped, **how)), dropped, pool)
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
