@@ -364,6 +364,28 @@ def test_standard_input_is_lines_or_objects(monkeypatch, content, expected):
     assert read("-") == expected
 
 
+def test_standard_input_is_text_where_documents_are_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b'{"text": 1}\nx\n'))))
+    ((file,), _, _) = inputs.check([Path("-")], "line")
+    assert file.kind == ".txt" and [text for _, text in texts(file, Counter())] == ['{"text": 1}', "x"]
+
+
+def test_half_of_a_pair_costs_its_line_alone(tmp_path):
+    """In UTF-16, which can hold it, as UTF-8 cannot."""
+    lines = [*map(str, range(100)), "half \ud83d", "after"]
+    (tmp_path / "a.txt").write_bytes(("\ufeff" + "\n".join(lines)).encode("utf-16-le", "surrogatepass"))
+    dropped = Counter()
+    assert read(tmp_path / "a.txt", dropped) == [*lines[:100], "after"] and dropped == {"malformed lines": 1}
+
+
+def test_a_number_in_an_array_is_one_value_wherever_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "HEAD", 1)
+    monkeypatch.setattr(tables, "LONGEST", 100)
+    (tmp_path / "a.json").write_text("[" + " " * 98 + '1234567, {"text": "a"}]')
+    dropped = Counter()
+    assert read(tmp_path / "a.json", dropped, unreadable=1) == ["a"] and dropped == {"malformed lines": 1}
+
+
 def test_parquet_reads_the_columns_of_the_text_alone_and_says_what_is_no_text(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
