@@ -459,7 +459,7 @@ sys.exit(prepare.main(sys.argv[2:]))
 )
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path, line, size):
     (tmp_path / "in.txt").write_text("".join(map(line.format, range(10_000))))
-    arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "1", "--vocab-size", "270"]
+    arguments = ["--input", tmp_path / "in.txt", "--out", tmp_path / "out", "--workers", "1", "--vocab-size", "300"]
     command = [sys.executable, "-c", LIMITED, size, *arguments]
     process = subprocess.run(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert process.returncode == 2
@@ -539,7 +539,9 @@ def test_threads_of_two_sites_are_not_one_thread(site, tmp_path):
     content = (site / "Posts.xml").read_text()
     for name in ("a", "b"):
         (tmp_path / "both" / name).mkdir(parents=True)
-        (tmp_path / "both" / name / "Posts.xml").write_text(content.replace("How", f"{name}: how"))
+        (tmp_path / "both" / name / "Posts.xml").write_text(
+            content.replace("How", f"{name}: how").replace("Do", f"{name}: do")
+        )
     meta = prepare([tmp_path / "both"], tmp_path / "out", vocab_size=400, workers=1)
     assert meta["posts"] == 240
     held_out = texts(tmp_path / "out")[-12:]  # of 6 of 120 threads
