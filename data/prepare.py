@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import decontamination
 from data.decontamination import Texts
 from data.inputs import check, documents
-from minisobert.cli import Parser, command
+from minisobert.cli import Parser, command, printable
 from minisobert.corpus.posts import KINDS, Post
 from minisobert.corpus.shards import held_out, write_meta
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
@@ -76,7 +76,7 @@ def prepare(
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
         sources, total_bytes, notes = check(inputs)
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(printable(f"note: {note}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     meta = prepare(**vars(options))
-    print(f"{table(meta)}\nwritten to {options.out}")
+    print(printable(f"{table(meta)}\nwritten to {options.out}"))
     return 0
 
 

@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from minisobert.cli import printable
+
 if TYPE_CHECKING:  # what prepares data must start without torch, which takes seconds to import
     from torch import Tensor
 
@@ -202,7 +204,7 @@ def read_json_lines(path: Path, names: set[str]) -> list[dict]:
             damaged.append(number)
     if damaged:
         others = f" and {len(damaged) - 1:,} more are" if len(damaged) > 1 else " is"
-        print(f"{path}: line {damaged[0]:,}{others} damaged and left out", file=sys.stderr)
+        print(printable(f"{path}: line {damaged[0]:,}{others} damaged and left out"), file=sys.stderr)
     return found
 
 
