@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         say(data)
         outcomes = train(start, data, config, folder)
         report.write(folder, config, data, outcomes)
-    print(f"{config.out}/report.md: {report.headline(data, outcomes)}")
+    print(printable(f"{config.out}/report.md: {report.headline(data, outcomes)}"))
     return 0
 
 

@@ -34,7 +34,7 @@ from data import decontamination
 from data.decontamination import Texts
 from data.inputs import add_options, check, documents
 from data.spool import DOCUMENT, parts, size_of, texts_of, unique
-from minisobert.cli import Parser, command
+from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
 from minisobert.corpus.duplicates import digest
 from minisobert.corpus.posts import Post
@@ -89,7 +89,7 @@ def prepare(
         reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
         sources, total_bytes, notes = check(inputs, document, dropped)
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(printable(f"note: {note}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
@@ -392,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     meta = prepare(**vars(options))
-    print(f"{table(meta)}\nwritten to {options.out}")
+    print(printable(f"{table(meta)}\nwritten to {options.out}"))
     return 0
 
 

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from minisobert.cli import Parser, command, words
+from minisobert.cli import Parser, command, printable, words
 from minisobert.corpus.dump import is_dump
 from minisobert.files import new_folder
 from minisobert.tasks import TASKS
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn by chance")
     options = parser.parse_args(arguments)
     report = derive(options.input, options.out, seed=options.seed)
-    print("\n".join([*report, f"written to {options.out}"]))
+    print(printable("\n".join([*report, f"written to {options.out}"])))
     return 0
 
 

@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from minisobert.cli import printable
+
 if TYPE_CHECKING:  # what prepares data must start without torch, which takes seconds to import
     from torch import Tensor
 
@@ -227,7 +229,7 @@ def read_json_lines(path: Path, names: set[str]) -> list[dict]:
             damaged.append(number)
     if damaged:
         others = f" and {len(damaged) - 1:,} more are" if len(damaged) > 1 else " is"
-        print(f"{path}: line {damaged[0]:,}{others} damaged and left out", file=sys.stderr)
+        print(printable(f"{path}: line {damaged[0]:,}{others} damaged and left out"), file=sys.stderr)
     return found
 
 
@@ -269,20 +271,43 @@ def safetensors_header(
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of the process's own: changing them does not change the file."""
+    """All tensors of a file, in memory of the process's own: changing them does not change the file.
+
+    Raises ValueError for whatever is no such file, a type that is not among `_DTYPES`, and tensors that are not where
+    the format has them: one after the other from the header to the end of the file, each as long as its shape says.
+    """
     import torch
 
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    size = int.from_bytes(data[:8], "little")
-    tensors = {}
-    for name, place in json.loads(data[8 : 8 + size]).items():
-        if name == "__metadata__":
-            continue
-        dtype, (start, stop) = getattr(torch, _DTYPES[place["dtype"]]), place["data_offsets"]
-        count = (stop - start) // dtype.itemsize
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=8 + size + start) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).view(place["shape"])
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        begin = 8 + int.from_bytes(data[:8], "little")
+        if begin > len(data):
+            raise ValueError(f"its header has {begin - 8:,} bytes, the file {len(data):,}")
+        header = json.loads(data[8:begin])
+        header.pop("__metadata__", None)
+        tensors, at = {name: torch.empty(0) for name in header}, 0  # in the header's order
+        for name, place in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), shape = place["data_offsets"], place["shape"]
+            if place["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is of type {place['dtype']}, not {', '.join(_DTYPES)}")
+            dtype = getattr(torch, _DTYPES[place["dtype"]])
+            if not all(type(n) is int and n >= 0 for n in (start, stop, *shape)):
+                raise ValueError(f"{name} has the shape {shape} and the place {start} to {stop}")
+            if start != at or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(
+                    f"{name}, {place['dtype']} {shape}, has the bytes from {start} to {stop}, not from {at}"
+                )
+            at, count = stop, (stop - start) // dtype.itemsize
+            if begin + at > len(data):
+                raise ValueError(f"{name} ends {begin + at - len(data):,} bytes behind the end of the file")
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start) if count else tensors[name]
+            tensors[name] = flat.to(dtype).view(shape)
+        if begin + at != len(data):
+            raise ValueError(f"{len(data) - begin - at:,} bytes at its end belong to no tensor")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is no sound safetensors file ({why or type(error).__name__})") from None
     return tensors
 
 

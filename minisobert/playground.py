@@ -13,7 +13,7 @@ import socket
 import threading
 from pathlib import Path
 
-from minisobert.cli import Parser, command, reason
+from minisobert.cli import Parser, command, printable, reason
 from minisobert.finetuning.apply import read
 from minisobert.inference import load
 from minisobert.page import Mask, Page
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     for text in options.text:
         if "[MASK]" not in text and Path(text).is_dir():
             raise ValueError(f"{text} is a folder, not a text with [MASK]; to open several models, add --page")
-        print(text)
+        print(printable(text))
         for guesses in model.fill_mask(text, options.best):
             print("   ", "   ".join(f"{piece!r} {p:.1%}" for piece, p in guesses))
 

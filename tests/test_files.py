@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from minisobert.files import locked, new_folder
+from minisobert.files import locked, new_folder, read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -276,3 +280,80 @@ def test_a_disk_that_gets_full_is_named(tmp_path, error):
         (work / "file").write_text("x")
         raise OSError(error, os.strerror(error))
     assert names(tmp_path) == []
+
+
+# Safetensors
+
+
+def safetensors(path: Path, header: dict | bytes, data: bytes) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def tensor(start: int, stop: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+UNSOUND = {
+    "a negative offset": {"a": tensor(-4, 4, [2])},
+    "one before the other's end": {"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])},
+    "the same bytes": {"a": tensor(0, 16, [4]), "b": tensor(0, 16, [4])},
+    "a gap": {"a": tensor(0, 8, [2]), "b": tensor(12, 16, [1])},
+    "not at the beginning": {"a": tensor(8, 16, [2])},
+    "bytes left over": {"a": tensor(0, 8, [2])},
+    "behind the end": {"a": tensor(0, 20, [5])},
+    "far behind the end": {"a": tensor(0, 2**66, [2**64])},
+    "backwards": {"a": tensor(16, 0, [4])},
+    "a shape of another size": {"a": tensor(0, 16, [5])},
+    "a negative shape": {"a": tensor(0, 16, [-2, -2])},
+    "an absurd shape": {"a": tensor(0, 0, [2**63, 0]), "b": tensor(0, 16, [4])},
+    "a shape of fractions": {"a": tensor(0, 16, [4.0])},
+    "a shape of truths": {"a": tensor(0, 16, [4, True])},
+    "a shape that is none": {"a": tensor(0, 16, "4")},
+    "an unknown type": {"a": tensor(0, 16, [4], "F4")},
+    "a type that is none": {"a": tensor(0, 16, [4], [])},
+    "no type": {"a": {"shape": [4], "data_offsets": [0, 16]}},
+    "three offsets": {"a": tensor(0, 16, [4]) | {"data_offsets": [0, 8, 16]}},
+    "no entry": {"a": None},
+    "nothing": {},
+    "a list": b"[]",
+    "no JSON": b"{",
+    "no text": b"\xff\xfe",
+    "too deep": b"[" * 100_000,
+    "another's": b'{"__metadata__": {}, "a": 7}',
+}
+
+
+@pytest.mark.parametrize("header", UNSOUND.values(), ids=UNSOUND)
+def test_tensors_that_are_not_where_the_format_has_them_are_refused(tmp_path, header):
+    path = safetensors(tmp_path / "a", header, bytes(16))
+    with pytest.raises(ValueError, match=f"^{path} is no sound safetensors file") as error:
+        read_safetensors(path)
+    assert "\n" not in str(error.value)
+    assert read_safetensors(safetensors(path, {"a": tensor(0, 16, [2, 2])}, bytes(16)))["a"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(8), b"\xff" * 8, (2).to_bytes(8, "little") + b"{", bytes(1_000)])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="is no sound safetensors file"):
+        read_safetensors(tmp_path / "a")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 3)), min_size=1, max_size=4))
+def test_a_damaged_safetensors_file_is_refused_or_read_within_its_bounds(tmp_path_factory, edits):
+    path = tmp_path_factory.mktemp("safetensors") / "a"
+    write_safetensors(path, {"a": torch.arange(6.0).view(2, 3), "empty": torch.empty(0, 4), "b": torch.zeros(())})
+    content = path.read_bytes()
+    for place, inserted, deleted in edits:
+        place %= len(content)
+        content = content[:place] + inserted + content[place + deleted :]
+    path.write_bytes(content)
+    try:
+        found = read_safetensors(path)
+    except ValueError:
+        return
+    size = int.from_bytes(content[:8], "little")
+    assert sum(tensor.nbytes for tensor in found.values()) == len(content) - 8 - size

@@ -583,3 +583,19 @@ def test_a_dump_that_does_not_go_in_is_one_short_line(site, tmp_path, capsys, ma
     assert message in line
     assert len(line) < 200 + 3 * len(str(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+ESCAPE = "\x1b]0;owned\x07\x9b31m"
+
+
+def test_no_escape_of_a_name_reaches_the_terminal(tmp_path, capsys):
+    folder = tmp_path / f"so{ESCAPE}"
+    folder.mkdir()
+    (folder / "Posts.xml").write_text(f"<posts>\n{''.join(map(ROW.format, range(100, 160)))}</posts>")
+    (folder / f"x{ESCAPE}.csv").write_text("")
+    assert (
+        main(["--input", str(folder), "--out", f"{tmp_path}/out{ESCAPE}", "--vocab-size", "300", "--workers", "1"]) == 0
+    )
+    shown = capsys.readouterr()
+    assert "note: no Comments.xml for so\ufffd]0;owned" in shown.err and "\nwritten to " in shown.out
+    assert not set("\x1b\x07\x9b") & set(shown.out + shown.err)

@@ -5,6 +5,9 @@ items, and code with its newlines and indentation. Only the tags that Stack Exch
 else in angle brackets is text, since `List<String>` is what people write.
 
 No expression here can backtrack far on ill-formed input: each attempt to match stops at the next `<`.
+
+Taking markup out must not make markup or references of what stood on both sides of it: `&#11<b>1</b>` is a character
+and a 1, not `&#111`, and `<<b>p>` is no `<p>`. So whatever could is written as entities first (`_guarded`).
 """
 
 from __future__ import annotations
@@ -38,6 +41,11 @@ _BREAKS = re.compile(  # one group per kind of break; each alternative begins wi
     re.I,
 )
 _BREAK = {1: "\n- ", 2: "\n\n", 3: " | ", 4: "", None: "\n"}
+_UNCLOSED, _UNENDED = re.compile(r"<[^>]*(?:<|\Z)"), re.compile(r"&[^;<&]*(?:<|\Z)")  # fast: genuine posts have none
+_OPEN_REFERENCE = re.compile(  # as html.unescape reads it
+    r"&(?:[^\t\n\f <&#;]{0,32}|#(?:[0-9]+|[xX][0-9a-fA-F]*)?)(?=<|\Z)"
+)
+_TEXT_LESS = re.compile(f"<(?!{_tags(f'{INLINE}|{BLOCK}|{LINE}|{CELL}')[1:]})", re.I)  # a `<` that begins no tag
 _SPACES = re.compile("  +")
 _BLANK_LINES = re.compile("\n\n\n+")
 _LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")  # Python refuses to read a number of thousands of digits
@@ -113,15 +121,35 @@ def _decode(text: str) -> str:
     if "&" not in text:
         return text
     text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
-    return html.unescape(_LONG_NUMBER.sub("\ufffd", text))
+    return html.unescape(_LONG_NUMBER.sub("\ufffd", text)) if "&" in text else text
+
+
+def _guarded(source: str) -> str:
+    """The same HTML, in which nothing that is text can become markup or a reference when the tags are gone: a `<` that
+    begins no tag is an entity, and a reference that a tag ends has a semicolon.
+
+    Where the brackets alternate, no `<` of text can find a `>` of text later on. Genuine posts are so, and are not
+    searched again.
+    """
+    if _UNENDED.search(source):
+        source = _OPEN_REFERENCE.sub(_closed, source)
+    if source.count("<") == source.count(">") and not _UNCLOSED.search(source):
+        return source
+    return _TEXT_LESS.sub("&lt;", source)
+
+
+def _closed(reference: re.Match) -> str:
+    if reference[0][1:2] == "#" and reference[0][-1] not in "#xX":
+        return reference[0] + ";"
+    return html.escape(html.unescape(reference[0]), quote=False)  # `&ampx` is `&x`, by rules that only the end ends
 
 
 def _without_html_comments(source: str) -> str:
-    """`<!-- … -->` removed; one that is never closed is text."""
+    """`<!-- … -->` removed, and what is left `_guarded`; a comment that is never closed is text."""
     if "<!--" not in source:
-        return source
+        return _guarded(source)
     parts, at = [], 0
     while (start := source.find("<!--", at)) >= 0 and (stop := source.find("-->", start + 4)) >= 0:
-        parts.append(source[at:start])
+        parts.append(_guarded(source[at:start]))
         at = stop + 3
-    return "".join(parts) + source[at:]
+    return "".join(parts) + _guarded(source[at:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import re
 import sqlite3
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -78,16 +79,25 @@ def posts(
             database.execute("CREATE INDEX by_post ON comments (post)")  # in order of (post, rowid): the dump's own
             database.execute("COMMIT")
         left = database.execute("SELECT count(*) FROM comments").fetchone()[0]
+        database.execute("CREATE TABLE taken (post INTEGER PRIMARY KEY)")  # on disk too: posts outnumber what fits
+        database.execute("BEGIN")
 
-        def comments_of(number: int) -> list[str]:
+        def comments_of(number: int) -> tuple[list[str], int]:
+            """Those of a post, and how many of them no post of the same Id had before."""
             nonlocal left
             found = database.execute("SELECT text FROM comments WHERE post = ? ORDER BY rowid", (number,)).fetchall()
-            left -= len(found)
-            return [text for (text,) in found]
+            new = 0
+            if found and database.execute("INSERT OR IGNORE INTO taken VALUES (?)", (number,)).rowcount > 0:
+                new = len(found)
+            left -= new
+            return [text for (text,) in found], new
+
+        unread = array("q")  # the Ids of rows that are left out; another row with the same Id may be sound
 
         def lost(number: str) -> None:
             with suppress(ValueError):
-                dropped["comments of dropped posts"] += len(comments_of(_id(number)))
+                unread.append(_id(number))
+                dropped["comments of dropped posts"] += 0  # it is listed where it was first due
 
         seen = 0
         with site.posts.open() as stream:
@@ -102,15 +112,16 @@ def posts(
                     dropped["malformed rows"] += 1
                     lost(row.get("Id", ""))
                     continue
-                comments = comments_of(number)
+                comments, new = comments_of(number)
                 if reason := _reason_to_drop(row_kind, kind, score, min_score):
                     dropped[reason] += 1
-                    dropped["comments of dropped posts"] += len(comments)
+                    dropped["comments of dropped posts"] += new
                     continue
                 yield Post(thread, row.get("Title", ""), row.get("Body", ""), comments)
         if not seen:
             raise ValueError(f"{site.posts} holds no posts")
-        dropped["comments without their post"] += max(0, left)  # of two posts with one Id, both get its comments
+        dropped["comments of dropped posts"] += sum(comments_of(number)[1] for number in unread)
+        dropped["comments without their post"] += left
     except sqlite3.OperationalError as error:
         if str(error) == "interrupted":
             raise KeyboardInterrupt from None

@@ -3,7 +3,8 @@
     tokens.bin       the ids of all documents, one after the other, little-endian uint16 (uint32 past 65,536 pieces)
     documents.npy    (D+1,) int64, the offset in tokens at which each document starts; the last is the total
     tokenizer.model  the SentencePiece model that made the ids; or the tokenizer.json of another model
-    meta.json        counts, vocabulary, seed, sources, the held-out documents, size and checksum of the other three
+    meta.json        counts, vocabulary, seed, sources, the held-out documents, size and checksum of the other three;
+                     its last line but one is the checksum of the file without that line
 
 Held-out documents come last, so that training and validation are two ranges.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from minisobert.cli import printable
 from minisobert.corpus.tokenizer import (
     TOKENIZER_FILES,
     Tokenizer,
@@ -34,6 +37,7 @@ FORMAT = 1
 FILES = ("tokens.bin", "documents.npy")  # and one of TOKENIZER_FILES
 HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads
 _SCAN = 1 << 24  # tokens looked at at a time
+_CHECKSUM = ',\n "sha256": "{}"\n}}\n'  # how meta.json ends, in place of "\n}\n"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Shards:
 def open_shards(folder: str | Path, verify: bool = False) -> Shards:
     """Open and check a corpus: files and sizes, offsets, that every id is in the vocabulary, the tokenizer's checksum.
 
-    verify: compute every checksum too. Raises ValueError, in one line, for the first thing that is wrong.
+    verify: compute every checksum too, that of meta.json included; where an older version wrote none there, a line on
+    standard error says so. Raises ValueError, in one line, for the first thing that is wrong.
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
@@ -89,6 +94,8 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
             f"python -m data.prepare --input path/to/site.7z --out {folder}"
         )
     meta = _read_meta(folder / "meta.json")
+    if verify:
+        _verify_meta(folder / "meta.json", meta)
     tokenizer_file = _tokenizer_file(meta)
     for name in (*FILES, tokenizer_file):
         path, expected = folder / name, meta["files"][name]
@@ -156,6 +163,19 @@ def _read_meta(path: Path) -> dict:
     return meta
 
 
+def _verify_meta(path: Path, meta: dict) -> None:
+    """Raises ValueError where meta.json is not as it was written, to the byte."""
+    if list(meta)[-1] == "files":  # nothing follows them; one damaged letter in the checksum's name makes no such file
+        if int(os.environ.get("RANK", 0)) == 0:
+            what = "was made by an earlier version and has no checksum of its own"
+            print(printable(f"{path} {what}: --verify has checked the other files against it"), file=sys.stderr)
+        return
+    content = path.read_bytes()
+    found = content[: -len(_CHECKSUM.format("0" * 64))] + b"\n}\n"
+    if content != found[:-3] + _CHECKSUM.format(hashlib.sha256(found).hexdigest()).encode():
+        raise ValueError(f"{path} is not as it was written (checksum); prepare the data again")
+
+
 def _tokenizer_file(meta: dict) -> str:
     return next((name for name in TOKENIZER_FILES if name in meta["files"]), TOKENIZER_FILES[0])
 
@@ -180,5 +200,7 @@ def write_meta(folder: Path, **meta) -> None:
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    text = json.dumps({"format": FORMAT, **meta, "files": files}, indent=1, ensure_ascii=False)
-    (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({"format": FORMAT, **meta, "files": files}, indent=1, ensure_ascii=False) + "\n"
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    text = text.removesuffix("\n}\n") + _CHECKSUM.format(checksum)
+    (folder / "meta.json").write_bytes(text.encode())

@@ -27,6 +27,7 @@ from minisobert.corpus.tables import KINDS, OBJECTS, Row, check_columns, rows, t
 from minisobert.corpus.texts import Reading, texts
 from minisobert.files import new_file
 from minisobert.finetuning import baselines, encoder, huggingface, marking, retrieval
+from minisobert.finetuning.kept import read_task
 from minisobert.finetuning.loop import predict
 from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Example
@@ -50,10 +51,10 @@ class Post(NamedTuple):
 
 def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], str]]:
     """The network that a finetune.py kept, its task.json, and what the texts it was trained on were cleaned by. Raises
-    ValueError where there is none."""
+    ValueError where there is none, or where its files are not those that were saved."""
     folder = Path(model) / "model"
     try:
-        task = json.loads((folder / "task.json").read_text())
+        task = read_task(folder)
     except OSError:
         raise ValueError(f"{model} holds no fine-tuned model; give the --out of a finetune.py") from None
     known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
@@ -104,7 +105,7 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
             bar.update(len(chunk))
     say_cut(network, count)
     if out:
-        print(f"{out}: {count:,} texts")
+        print(printable(f"{out}: {count:,} texts"))
 
 
 def say_cut(network: Network, count: int) -> None:
@@ -148,16 +149,16 @@ def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str
             continue
         texts_there += bool(text.strip())
         if texts_there and bad:
-            print(*bad, sep="\n", file=sys.stderr)
+            print(printable("\n".join(bad)), file=sys.stderr)
             bad = []
         yield Post(row.line, text, clean(text))
     if not texts_there:
         first = f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give a post a line, or a .jsonl"
         raise ValueError(first)
     if bad:
-        print(*bad, sep="\n", file=sys.stderr)
+        print(printable("\n".join(bad)), file=sys.stderr)
     if count:
-        print(f"{count:,} of {total:,} rows of {source} were left out", file=sys.stderr)
+        print(printable(f"{count:,} of {total:,} rows of {source} were left out"), file=sys.stderr)
 
 
 def _text(row: Row, columns: Sequence[str]) -> str:
@@ -232,7 +233,7 @@ def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) 
     if not text.strip():
         return ""
     if task["kind"] == "token":
-        return marking.mark(text, inside, [labels[i] for i in p.argmax(1)], colour=sys.stdout.isatty())
+        return marking.mark(text, inside, [printable(labels[i]) for i in p.argmax(1)], colour=sys.stdout.isatty())
     beginning = " ".join(text.split())[:SHOWN]
     if task.get("number"):
         return f"{p[0, 0]:.6g}\t{beginning}"

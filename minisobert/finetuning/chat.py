@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from minisobert.cli import Parser, add_argument, command, flag, table
+from minisobert.cli import Parser, add_argument, command, flag, printable, table
 from minisobert.files import new_folder, write_json
 from minisobert.finetuning import evaluation, prompts, report
 from minisobert.finetuning.config import FineTuneConfig, config_class, task_options
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
                 texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
             headline = write(folder, options, config, data, texts, chat)
-    print(f"{options.out}/report.md: {headline}")
+    print(printable(f"{options.out}/report.md: {headline}"))
     return 0
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from minisobert.cli import Parser, fail, flag, table, words
+from minisobert.cli import Parser, fail, flag, printable, table, words
 from minisobert.finetuning.config import task_options
 from minisobert.finetuning.evaluation import OF_NUMBERS
 from minisobert.tasks import TASKS
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS", help="folder of results")
     folders = parser.parse_args(argv).folders
     try:
-        print("\n".join(lines(folders)))
+        print(printable("\n".join(lines(folders))))
     except ValueError as error:
         fail(f"{NAME}: {error}")
     return 0

@@ -19,6 +19,7 @@ from minisobert.files import write_json
 from minisobert.finetuning import baselines, evaluation, figures, marking, retrieval
 from minisobert.finetuning.config import FineTuneConfig, task_options
 from minisobert.finetuning.evaluation import Evaluation
+from minisobert.finetuning.kept import write_task
 from minisobert.finetuning.loop import Outcome
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset
@@ -63,7 +64,7 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
         task = {"task": data.task.name, "kind": data.kind, "labels": data.labels, "cleaning": data.cleaning,
                 "columns": data.columns, "several": data.several, "number": data.number}  # fmt: skip
         task |= {"format": best.network.format, "pooling": config.pooling, "long": config.long}
-        write_json(folder / "model/task.json", task)
+        write_task(folder / "model", task)
     (folder / "report.md").write_text("\n".join(_report(results, data, best, evaluated)), encoding="utf-8")
 
 

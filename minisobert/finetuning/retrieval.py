@@ -33,6 +33,7 @@ from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning import encoder, loop
 from minisobert.finetuning.config import FineTuneConfig
+from minisobert.finetuning.kept import read_task
 from minisobert.finetuning.loop import EVAL_TOKENS, Outcome, batches
 from minisobert.model import Embedder
 from minisobert.ops import Dropout
@@ -183,7 +184,7 @@ class Start(encoder.Start):
             return
         if config.tokenizer:
             raise ValueError("--tokenizer is for random:PRESET; a model has its own")
-        if (kind := json.loads((folder / "task.json").read_text())["kind"]) != "pair":
+        if (kind := read_task(folder)["kind"]) != "pair":
             raise ValueError(f"{config.model} was fine-tuned on a task of the kind {kind}; give a run, or one of pairs")
         self.config, network = config, open_network(folder)
         self.tokenizer, self.trained, self.model_config = network.tokenizer, network.module, network.module.config

@@ -23,6 +23,7 @@ from minisobert.corpus.tokenizer import Tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import new_folder, write_json, write_safetensors
 from minisobert.finetuning import encoder, retrieval
+from minisobert.finetuning.kept import read_task
 from minisobert.hub import card
 from minisobert.hub.configuration import configuration
 from minisobert.hub.tokenizer_json import tokenizer_files
@@ -81,7 +82,7 @@ def _run(run: Path, which: str) -> tuple[Source, card.Pretrained]:
 
 
 def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
-    task = json.loads((out / "model/task.json").read_text())
+    task = read_task(out / "model")
     if task["format"] == "transformers":
         raise ValueError(f"{out / 'model'} is in Hugging Face's format already; use that folder")
     if task["format"] == "tfidf":

@@ -16,7 +16,7 @@ from minisobert.hashing import key
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles
 NOTICES = "notices of closing removed from questions"
-_TITLE_NOTICE = re.compile(r"\s*\[(?:closed|duplicate|on hold|migrated)\]\s*$", re.I)
+_TITLE_NOTICE = re.compile(r"\[(?:closed|duplicate|on hold|migrated)\]\Z", re.I)
 _BODY_NOTICE = re.compile(  # in HTML and in Markdown
     r"\s*<blockquote>\s*<p>\s*<strong>Possible Duplicate:?</strong>.*?</blockquote>"
     r"|\s*>\s*\*\*Possible Duplicate:?\*\*[^\n]*(?:\n>[^\n]*)*", re.I | re.S,
@@ -77,8 +77,10 @@ def questions(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
 
 def without_notices(title: str, body: str) -> tuple[str, str]:
     """Title and body (HTML or Markdown) without what closing once wrote into them."""
+    if notice := _TITLE_NOTICE.search(stripped := title.rstrip()):
+        title = stripped[: notice.start()].rstrip()
     notice = _BODY_NOTICE.match(body)
-    return _TITLE_NOTICE.sub("", title), body[notice.end() :] if notice else body
+    return title, body[notice.end() :] if notice else body
 
 
 def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, notes: list[str]) -> list[dict]:

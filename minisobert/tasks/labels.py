@@ -38,7 +38,7 @@ TEXT = Option(
 ADVICE = "name yours with --text, --label and --split"
 RANGES, FEWEST = 10, 20  # of numbers, from which dev and test are drawn alike; the texts that a range has at least
 PRECISION = 1e-5  # deviation / mean, below which the fp32 of a network could not tell numbers apart
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I | re.A)
+_NUMBER = re.compile(r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I | re.A)
 
 
 def read(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisobert.corpus.html import comment_to_text, html_to_text
+from minisobert.corpus.html import BLOCK, CELL, INLINE, LINE, comment_to_text, html_to_text
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,109 @@ def test_what_is_no_tag_of_the_site_stays_text():
     assert html_to_text("<p>a List<String> and <T extends Comparable<T>> if a < b > c <3</p>") == (
         "a List<String> and <T extends Comparable<T>> if a < b > c <3"
     )
+
+
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("&#11<code>1</code>", "1"),  # U+000B is no character of HTML
+        ("&#65<b>9</b> &#x41<i>1</i> &#<b>49;</b> &#x<b>49;</b>", "A9 A1 &#49; &#x49;"),
+        ("&l<b></b>t; &<i>amp;</i> &am<!-- -->p; &<!-- -->lt;", "&lt; &amp; &amp; &lt;"),
+        ("&copy<b>x</b>; &lt<b>p&gt</b> &ampx<b>;</b>", "\u00a9x; <p> &x;"),
+        ("<<b>p>one</b> <p<!-- -->>two <<!-- -->br> <!-<b></b>- -->", "<p>one <p>two <br> <!-- -->"),
+        ("<p <b>x> <pre <!-- -->> </pr<b>e>", "<p x> <pre > </pre>"),
+        ('<p title="x > <b>y"> z', '<p title="x > y"> z'),
+        ("&#" + "9" * 5_000 + "<b>1</b>", "\ufffd1"),
+    ],
+)
+def test_taking_a_tag_out_joins_nothing_to_markup_or_references(source, text):
+    assert html_to_text(source) == text
+
+
+def tag_ends(source: str, at: int) -> int:
+    """Where a tag of the site that begins here ends; 0 where none begins. Character by character, unlike html.py."""
+    name, i = "", at + 1 + source.startswith("/", at + 1)
+    while i < len(source) and source[i].isalnum():
+        name, i = name + source[i].lower(), i + 1
+    if source[at] != "<" or name not in f"{INLINE}|{BLOCK}|{LINE}|{CELL}".split("|"):
+        return 0
+    if source[i : i + 1] not in (">", "/") and not source[i : i + 1].isspace():
+        return 0
+    quote = ""
+    for end, character in enumerate(source[i:], i + 1):
+        if character == "<":
+            return 0
+        if character == quote:
+            quote = ""
+        elif not quote and character in "\"'":
+            quote = character
+        elif not quote and character == ">":
+            return end
+    return 0
+
+
+def shown(source: str) -> str:
+    """What a reader sees, without spaces: what lies between tags and comments, each part decoded by itself."""
+    found, text, at = "", "", 0
+    while at < len(source):
+        comment = source.startswith("<!--", at) and source.find("-->", at + 4) + 3
+        if end := comment if comment and comment > 2 else tag_ends(source, at):
+            found, text, at = found + html.unescape(text), "", end
+        else:
+            text, at = text + source[at], at + 1
+    return "".join((found + html.unescape(text)).split())
+
+
+SOUP = [
+    *(
+        "<",
+        "</",
+        "b",
+        ">",
+        "p",
+        "<b>",
+        "</b>",
+        "<p>",
+        "<pre>",
+        "</pre>",
+        "<br/>",
+        "<td>",
+        "</td>",
+        "<li>",
+        "<!--",
+        "-->",
+    ),
+    *(
+        "&",
+        "&#",
+        "&#1",
+        "&#x",
+        "x4",
+        "9",
+        "l",
+        "lt",
+        ";",
+        "amp",
+        "&lt;",
+        '"',
+        "'",
+        "<a ",
+        " ",
+        "\n",
+        "\r",
+        "-",
+        "|",
+        "\0",
+    ),
+    *("é", "String", "<i title='>'>"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(SOUP), st.text(max_size=2)), max_size=40).map("".join))
+def test_no_character_is_invented_or_lost(source):
+    marks = str.maketrans("", "", "-|")  # of list items and of cells
+    assert "".join(html_to_text(source).split()).translate(marks) == shown(source).translate(marks)
 
 
 @pytest.mark.parametrize(

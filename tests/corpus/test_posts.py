@@ -142,6 +142,56 @@ def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
     assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in their order
 
 
+INSERTED = [b"<", b">", b'"', b"/", b"&", b"\0", b"<r\n", b"<row ", b"/>", b"</row>", b"</posts>", b"<posts>", b"<!--",
+            b"]]>", b"<![CDATA[", b"<?x ", b"<!DOCTYPE p [", b'<!DOCTYPE p [<!ENTITY a "b">]>']  # fmt: skip
+INSTEAD = [b"", b"  <r\n", b"  <r", b"  <row", b"  <row\n", b"<\n", b"</row>\n", b"<row>\n", b"<rows />\n"]
+
+
+@pytest.mark.parametrize("block", [16, 200, 1 << 16])
+def test_one_row_damaged_at_any_place_in_any_way_costs_no_other(monkeypatch, block):
+    monkeypatch.setattr("minisobert.corpus.posts.BLOCK", block)
+    lines = [GOOD.format(n).encode() for n in range(3)]
+
+    def rows(lines: list[bytes]) -> tuple[list[dict], Counter]:
+        dropped: Counter = Counter()
+        stream = io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>")
+        return list(xml_rows(stream, "Posts.xml", "posts", dropped)), dropped
+
+    whole, dropped = rows(lines)
+    assert len(whole) == 3 and not dropped
+    for number, line in enumerate(lines):
+        damaged = {*INSTEAD, *(row + line for row in INSTEAD)}
+        for place in range(len(line)):
+            head, tail = line[:place], line[place:]
+            damaged |= {head, head + b"\n", tail, head + tail[1:], head + bytes([tail[0] ^ 128]) + tail[1:]}
+            damaged |= {head + inserted + tail[delete:] for inserted in INSERTED for delete in (0, 1)}
+        for row in damaged:
+            found, dropped = rows([*lines[:number], row, *lines[number + 1 :]])
+            left = iter(found)
+            assert all(other in left for other in whole[:number] + whole[number + 1 :]), row
+            assert len(found) <= 3, row
+            assert len(found) == 3 or dropped["malformed rows"] or not row.strip(), row  # a loss is counted
+
+
+@pytest.mark.parametrize(
+    "unit, times, kept, counted",
+    [
+        ("x", 50_000_000, 50_000_000, {}),
+        ("<", 50_000_000, None, {"malformed rows": 1}),
+        ("&#x1F;".rjust(100), 100_000, 9_400_000, {"control characters left out": 100_000}),
+    ],
+    ids=["sound", "damaged", "mended"],
+)
+def test_a_row_of_50_mb_costs_at_most_itself(unit, times, kept, counted):
+    row = GOOD.format(2).replace("b2", unit * times)
+    dropped: Counter = Counter()
+    stream = io.BytesIO(f"{HEAD}{GOOD.format(1)}{row}{GOOD.format(3)}</posts>".encode())
+    found = {row["Id"]: row["Body"] for row in xml_rows(stream, "Posts.xml", "posts", dropped)}
+    assert list(found) == (["1", "3"] if kept is None else ["1", "2", "3"])
+    assert kept is None or len(found["2"]) == kept + len("<p></p>")
+    assert dropped == counted
+
+
 def test_a_file_that_is_cut_anywhere_is_refused():
     content = (HEAD + "".join(map(GOOD.format, range(3))) + "</posts>").encode()
     for size in range(len(content)):
@@ -191,10 +241,23 @@ def test_comments_of_a_row_that_cannot_be_read_are_not_without_their_post(tmp_pa
     assert dropped == expected
 
 
-def test_two_posts_with_one_id_do_not_make_a_count_negative(tmp_path):
-    found, dropped = read(dump(tmp_path / "d", GOOD.format(1) * 2, '<row Id="1" PostId="1" Text="c" />\n'), tmp_path)
-    assert [post.comments for post in found] == [["c"], ["c"]]
-    assert not dropped
+@pytest.mark.parametrize(
+    "again, lost", [(GOOD.format(1), 0), (BAD_ROWS["no end"].replace('"2"', '"1"'), 1)], ids=["sound", "damaged"]
+)
+def test_posts_with_one_id_share_their_comments_and_hide_none_that_have_no_post(tmp_path, again, lost):
+    comments = "".join(f'<row Id="{n}" PostId="{post}" Text="c" />\n' for n, post in enumerate((1, 1, 9, 9, 9)))
+    found, dropped = read(dump(tmp_path / "d", GOOD.format(1) + again * 8, comments), tmp_path)
+    assert [post.comments for post in found] == [["c", "c"]] * (1 if lost else 9)
+    expected = {"comments without their post": 3}
+    assert dropped == (expected | {"malformed rows": 8} if lost else expected)
+
+
+def test_negative_ids_are_malformed(tmp_path):
+    comments = '<row Id="1" PostId="-8" Text="c" />\n<row Id="-2" PostId="1" Text="ok" />\n'
+    content = GOOD.format(-8) + GOOD.format(1) + '  <row Id="2" PostTypeId="2" ParentId="-8" Body="b" />\n'
+    found, dropped = read(dump(tmp_path / "d", content, comments), tmp_path)
+    assert [(post.title, post.comments) for post in found] == [("t1", ["ok"])]
+    assert dropped == {"malformed rows": 3}
 
 
 INVENTED = (

@@ -1,5 +1,6 @@
 """A corpus on disk opens as it was written, and whatever is wrong with it is said in one line."""
 
+import hashlib
 import json
 import shutil
 
@@ -154,6 +155,34 @@ def test_another_format_is_refused(folder):
 def test_fewer_tokens_than_meta_says_are_refused(folder):
     edit_meta(folder, tokens=10)
     refused(folder, "10 tokens of uint16 need 20")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "documents.npy", "tokens.bin", "tokenizer.model"])
+def test_verify_finds_every_damaged_byte_of_every_file(folder, name):
+    content = (folder / name).read_bytes()
+    step = 1 if name == "meta.json" else max(1, len(content) // 50)
+    for place in range(0, len(content), step):
+        for bit in (1, 2, 32) if name == "meta.json" else (1,):
+            (folder / name).write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            with pytest.raises(ValueError, match="prepare the data again"):
+                open_shards(folder, verify=True)
+    for changed in (content + b"\n", content[:-1]):
+        (folder / name).write_bytes(changed)
+        refused(folder, name.replace(".", r"\."), verify=True)
+    (folder / name).write_bytes(content)
+    open_shards(folder, verify=True)
+
+
+def test_a_folder_of_before_meta_had_a_checksum_opens_and_verify_says_so(folder, capsys):
+    meta = json.loads((folder / "meta.json").read_text())
+    checksum = meta.pop("sha256")
+    (folder / "meta.json").write_text(text := json.dumps(meta, indent=1, ensure_ascii=False) + "\n")  # as it was
+    assert hashlib.sha256(text.encode()).hexdigest() == checksum
+    open_shards(folder)
+    assert capsys.readouterr().err == ""
+    open_shards(folder, verify=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder}/meta.json was made by an earlier version and has no checksum of its own")
 
 
 # The held-out threads

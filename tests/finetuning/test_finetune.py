@@ -185,6 +185,32 @@ def test_new_posts_are_cleaned_as_those_of_training_were(results, tmp_path, caps
         assert capsys.readouterr().out.rstrip("\n").split("\t")[2] == shown
 
 
+def test_a_model_whose_files_are_not_those_that_were_saved_is_refused(results, tmp_path, capsys):
+    copy = shutil.copytree(results["quality"], tmp_path / "copy")
+    (tmp_path / "posts.txt").write_text("bar dun\n")
+    task = json.loads((copy / "model/task.json").read_text())
+    assert {*task["sha256"], "task.json"} == {path.name for path in (copy / "model").iterdir()}
+
+    def said() -> str:
+        with pytest.raises(SystemExit, match="2"):
+            finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(copy)])
+        return capsys.readouterr().err
+
+    for name in task["sha256"]:
+        content = (copy / "model" / name).read_bytes()
+        (copy / "model" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert f"model/{name} is not the file that was saved (sha256 " in said()
+        (copy / "model" / name).unlink()
+        assert f"model/{name} is not the file that was saved (sha256 No such file" in said()
+        (copy / "model" / name).write_bytes(content)
+    (copy / "model/task.json").write_text("[")
+    assert "task.json is damaged" in said()
+    del task["sha256"]  # as an older version wrote it
+    (copy / "model/task.json").write_text(json.dumps(task))
+    finetune.main(["--predict", str(tmp_path / "posts.txt"), "--model", str(copy)])
+    assert capsys.readouterr().out
+
+
 def test_a_reader_that_leaves_early_is_no_error(results):
     command = f"yes 'bar dun' | head -1500 | {PYTHON} finetune.py --predict - --model {results['quality']} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)

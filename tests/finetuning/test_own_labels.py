@@ -356,9 +356,9 @@ def test_nothing_that_a_terminal_obeys_is_printed(results, posts, tmp_path, caps
         assert "\N{REPLACEMENT CHARACTER}" in told
     # nor is it in a report, nor in a marked text
     assert "\x1b" not in printable(ESCAPE) and len(printable(ESCAPE)) == len(ESCAPE)
-    task, post = {"kind": "token", "labels": ["O", "B-A"]}, apply.Post(1, "", "ban \x1b[2J\r dun")
+    task, post = {"kind": "token", "labels": ["O", f"B-A{ESCAPE}"]}, apply.Post(1, "", "ban \x1b[2J\r dun")
     line = apply._line(task, post, [(0, 3)], np.array([[0.0, 1.0]]))
-    assert line == "[ban](A) \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER} dun"
+    assert line == f"[ban](A{printable(ESCAPE)}) \ufffd[2J\ufffd dun"
 
 
 def test_columns_are_those_of_training_or_text_or_those_that_are_named(results, tmp_path, capsys):

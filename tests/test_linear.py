@@ -1,0 +1,127 @@
+"""No expression that untrusted text meets takes more than linear time, whatever the text."""
+
+import re
+import time
+
+import pytest
+
+from data import decontamination
+from minisobert.corpus import html, posts, texts
+from minisobert.tasks import dumps, labels, obsoletion, quality, words
+
+MODULES = (html, posts, texts, decontamination, dumps, labels, obsoletion, quality, words)
+
+
+def expressions(value, name: str):
+    if isinstance(value, re.Pattern):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for i, member in enumerate(value):
+            yield from expressions(member, f"{name}[{i}]")
+
+
+FOUND = dict(
+    found
+    for module in MODULES
+    for name, value in vars(module).items()
+    for found in expressions(value, f"{module.__name__.split('.')[-1]}.{name}")
+)
+AT_THE_START = {"dumps._BODY_NOTICE": "match", "labels._NUMBER": "fullmatch"}  # the others are looked for everywhere
+# Each is repeated, after a beginning that an expression may go on from and before an end that makes it fail.
+UNITS = [
+    *(" ", "\n", "a", "1", "_", "-", ".", "é", "\0", "\n>", "[", "](", "[1]", "[1]:", "![", "[closed] ", "[closed"),
+    *(
+        "<",
+        "<a ",
+        '<a "',
+        '<a ""',
+        "<p> ",
+        "<pre>",
+        "</td> <td> ",
+        "<li> ",
+        "<!--",
+        "<b x=''",
+        "&",
+        "&#",
+        "&#1",
+        "&#x",
+        "&a",
+    ),
+    *(
+        "Id",
+        "Id =",
+        'Id="1',
+        "<row",
+        "</posts ",
+        "`",
+        "<code>",
+        "</code>",
+        "lang a ",
+        "class snippet ",
+        "-posts",
+        ".7z",
+    ),
+    *("<blockquote>", "> **Possible Duplicate", "**", "# ", "1. ", "1.", "e1", "a.", "(/", "[a](/", "\ufffe"),
+]
+BEGINNINGS = [
+    "<blockquote> <p> <strong>Possible Duplicate</strong>",
+    '<p a="',
+    "Id",
+    "&#",
+    "</posts",
+    "[a](http:",
+    "lang ",
+]
+TEXTS = [("", unit, end) for unit in UNITS for end in ("", "\0x")]
+TEXTS += [(beginning, unit, "\0") for beginning in BEGINNINGS for unit in (" ", "1", "a")]
+SIZE = 2_000
+LEAST = 0.004  # seconds: below, the clock and the scheduler are what is measured
+
+
+def seconds(function, text: str) -> float:
+    """The least of three: the machine may be busy."""
+    taken = []
+    for _ in range(3):
+        start = time.process_time()
+        function(text)
+        taken.append(time.process_time() - start)
+        if taken[-1] < LEAST:
+            break
+    return min(taken)
+
+
+def superlinear(function) -> tuple[str, str, str] | None:
+    """The first text whose 4 n characters take more than 8 times as long as n of them."""
+    for beginning, unit, end in TEXTS:
+        short, long = (beginning + unit * (size // len(unit)) + end for size in (SIZE, 4 * SIZE))
+        if (taken := seconds(function, long)) > LEAST and taken > 8 * max(seconds(function, short), LEAST / 8):
+            return beginning, unit, end
+    return None
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_an_expression_takes_linear_time(name):
+    expression, as_bytes = FOUND[name], isinstance(FOUND[name].pattern, bytes)
+    used = {"match": expression.match, "fullmatch": expression.fullmatch}.get(
+        AT_THE_START.get(name), expression.findall
+    )
+    assert superlinear(lambda text: used(text.encode() if as_bytes else text)) is None
+
+
+FUNCTIONS = {
+    "html_to_text": html.html_to_text,
+    "comment_to_text": html.comment_to_text,
+    "without_notices": lambda text: dumps.without_notices(text, text),
+    "normalise": quality.normalise,
+    "content_words": decontamination.content_words,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_made_of_them_takes_linear_time(name):
+    assert superlinear(FUNCTIONS[name]) is None
+
+
+def test_the_clock_finds_a_quadratic_expression():
+    assert superlinear(re.compile(r"\s*\[closed\]\s*$").search)
+    assert {"html._ANY", "posts._REFERENCE", "dumps._BODY_NOTICE", "quality._MARKDOWN[1][0]"} <= FOUND.keys()
