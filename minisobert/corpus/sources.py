@@ -50,6 +50,11 @@ class TextFile:
             f"{self.path}: {self.member}" if self.member else "standard input" if self.path == STDIN else str(self.path)
         )
 
+    @property
+    def name(self) -> str:
+        """In tables of counts, where its folder would tell a stranger what it need not."""
+        return PurePosixPath(self.member).name or self.path.name if self.path != STDIN else str(self)
+
     @contextmanager
     def binary(self) -> Iterator[BinaryIO]:
         """The unpacked bytes. Whatever is wrong with the packing is a ValueError that names the file."""
