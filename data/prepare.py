@@ -76,7 +76,7 @@ def prepare(
         work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
         sources, total_bytes, notes = check(inputs)
         for note in notes:
-            print(printable(f"note: {note}"), file=sys.stderr)
+            print(printable(f"note: {' '.join(note.split())}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))
