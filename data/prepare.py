@@ -89,7 +89,7 @@ def prepare(
         reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
         sources, total_bytes, notes = check(inputs, document, dropped)
         for note in notes:
-            print(printable(f"note: {note}"), file=sys.stderr)
+            print(printable(f"note: {' '.join(note.split())}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(_pool(workers, texts))

@@ -20,6 +20,7 @@ _UNSUPPORTED = {  # methods that py7zr does not read, by their ids in the format
     b"\x03\x03\x01\x1b": "BCJ2", b"\x0a": "ARM64", b"\x0b": "RISCV",
     b"\x04\xf7\x11\x04": "LZ4", b"\x04\xf7\x11\x05": "LZ5", b"\x04\xf7\x11\x06": "Lizard",
 }  # fmt: skip
+BOMB, RATIO = 1 << 30, 200  # bytes unpacked, and times the archive's size: the XML of dumps packs to a fifth or a tenth
 _TAIL = 1 << 20  # bytes; holds the table of contents of an archive with some thousands of members
 
 
@@ -30,19 +31,32 @@ class Unreadable(ValueError):
 def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
     """The size in bytes, unpacked, of each file of an archive by its name there. inside: of an archive in the archive.
 
-    Raises ValueError for an archive that cannot be read; a method of compression that py7zr cannot read is found here
-    for what may be part of a dump, and otherwise by who reads it.
+    Raises ValueError for an archive that cannot be read, or that holds a path outside of it, a symlink in the place of
+    a table, or more than BOMB bytes and RATIO times as much as the file on disk; a method of compression that py7zr
+    cannot read is found here for what may be part of a dump, and otherwise by who reads it.
     """
     sizes: dict[str, int] = {}
+    where = ": ".join([str(path), *inside])
     with _archive(path, inside, threading.Event()) as (archive, _):
         for item in archive.files:
             if item.is_directory:
                 continue
-            if item.filename in sizes:
-                raise Unreadable(f"{': '.join([str(path), *inside])} holds {item.filename} twice")
-            if item.folder and item.filename.lower().endswith((".xml", ".7z")):
+            name = item.filename
+            if ".." in re.split(r"[\\/]", name) or re.match("[A-Za-z]:", name):
+                raise Unreadable(f"{where} holds {name}, a path outside of it; {unpacking(path)}")
+            if name in sizes:
+                raise Unreadable(f"{where} holds {name} twice")
+            of_dump = name.lower().endswith((".xml", ".7z"))
+            if of_dump and item.is_symlink:
+                raise Unreadable(f"{where} holds {name} as a symlink, which is not followed; {unpacking(path)}")
+            if item.folder and of_dump:
                 item.folder.get_decompressor(item.compressed)
-            sizes[item.filename] = item.uncompressed
+            sizes[name] = item.uncompressed
+    if (total := sum(sizes.values())) > max(BOMB, RATIO * path.stat().st_size):
+        raise Unreadable(
+            f"{where} says that it unpacks to {total:,} bytes, over {RATIO} times its size, as no dump does; if it is "
+            f"sound, {unpacking(path)}"
+        )
     return sizes
 
 

@@ -271,6 +271,61 @@ def test_a_volume_of_a_split_archive_is_named(tmp_path, number):
     assert path.name in note
 
 
+def renamed(path: Path, name: str) -> Path:
+    """An archive of posts under a name that py7zr would not write."""
+    with pytest.importorskip("py7zr").SevenZipFile(path, "w") as file:
+        file.set_encoded_header_mode(False)
+        file.writestr(tables("a")["Posts.xml"], "Q" * len(name))
+    return with_header(path, ("Q" * len(name)).encode("utf-16-le"), name.encode("utf-16-le"))
+
+
+@pytest.mark.parametrize("name", ["../../Posts.xml", "a/../Posts.xml", "..\\Posts.xml", "C:\\x\\Posts.xml", "../x.txt"])
+def test_a_member_outside_of_its_archive_is_named(tmp_path, name):
+    path = renamed(tmp_path / "a.7z", name)
+    message = f"{path} holds {name.replace(chr(92), '/')}, a path outside of it; unpack it (7z x {path} -o"
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        sites([path])
+    assert "\n" not in str(error.value)
+
+
+def test_a_member_with_an_absolute_name_is_read_and_lands_nowhere(tmp_path):
+    path = renamed(tmp_path / "a.7z", f"{tmp_path}/b/Posts.xml")
+    (site,), _ = sites([path])
+    assert len(list(posts(site, tmp_path, Counter()))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.7z"]
+
+
+def test_a_symlink_in_the_place_of_a_table_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    for name in ("Posts.xml", "readme"):
+        with pytest.importorskip("py7zr").SevenZipFile(tmp_path / f"{name}.7z", "w") as file:
+            file.write(tmp_path / "link", name)
+            if name == "readme":
+                file.writestr(tables("a")["Posts.xml"], "Posts.xml")
+    path = tmp_path / "Posts.xml.7z"
+    message = f"{path} holds Posts.xml as a symlink, which is not followed; unpack it (7z x {path} -o"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sites([path])
+    _, notes = sites([tmp_path / "readme.7z"])
+    assert "left out, as neither posts nor comments: readme" in notes
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_archive_that_would_unpack_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch, inside):
+    path = pack(tmp_path / "a.7z", ("Posts.xml", bytes(1_000_000)))
+    if inside:
+        path = pack(tmp_path / "b.7z", ("a.7z", path))
+    assert path.stat().st_size < 1_000_000 / archives.RATIO
+    monkeypatch.setattr(archives, "BOMB", 999_999)
+    message = (
+        "says that it unpacks to 1,000,000 bytes, over 200 times its size, as no dump does; if it is sound, unpack it"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sites([path])
+    monkeypatch.setattr(archives, "BOMB", 1_000_000)
+    assert sites([path])
+
+
 METHODS = {
     "LZMA": [{"id": lzma.FILTER_LZMA1}],
     "LZMA2": [{"id": lzma.FILTER_LZMA2, "preset": 1}],
@@ -309,11 +364,16 @@ def test_an_encrypted_archive_is_named(tmp_path, options):
 
 
 def with_method(path: Path, old: bytes, new: bytes) -> Path:
-    """Write an archive with a method that py7zr cannot write: another method's id in the header, and its checksums."""
+    """Write an archive with a method that py7zr cannot write: another method's id in the header."""
     py7zr = pytest.importorskip("py7zr")
     with py7zr.SevenZipFile(path, "w") as file:
         file.set_encoded_header_mode(False)
         file.writestr(tables("a")["Posts.xml"], "Posts.xml")
+    return with_header(path, old, new)
+
+
+def with_header(path: Path, old: bytes, new: bytes) -> Path:
+    """Other bytes in the header of an archive, and its checksums."""
     content = path.read_bytes()
     start, size = struct.unpack("<QQ", content[12:28])
     body, header = content[32 : 32 + start], content[32 + start : 32 + start + size]
