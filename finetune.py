@@ -57,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 def say(data: Dataset) -> None:
     """What is learnt, and what was left out of it, on standard error before training begins."""
     counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
-    what = {"sequence": f"; {len(data.labels):,} classes", "token": f"; {len(data.labels):,} tags", "pair": ""}[
-        data.kind
-    ]
+    what = {"sequence": "; {:,} classes", "token": "; {:,} tags", "pair": ""}[data.kind].format(len(data.labels))
     what = f"; numbers, {data.labels[0]}" if data.number else what
     print(printable("\n  ".join([f"{counts}{what}", *data.notes])), file=sys.stderr)
 

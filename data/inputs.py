@@ -9,14 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from minisobert.corpus.dump import Site, is_dump, sites
+from minisobert.corpus.dump import Site, is_dump, sites, some
 from minisobert.corpus.posts import KINDS as POSTS
 from minisobert.corpus.posts import Post, posts
 from minisobert.corpus.sources import STDIN, TextFile, encoding_of, kind_of, zip_contents
 from minisobert.corpus.texts import AS_IT_COMES, DOCUMENTS, KINDS, PLAIN, Reading, texts
 from minisobert.files import COMPRESSED
-
-NAMED = 8  # files that a note names
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +48,8 @@ def check(
     not known, as of packed files; and lines on what is missing or not read.
 
     document: see `Reading`; where it is given, standard input is text and not a .jsonl. dropped: counts the files of a
-    folder or .zip that are not read. Raises ValueError for a missing
-    file, an unknown kind, an archive that cannot be read, comments without their posts, an input without posts, and for
-    what is there twice.
+    folder or .zip that are not read. Raises ValueError for a missing file, an unknown kind, an archive that cannot be
+    read, comments without their posts, an input without posts, and for what is there twice.
     """
     found: dict[Path, list[tuple[TextFile, int | None]]] = {}
     notes = []
@@ -63,11 +60,11 @@ def check(
             raise ValueError(f"{path} is given twice")
         found[path], others = _files(path, document)
         if others and found[path]:
-            notes.append(f"left out of {path}, as of no known kind: {_some(others)}")
+            notes.append(f"left out of {path}, as of no known kind: {some(others)}")
             if dropped is not None:
                 dropped["files of no known kind"] += len(others)
         elif not found[path] and (others or not is_dump(path)):
-            held = f"holds {_some(others)}, which is" if others else "is"
+            held = f"holds {some(others)}, which is" if others else "is"
             raise ValueError(
                 f"{path} {held} of no known kind: .7z, a folder with Posts.xml or .7z archives, {', '.join(KINDS)} "
                 f"({', '.join(COMPRESSED)}), a .zip or folder of such files"
@@ -135,10 +132,6 @@ def _is_packed(name: str) -> bool:
 
 def _size(file: Path) -> int | None:
     return None if _is_packed(file.name) else file.stat().st_size
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 def documents(

@@ -98,7 +98,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
                 source[key] = path
         known = others and all(_TABLE_FILE.fullmatch(name) or _OTHER_ARCHIVE.fullmatch(name) for name in others)
         if empty and not (known and len(paths) > 1):
-            raise ValueError(f"{path} holds no Posts.xml" + (f", but {_some(others)}" if others else ""))
+            raise ValueError(f"{path} holds no Posts.xml" + (f", but {some(others)}" if others else ""))
         left_out += others
     found = []
     for key, members in tables.items():
@@ -108,16 +108,16 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
             raise ValueError(f"{source[key]} holds no Posts.xml, or an empty one")
         found.append(Site(names[key], source[key], members[POSTS], members.get(COMMENTS)))
     if not found:
-        raise ValueError(f"{', '.join(map(str, paths))}: no Posts.xml, but {_some(left_out)}")
+        raise ValueError(f"{', '.join(map(str, paths))}: no Posts.xml, but {some(left_out)}")
     for a, b in combinations(found, 2):
         if a.posts.size == b.posts.size and _begins(a.posts) == _begins(b.posts):
             raise ValueError(f"{a.posts} and {b.posts} are the same posts; give one of them")
     found.sort(key=lambda site: list(paths).index(site.source))
     notes = []
     if alone := [site.name for site in found if not site.comments]:
-        notes.append(f"no Comments.xml for {_some(alone)}: the posts come without comments")
+        notes.append(f"no Comments.xml for {some(alone)}: the posts come without comments")
     if left_out:
-        notes.append(f"left out, as neither posts nor comments: {_some(left_out)}")
+        notes.append(f"left out, as neither posts nor comments: {some(left_out)}")
     return found, notes
 
 
@@ -181,7 +181,7 @@ def _begins(member: Member) -> bytes:
         return stream.read(1 << 16)
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8) -> str:
     """A list for one line: each name once, with how often it is there, and how many more there are."""
     counts = list(Counter(names).items())
     shown = [f"{name} ({n:,} times)" if n > 1 else name for name, n in counts[:most]]

@@ -46,14 +46,14 @@ class TextFile:
     member: str = ""
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.member}" if self.member else "standard input" if self.path == STDIN else str(self.path)
-        )
+        if self.path == STDIN:
+            return "standard input"
+        return f"{self.path}: {self.member}" if self.member else str(self.path)
 
     @property
     def name(self) -> str:
-        """In tables of counts, where its folder would tell a stranger what it need not."""
-        return PurePosixPath(self.member).name or self.path.name if self.path != STDIN else str(self)
+        """Without the folders that it lies in."""
+        return str(self) if self.path == STDIN else PurePosixPath(self.member).name or self.path.name
 
     @contextmanager
     def binary(self) -> Iterator[BinaryIO]:

@@ -93,9 +93,8 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
     if "\0" in first or not is_unicode(first):
         raise NotText(f"{file} is no text in UTF-8 (or a spreadsheet?); save it as CSV in UTF-8")
     delimiter = "\t" if file.kind == ".tsv" else max(",;\t", key=first.count)
-    reader = csv.reader(
-        chain([first], lines(stream, file)), delimiter=delimiter, strict=True
-    )  # strict: or a stray quote hides rows
+    # strict: or a stray quote hides rows
+    reader = csv.reader(chain([first], lines(stream, file)), delimiter=delimiter, strict=True)
     columns = [name.strip() for name in next(reader, [])]
     if twice := next((name for name in columns if name and columns.count(name) > 1), ""):
         raise ValueError(f"{file} has two columns named {twice!r}; rename one")

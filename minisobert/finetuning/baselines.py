@@ -104,7 +104,7 @@ class TfIdf:
         if data.kind == "pair":
             dev, test = ranks(data)
             return Outcome(seed, score(dev), dev, test)
-        vectorizer, training = _fitted([e.text for e in data.train])
+        vectorizer, training = fitted([e.text for e in data.train])
         labels, few = evaluation.truth_of(data, data.train), len(data.labels) <= MANY_CLASSES
         if data.several and not few:
             raise ValueError(f"--model tfidf learns up to {MANY_CLASSES} classes with --several; choose another model")
@@ -167,7 +167,7 @@ def ranks(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What `retrieval.found` gives for TF-IDF on dev and on test, which has nothing to train but its words and their
     weights, those of train. Raises ValueError where scikit-learn is missing."""
     _check_installed()
-    vectorizer, _ = _fitted([text for e in data.train for text in (e.text, e.other)])
+    vectorizer, _ = fitted([text for e in data.train for text in (e.text, e.other)])
     results = []
     for task in retrieval.searches(data):
         parts = (vectorizer.transform(part) for part in (task.queries, task.candidates))
@@ -175,7 +175,7 @@ def ranks(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return results[0], results[1]
 
 
-def _fitted(texts: Sequence[str]):
+def fitted(texts: Sequence[str]):
     """The vectorizer of these texts, and what it makes of them."""
     vectorizer = _vectorizer(min_df=2, max_features=200_000)
     try:

@@ -31,7 +31,7 @@ from minisobert.files import read_safetensors, write_json, write_safetensors
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.loop import EVAL_TOKENS, Encoded, Outcome, batches, fit
 from minisobert.hub.importing import open_model
-from minisobert.model import Classifier
+from minisobert.model import Classifier, Model
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
 
@@ -115,10 +115,15 @@ class Network:
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def save(self, folder: Path) -> None:
-        weights = {name: parameter.detach().float() for name, parameter in self.module.named_parameters()}
-        write_safetensors(folder / "model.safetensors", weights)
-        write_json(folder / "config.json", dataclasses.asdict(self.module.config))
-        (folder / self.tokenizer.file_name).write_bytes(self.tokenizer.content)
+        save(folder, self.module, self.tokenizer)
+
+
+def save(folder: Path, model: Model, tokenizer: Tokenizer | JsonTokenizer) -> None:
+    """Writes what the head of this file lists."""
+    weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    write_safetensors(folder / "model.safetensors", weights)
+    write_json(folder / "config.json", dataclasses.asdict(model.config))
+    (folder / tokenizer.file_name).write_bytes(tokenizer.content)
 
 
 def with_specials(ids: np.ndarray, tokenizer: Tokenizer | JsonTokenizer) -> np.ndarray:

@@ -214,7 +214,7 @@ def _queries(data: Dataset, results: list[np.ndarray]) -> Iterable[str]:
         e, (rank, first) = data.test[i], results[i]
         yield f"{number}. `{e.id}`: place {rank:,}. The query, its own text, and what came first:\n"
         for text in (e.text, e.other, candidates[first]):
-            yield _quoted(text if len(text) <= SHOWN // 2 else text[: SHOWN // 2] + " …")
+            yield _quoted(_beginning(text, SHOWN // 2))
 
 
 def _classes(data: Dataset, best: Outcome, evaluated: Evaluation) -> Iterable[str]:
@@ -290,8 +290,8 @@ def _matrix(evaluated: Evaluation, data: Dataset) -> str:
     return f"Confusion matrix of the {metrics.MANY} commonest in test of {count:,} classes"
 
 
-def _beginning(text: str) -> str:
-    return text if len(text) <= SHOWN else text[:SHOWN] + " …"
+def _beginning(text: str, most: int = SHOWN) -> str:
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def _quoted(text: str) -> str:

@@ -30,7 +30,7 @@ from minisobert.config import ModelConfig
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer
 from minisobert.corpus.tokenizer_json import JsonTokenizer
-from minisobert.files import read_safetensors, write_json, write_safetensors
+from minisobert.files import read_safetensors
 from minisobert.finetuning import encoder, loop
 from minisobert.finetuning.config import FineTuneConfig
 from minisobert.finetuning.kept import read_task
@@ -160,10 +160,7 @@ class Network:
         return float(loss.detach())
 
     def save(self, folder: Path) -> None:
-        weights = {name: parameter.detach().float() for name, parameter in self.module.named_parameters()}
-        write_safetensors(folder / "model.safetensors", weights)
-        write_json(folder / "config.json", dataclasses.asdict(self.module.config))
-        (folder / self.tokenizer.file_name).write_bytes(self.tokenizer.content)
+        encoder.save(folder, self.module, self.tokenizer)
 
 
 def contrastive_loss(queries: Tensor, others: Tensor, no_negatives: Tensor) -> Tensor:

@@ -95,10 +95,15 @@ def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, not
         heap = heaps.setdefault(label, [])
         # the count decides between equal ids, before rows are compared
         entry = (-key(seed, "sample", post), -post, seen[label], row)
-        (heapq.heappush if len(heap) < PER_CLASS else heapq.heappushpop)(heap, entry)
+        keep(heap, entry, PER_CLASS)
     note(dump, Counter({f"{label} left out by chance": seen[label] - len(heaps[label]) for label in heaps}), notes)
     kept = sorted(((-post, i, row) for heap in heaps.values() for _, post, i, row in heap), key=lambda entry: entry[:2])
     return [row for *_, row in kept]
+
+
+def keep(heap: list, entry: tuple, most: int) -> None:
+    """Adds an entry to a heap of the `most` largest. Entries begin with minus a hash: the smallest hashes stay."""
+    (heapq.heappush if len(heap) < most else heapq.heappushpop)(heap, entry)
 
 
 def text(title: str, body: str) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from minisobert.corpus.archives import contents
 from minisobert.corpus.dump import POSTS
 from minisobert.corpus.sources import TextFile, kind_of
-from minisobert.corpus.tables import LONGEST_FIELD
+from minisobert.corpus.tables import LONGEST_FIELD, NOT_UTF8, OBJECTS, Row, check_columns, rows
 
+T = TypeVar("T")
 DUMP = "dump"
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
@@ -128,6 +131,40 @@ def csv_rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
 def _reader(stream):
     csv.field_size_limit(LONGEST_FIELD)
     return csv.reader(stream)
+
+
+def examples_of(
+    file: File, needed: Sequence[str], advice: str, make: Callable[[Row], T], notes: list[str]
+) -> Iterator[T]:
+    """What `make` gives for each row of a table. A row for which it raises ValueError, or that cannot be read, is left
+    out and counted in the notes with that reason, which rows have in common.
+
+    needed: columns that the file must have. Raises NoColumn for one that it lacks, with the advice; ValueError for a
+    file that is not UTF-8, of which not only the rows with accents are to be left out.
+    """
+    left_out: Counter = Counter()
+    first: dict[str, int] = {}  # reason → line
+    there: dict[str, None] = {}
+    checked = file.kind in OBJECTS  # whose rows need not all have the same columns
+    for row in rows(file):
+        if row.problem == NOT_UTF8:
+            raise ValueError(f"{file}:{row.line}: {row.problem}")
+        there |= dict.fromkeys(row.fields)
+        if row.fields and not checked:
+            check_columns(file, needed, list(row.fields), advice)
+            checked = True
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            example = make(row)
+        except ValueError as error:
+            left_out[str(error)] += 1
+            first.setdefault(str(error), row.line)
+            continue
+        yield example
+    check_columns(file, needed, list(there), advice)
+    for why, n in left_out.items():
+        notes.append(f"{file}: {n:,} row{'s' * (n > 1)} left out, {why} (first: line {first[why]:,})")
 
 
 def class_of(name: str, classes: Sequence[str], where: str) -> int:

@@ -17,14 +17,15 @@ import re
 import unicodedata
 from collections import Counter
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from minisobert.cli import words
-from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, NoColumn, check_columns, plain, rows, text_of
+from minisobert.corpus.tables import TABLES, NoColumn, Row, plain, text_of
 from minisobert.tasks.dataset import Dataset, Example, Option, Task
-from minisobert.tasks.files import DUMP, SPLITS, File, find
+from minisobert.tasks.files import DUMP, SPLITS, File, examples_of, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
 LABEL = Option(
@@ -99,31 +100,16 @@ def _labelled(
 ) -> list[tuple[Labelled, tuple[str, ...]]]:
     """The examples of a file with their classes' names, of which a number has none. What was left out is appended to
     the notes."""
-    found, left_out, there = [], Counter(), {}
-    first: dict[str, int] = {}  # reason → line
-    for row in rows(file):
-        there |= dict.fromkeys(row.fields)
-        if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
-            raise ValueError(f"{file}:{row.line}: {row.problem}")
-        if row.fields and file.kind not in OBJECTS and not found:
-            check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
-        try:
-            if row.problem:
-                raise ValueError(row.problem)
-            found.append(_example(file, row.line, row.fields, columns, label, split, several, number))
-        except ValueError as error:
-            left_out[str(error)] += 1
-            first.setdefault(str(error), row.line)
-    check_columns(file, [*columns, label, *filter(None, [split])], list(there), ADVICE)
-    for why, n in left_out.items():
-        notes.append(f"{file}: {n:,} row{'s' * (n > 1)} left out, {why} (first: line {first[why]:,})")
-    return found
+    needed = [*columns, label, *filter(None, [split])]
+    make = partial(_example, file, columns=columns, label=label, split=split, several=several, number=number)
+    return list(examples_of(file, needed, ADVICE, make, notes))
 
 
 def _example(
-    file: File, line: int, fields: dict, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool
+    file: File, row: Row, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool
 ) -> tuple[Labelled, tuple[str, ...]]:
     """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
+    fields = row.fields
     text = text_of(fields, columns)
     value, names = (number_of(fields, label), ()) if number else (0.0, _names(fields, label, several))
     where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
@@ -134,7 +120,7 @@ def _example(
     if split and not where:
         raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
     thread = hashlib.blake2b(fingerprint(text).encode(), digest_size=16).hexdigest()
-    return Labelled(thread, where, Example(f"{file.stem}:{line}", text, value=value)), names
+    return Labelled(thread, where, Example(f"{file.stem}:{row.line}", text, value=value)), names
 
 
 def _names(fields: dict, label: str, several: bool) -> tuple[str, ...]:

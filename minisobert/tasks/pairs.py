@@ -15,20 +15,20 @@ Pairs that share a text, even by way of other pairs, are in the same split.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from minisobert.cli import words
 from minisobert.corpus.posts import xml_rows
-from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, check_columns, rows, text_of
+from minisobert.corpus.tables import TABLES, Row, text_of
 from minisobert.hashing import key
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task
-from minisobert.tasks.files import DUMP, File, find
+from minisobert.tasks.files import DUMP, File, examples_of, find
 from minisobert.tasks.labels import TEXT
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
@@ -54,7 +54,11 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
     notes: list[str] = []
     found: list[tuple[File, Example]] = []
     for file in files:
-        pairs = _of_dump(file.path, seed, notes) if file.kind == DUMP else _of_table(file, text, seed, notes)
+        if file.kind == DUMP:
+            pairs = _of_dump(file.path, seed, notes)
+        else:
+            make = partial(_of_row, file, columns=text, seed=seed)
+            pairs = examples_of(file, text, "name yours with --text", make, notes)
         found += [(file, example) for example in pairs]
     if not found:
         raise ValueError("; ".join(["pairs: no pair was found", *notes]))
@@ -66,33 +70,16 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
     return dataset(TASK, (), items, seed, notes, unit="text", columns=text)
 
 
-def _of_table(file: File, columns: tuple[str, ...], seed: int, notes: list[str]) -> Iterator[Example]:
-    left_out: Counter = Counter()
-    checked = file.kind in OBJECTS  # whose rows need not all have the same ones
-    there: dict[str, None] = {}
-    for row in rows(file):
-        if row.problem == NOT_UTF8:  # not left out: it would be all rows with accents
-            raise ValueError(f"{file}:{row.line}: {row.problem}")
-        there |= dict.fromkeys(row.fields)
-        if row.fields and not checked:
-            check_columns(file, columns, list(row.fields), "name yours with --text")
-            checked = True
-        try:
-            if row.problem:
-                raise ValueError(row.problem)
-            texts = [text_of(row.fields, [column]) for column in columns]
-            for column, text in zip(columns, texts):
-                if not text.strip():
-                    raise ValueError(f"without a {column}")
-            first, second = texts if len(texts) == 2 else passages(texts[0], seed)
-            if fingerprint(first) == fingerprint(second):
-                raise ValueError("its two texts are the same")
-        except ValueError as error:
-            left_out[str(error)] += 1
-            continue
-        yield Example(f"{file.stem}:{row.line}", first, other=second)
-    check_columns(file, columns, list(there), "name yours with --text")
-    notes += [f"{file}: {n:,} row{'s' * (n > 1)} left out, {why}" for why, n in left_out.items()]
+def _of_row(file: File, row: Row, columns: tuple[str, ...], seed: int) -> Example:
+    """Raises ValueError, with a reason that rows have in common, for a row that is no pair."""
+    texts = [text_of(row.fields, [column]) for column in columns]
+    for column, text in zip(columns, texts):
+        if not text.strip():
+            raise ValueError(f"without a text in {column}")
+    first, second = texts if len(texts) == 2 else passages(texts[0], seed)
+    if fingerprint(first) == fingerprint(second):
+        raise ValueError("its two texts are the same")
+    return Example(f"{file.stem}:{row.line}", first, other=second)
 
 
 def passages(text: str, seed: int) -> tuple[str, str]:
@@ -121,7 +108,7 @@ def _of_dump(dump: Path, seed: int, notes: list[str]) -> Iterator[Example]:
         if row.get("AnswerCount") != "0":
             answered += 1
             entry = (-key(seed, "sample", post), -post, text, row.get("AcceptedAnswerId", ""))
-            (heapq.heappush if len(drawn) < MOST else heapq.heappushpop)(drawn, entry)
+            dumps.keep(drawn, entry, MOST)
     questions = {str(-post): (text, accepted) for _, post, text, accepted in drawn}
     best: dict[str, tuple[bool, int, int, str]] = {}  # question → (accepted, score, -id, text) of its answer
     for row in dumps.posts(dump, []):  # what is wrong with them is noted above
@@ -170,8 +157,7 @@ def _duplicates(dump: Path, seed: int, notes: list[str]) -> list[tuple[int, int]
         for row in xml_rows(stream, str(table), "postlinks", dropped):
             one, other = dumps.number(row, "PostId"), dumps.number(row, "RelatedPostId")
             if row.get("LinkTypeId") == DUPLICATE and one and other and one != other:
-                entry = (-key(seed, "sample", one), -one, -other)
-                (heapq.heappush if len(drawn) < MOST else heapq.heappushpop)(drawn, entry)
+                dumps.keep(drawn, (-key(seed, "sample", one), -one, -other), MOST)
     dumps.note(dump, dropped, notes)
     return sorted({(-one, -other) for _, one, other in drawn})
 

@@ -22,6 +22,7 @@ from minisobert.finetuning.start import read_data
 from minisobert.hub.__main__ import main as hub
 from minisobert.tasks import labels
 from minisobert.tasks.dataset import Dataset, Example
+from tests.tasks.test_tasks import table as csv_of
 
 WORDS = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
 
@@ -38,14 +39,9 @@ def small(monkeypatch):
 def table(path: Path, n: int = 240) -> Path:
     """A year, which the share of words in "ba" and "du" tells; two rows have none."""
     draw = random.Random(0)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "year"])
-        for i in range(n):
-            words = draw.choices(WORDS, k=6)
-            rows.writerow([" ".join([*words, str(i)]), 2000 + 4 * sum(w[:2] in ("ba", "du") for w in words)])
-        rows.writerows([["ban", "1,999"], ["dun", ""]])
-    return path
+    texts = [draw.choices(WORDS, k=6) for _ in range(n)]
+    rows = [(" ".join([*t, str(i)]), 2000 + 4 * sum(w[:2] in ("ba", "du") for w in t)) for i, t in enumerate(texts)]
+    return csv_of(path, "text,year", [*rows, ("ban", "1,999"), ("dun", "")])
 
 
 def fine_tune(folder: Path, out: Path, *options: str) -> dict:

@@ -23,6 +23,7 @@ from minisobert.hub.weights import FORMATS
 from minisobert.model import Embedder
 from minisobert.tasks import metrics, pairs
 from minisobert.tasks.dataset import Example
+from tests.tasks.test_tasks import table as csv_of
 
 SIZES = {"layers": 1, "hidden": 32, "heads": 2, "ffn": 64, "positions": 64}
 QUERIES = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
@@ -143,13 +144,9 @@ def test_other_right_texts_neither_help_nor_hurt():
 def table(path: Path, n: int = 240) -> Path:
     """A question's words in another language make its answer: no word in common, so that TF-IDF is lost."""
     draw = random.Random(0)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["question", "answer"])
-        for _ in range(n):
-            chosen = draw.sample(range(20), 3)
-            rows.writerow([" ".join(QUERIES[j] for j in chosen), " ".join(OTHERS[j] for j in sorted(chosen))])
-    return path
+    chosen = [draw.sample(range(20), 3) for _ in range(n)]
+    rows = [(" ".join(QUERIES[j] for j in each), " ".join(OTHERS[j] for j in sorted(each))) for each in chosen]
+    return csv_of(path, "question,answer", rows)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from minisobert.tasks import dumps, pairs
 from tests.tasks.test_tasks import archive, everything, row, site
+from tests.tasks.test_tasks import table as csv_of
 
 
 def table(path: Path, rows: list[tuple[str, str]]) -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("question", "answer"), *rows])
-    return path
+    return csv_of(path, "question,answer", rows)
 
 
 def read(*paths: Path, **options):
@@ -135,3 +134,14 @@ def test_questions_are_drawn_by_the_seed_in_bounded_memory(dump, monkeypatch):
 def test_only_dumps_need_no_columns(dump):
     with pytest.raises(ValueError, match="--text is for tables, and only dumps are given"):
         read(dump, text=("a", "b"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+def test_objects_need_not_all_have_the_keys(suffix, tmp_path):
+    """The first of them neither; and where left-out rows begin is said."""
+    objects = [{"question": "alone"}, *({"question": f"q{i}", "answer": f"a{i}"} for i in range(30))]
+    path = tmp_path / f"rows{suffix}"
+    path.write_text("\n".join(map(json.dumps, objects)))
+    data = read(path, text=("question", "answer"))
+    assert len(everything(data)) == 30
+    assert any("1 row left out, without a text in answer (first: line 1)" in note for note in data.notes)

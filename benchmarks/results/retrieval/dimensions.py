@@ -16,7 +16,7 @@ from minisobert.tasks import SPLIT_SEED, metrics, pairs
 
 data = pairs.read([Path(sys.argv[1])], SPLIT_SEED)
 task = retrieval.searches(data)[1]
-vectorizer, training = baselines._fitted([text for e in data.train for text in (e.text, e.other)])
+vectorizer, training = baselines.fitted([text for e in data.train for text in (e.text, e.other)])
 queries, candidates = vectorizer.transform(task.queries), vectorizer.transform(task.candidates)
 rows = []
 for n in (64, 128, 256, 512, 1_024, training.shape[1]):
