@@ -12,27 +12,22 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
 
-import multiprocessing
-import os
 import sys
-import threading
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import lru_cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from data import decontamination
+from data import decontamination, processes
 from data.decontamination import Texts
 from data.inputs import add_options, check, documents
+from data.processes import in_order
 from data.spool import DOCUMENT, parts, size_of, texts_of, unique
 from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
@@ -46,9 +41,6 @@ from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
 BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
-LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # batches that are being worked on, or wait
-_PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def prepare(
@@ -92,7 +84,7 @@ def prepare(
             print(printable(f"note: {' '.join(note.split())}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
-        pool = stack.enter_context(_pool(workers, texts))
+        pool = stack.enter_context(processes.pool(workers, _look_for, texts))
         spool = work / "spool"
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             how = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
@@ -101,7 +93,7 @@ def prepare(
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
         before = np.bincount(index["source"], minlength=len(sources))
-        run = partial(_in_order, pool)
+        run = partial(in_order, pool)
         index, last = unique(index, spool, seed, keep_duplicates, near_duplicates, dropped, run, BATCH)
         left_out = before - np.bincount(index["source"], minlength=len(sources))
         duplicates_of: Counter = Counter()
@@ -111,7 +103,8 @@ def prepare(
         if given is None:
             sample = _sample(spans[~last], seed)
             print(f"training the tokenizer on {size_of(sample) / 1e6:,.1f} MB of text …", file=sys.stderr)
-            tokenizer = Tokenizer(_train(spool, sample, vocab_size))
+            died = "the process that trains the tokenizer died, perhaps for lack of memory"
+            tokenizer = Tokenizer(processes.call(_train, spool, sample, vocab_size, died=died))
         else:
             tokenizer = given
         model = work / tokenizer.file_name
@@ -163,72 +156,9 @@ def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold:
         duplicates.shape(threshold)  # raises for one that cannot be looked for
 
 
-@contextmanager
-def _pool(workers: int | None, texts: Texts) -> Iterator[ProcessPoolExecutor | None]:
-    """The processes; None for a single one, where everything runs in this process. texts: not to be in a document."""
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if workers == 1:
-        _look_for(texts)
-        yield None
-        return
-    pool = ProcessPoolExecutor(workers, _PROCESSES, _begin_worker, (texts,))
-    try:
-        with _undisturbed():
-            pool.submit(int)  # starts them all, before there are threads that a fork could catch in the wrong moment
-        yield pool
-    except BrokenProcessPool:
-        raise ValueError("a worker process died, perhaps for lack of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Processes that start in this block get signals only when `_begin_process` has said what to do about them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin_process() -> None:
-    """In a new process: leaves Ctrl-C to the parent, and ends when the parent does, be it by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _begin_worker(texts: Texts) -> None:
-    _begin_process()
-    _look_for(texts)
-
-
 def _look_for(texts: Texts) -> None:
     global _unwanted  # in each process once: too large to go along with every batch
     _unwanted = texts
-
-
-def _in_order(pool, function, items) -> Iterator:
-    """(item, function(item)) in order, computed by the pool a few items ahead: `items` may be endless."""
-    if pool is None:
-        for item in items:
-            yield item, function(item)
-        return
-    waiting: deque = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > LOOK_AHEAD:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    for item, future in waiting:
-        yield item, future.result()
 
 
 # The first pass: documents → text
@@ -264,7 +194,7 @@ def _write_spool(spool: Path, batches, dropped: Counter, pool) -> np.ndarray:
     index = bytearray()
     end = 0
     with open(spool, "wb") as file:
-        for batch, (content, *each) in _in_order(pool, _render, batches):
+        for batch, (content, *each) in in_order(pool, _render, batches):
             file.write(content)
             kept = []
             for (source, thread, document), size, task, number in zip(batch, *each):
@@ -288,30 +218,7 @@ def _sample(spans: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _train(spool: Path, sample: np.ndarray, vocab_size: int) -> bytes:
-    """The tokenizer, from a process of its own: it takes minutes in C++, in which this one could not be interrupted."""
-    receiver, sender = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_train_and_send, args=(sender, spool, sample, vocab_size), daemon=True)
-    with _undisturbed():
-        process.start()
-    sender.close()  # or the end of the process would not be the end of the pipe
-    try:
-        trained = receiver.recv()
-    except EOFError:
-        raise ValueError("the process that trains the tokenizer died, perhaps for lack of memory") from None
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(trained, Exception):
-        raise trained
-    return trained
-
-
-def _train_and_send(sender: Connection, spool: Path, sample: np.ndarray, vocab_size: int) -> None:
-    _begin_process()
-    try:
-        sender.send(train(texts_of(spool, sample), vocab_size))
-    except Exception as error:
-        sender.send(error)
+    return train(texts_of(spool, sample), vocab_size)
 
 
 # The second pass: text → ids
@@ -322,7 +229,7 @@ def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> tup
     lengths, characters = array("q"), 0
     tasks = ((spool, part, model) for part in parts(spans, BATCH))
     with open(out, "wb") as file, tqdm(total=size_of(spans), unit="B", unit_scale=True, desc="encode") as bar:
-        for (_, part, _), (content, counts, more) in _in_order(pool, _encode_part, tasks):
+        for (_, part, _), (content, counts, more) in in_order(pool, _encode_part, tasks):
             file.write(content)
             lengths.extend(counts)
             characters += more

@@ -330,10 +330,11 @@ def test_a_bad_out_is_refused_before_anything_is_read(tmp_path, capsys):
 AT_WORK = """
 import hashlib, sys, time
 from pathlib import Path
-from data import prepare
+from data import prepare, processes
 
 name, seconds, mark, *arguments = sys.argv[1:]
-function = getattr(prepare, name)
+place = processes if name == "_begin" else prepare
+function = getattr(place, name)
 
 def busy(*given):
     Path(mark).touch()
@@ -344,7 +345,7 @@ def busy(*given):
         pass
     return function(*given)
 
-setattr(prepare, name, busy)
+setattr(place, name, busy)
 sys.exit(prepare.main(arguments))
 """
 
@@ -375,7 +376,7 @@ forked = pytest.mark.skipif(sys.platform != "linux", reason="replaces a function
 
 @forked
 @pytest.mark.parametrize(
-    "function, seconds", [("_begin_process", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)]
+    "function, seconds", [("_begin", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)]
 )
 def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tmp_path, capsys, function, seconds):
     with at_work(site, function, seconds) as process:
@@ -393,7 +394,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tm
 @pytest.mark.parametrize(
     "number, status, function, seconds",
     [
-        (signal.SIGINT, 130, "_begin_process", 0.3),
+        (signal.SIGINT, 130, "_begin", 0.3),
         (signal.SIGINT, 130, "_render", 0.3),
         (signal.SIGINT, 130, "train", 60),
         (signal.SIGTERM, 143, "_render", 0.3),
@@ -449,7 +450,7 @@ def test_a_process_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, caps
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from data import prepare
+from data import prepare, processes
 sys.exit(prepare.main(sys.argv[2:]))
 """
 
