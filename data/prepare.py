@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,13 +58,15 @@ def prepare(
     kind: str = "all",
     tokenizer: str | Path | None = None,
     decontaminate: Sequence[str] = (),
+    links: str = "drop",
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
     vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
     this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
     place of training one. decontaminate: TASK=PATH, each a task's files
-    whose dev and test texts the corpus must not hold. Raises ValueError, in one line, for whatever is wrong with the
+    whose dev and test texts the corpus must not hold. links: "keep" for where those of posts lead, or "drop".
+    Raises ValueError, in one line, for whatever is wrong with the
     input or the settings; `out` appears only when it is complete.
     """
     inputs = [Path(path) for path in inputs]
@@ -84,7 +86,7 @@ def prepare(
         dropped: Counter = Counter()
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             found = documents(sources, work, dropped, kind=kind, min_score=min_score, progress=bar.update)
-            index, counts = _write_spool(spool, _batches(found), dropped, pool)
+            index, counts = _write_spool(spool, _batches(found), dropped, pool, links == "keep")
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
@@ -122,6 +124,7 @@ def prepare(
             "seed": seed,
             "kind": kind,
             "min_score": min_score,
+            **({"links": links} if links != "drop" else {}),
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
             "notes": notes,
@@ -225,22 +228,24 @@ def _strings(document: Post | str) -> list[str]:
     return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
 
 
-def _render(batch) -> tuple[bytes, list[int], list[str | None], int]:
+def _render(batch, links: bool = False) -> tuple[bytes, list[int], list[str | None], int]:
     """In a worker: the texts in one piece, the bytes of each, the task of a text it holds, and all characters."""
-    found = [document if isinstance(document, str) else document.text() for *_, document in batch]
+    found = [document if isinstance(document, str) else document.text(links) for *_, document in batch]
     tasks = [_unwanted.task_of(text) for text in found]
     found = ["" if task else text for text, task in zip(found, tasks)]
     encoded = [text.encode() for text in found]
     return b"".join(encoded), [len(text) for text in encoded], tasks, sum(map(len, found))
 
 
-def _write_spool(spool: Path, batches, dropped: Counter, pool) -> tuple[np.ndarray, dict[str, int]]:
+def _write_spool(spool: Path, batches, dropped: Counter, pool, links: bool) -> tuple[np.ndarray, dict[str, int]]:
     """The text of all documents into one file. Returns (D, 3) int64, the source, thread and end of each; and counts."""
     index = array("q")
     counts = {"posts": 0, "comments": 0, "characters": 0}
     end = 0
     with open(spool, "wb") as file:
-        for batch, (content, sizes, tasks, characters) in _in_order(pool, _render, batches):
+        for batch, (content, sizes, tasks, characters) in _in_order(
+            pool, partial(_render, links=True) if links else _render, batches
+        ):
             file.write(content)
             counts["characters"] += characters
             for (source, thread, document), size, task in zip(batch, sizes, tasks):
@@ -365,6 +370,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a score below N")
     which = "which posts to read, each with its comments (default %(default)s)"
     parser.add_argument("--posts", choices=KINDS, default="all", dest="kind", help=which)
+    what = "whether to write where the links of posts lead, as Markdown does: [text](target) (default %(default)s)"
+    parser.add_argument("--links", choices=("drop", "keep"), default="drop", help=what)
     parser.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",
         help="leave out documents with a dev or test text of these files of finetune.py's tasks",

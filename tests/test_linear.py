@@ -110,6 +110,7 @@ def test_an_expression_takes_linear_time(name):
 
 FUNCTIONS = {
     "html_to_text": html.html_to_text,
+    "html_to_text with links": lambda text: html.html_to_text(text, links=True),
     "comment_to_text": html.comment_to_text,
     "without_notices": lambda text: dumps.without_notices(text, text),
     "normalise": quality.normalise,

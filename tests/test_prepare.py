@@ -555,3 +555,18 @@ def test_no_escape_of_a_name_reaches_the_terminal(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "note: no Comments.xml for so\ufffd]0;owned" in shown.err and "\nwritten to " in shown.out
     assert not set("\x1b\x07\x9b") & set(shown.out + shown.err)
+
+
+def test_links_are_kept_where_asked_and_nothing_else_changes(site, tmp_path):
+    posts = site / "Posts.xml"
+    posts.write_text(
+        posts.read_text().replace("&lt;b&gt;again&lt;/b&gt;", "&lt;a href=&quot;/q/1&quot;&gt;again&lt;/a&gt;")
+    )
+    for links in ("drop", "keep"):
+        assert (
+            main(["--input", str(site), "--out", str(tmp_path / links), "--vocab-size", "320", "--links", links]) == 0
+        )
+    dropped, kept = texts(tmp_path / "drop"), texts(tmp_path / "keep")
+    assert [text.replace("[again](/q/1)", "again") for text in kept] == dropped != kept
+    meta = [json.loads((tmp_path / links / "meta.json").read_text()) for links in ("drop", "keep")]
+    assert ["links" in each for each in meta] == [False, True]
