@@ -39,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which = "of a dump, which posts to read, each with its comments (default %(default)s)"
     parser.add_argument("--posts", choices=POSTS, default="all", dest="kind", help=which)
     parser.add_argument("--min-score", type=int, metavar="N", help="of a dump, leave out posts with a score below N")
+    what = "of a dump, whether to write where links lead, as Markdown does: [text](target) (default %(default)s)"
+    parser.add_argument("--links", choices=("drop", "keep"), default="drop", help=what)
 
 
 def check(

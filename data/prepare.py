@@ -59,6 +59,7 @@ def prepare(
     skip_unreadable: bool = False,
     keep_duplicates: bool = False,
     near_duplicates: float | None = None,
+    links: str = "drop",
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
@@ -67,8 +68,8 @@ def prepare(
     place of training one. decontaminate: TASK=PATH, each a task's files whose dev and test texts the corpus must not
     hold. text_key, document, skip_unreadable: how files of text are read, see `Reading`. keep_duplicates: leave only
     those out that are also held out. near_duplicates: leave out documents that are as similar as this to an earlier
-    one. Raises ValueError, in one line, for whatever is wrong with the input or the settings; `out` appears only when
-    it is complete.
+    one. links: "keep" for where those of posts lead, or "drop". Raises ValueError, in one line, for whatever is wrong
+    with the input or the settings; `out` appears only when it is complete.
     """
     inputs = [Path(path) for path in inputs]
     if tokenizer is not None and vocab_size is not None:
@@ -88,7 +89,9 @@ def prepare(
         spool = work / "spool"
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             how = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
-            index = _write_spool(spool, _batches(documents(sources, work, dropped, **how)), dropped, pool)
+            index = _write_spool(
+                spool, _batches(documents(sources, work, dropped, **how)), dropped, pool, links == "keep"
+            )
         if not len(index):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
@@ -133,6 +136,7 @@ def prepare(
             "seed": seed,
             "kind": kind,
             "min_score": min_score,
+            **({"links": links} if links != "drop" else {}),
             **({"reading": reading._asdict()} if reading != Reading() else {}),
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
@@ -180,21 +184,22 @@ def _strings(document: Post | str) -> list[str]:
     return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
 
 
-def _render(batch) -> tuple[bytes, list[int], list[str | None], list[int]]:
+def _render(batch, links: bool = False) -> tuple[bytes, list[int], list[str | None], list[int]]:
     """In a worker: the texts in one piece, and of each its bytes, the task of a text that it holds, and its digest."""
-    found = [document if isinstance(document, str) else document.text() for *_, document in batch]
+    found = [document if isinstance(document, str) else document.text(links) for *_, document in batch]
     tasks = [_unwanted.task_of(text) for text in found]
     found = ["" if task else text for text, task in zip(found, tasks)]
     encoded = [text.encode() for text in found]
     return b"".join(encoded), [len(text) for text in encoded], tasks, [digest(text) for text in found]
 
 
-def _write_spool(spool: Path, batches, dropped: Counter, pool) -> np.ndarray:
+def _write_spool(spool: Path, batches, dropped: Counter, pool, links: bool) -> np.ndarray:
     """The text of all documents into one file. Returns (D,) DOCUMENT."""
     index = bytearray()
+    render = partial(_render, links=True) if links else _render
     end = 0
     with open(spool, "wb") as file:
-        for batch, (content, *each) in in_order(pool, _render, batches):
+        for batch, (content, *each) in in_order(pool, render, batches):
             file.write(content)
             kept = []
             for (source, thread, document), size, task, number in zip(batch, *each):

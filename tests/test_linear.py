@@ -29,6 +29,9 @@ FOUND = dict(
 AT_THE_START = {"dumps._BODY_NOTICE": "match", "labels._NUMBER": "fullmatch"}  # the others are looked for everywhere
 # Each is repeated, after a beginning that an expression may go on from and before an end that makes it fail.
 UNITS = [
+    '<a href="x">',
+    "<a href = ",
+    "<a\thref=''",
     *(" ", "\n", "a", "1", "_", "-", ".", "é", "\0", "\n>", "[", "](", "[1]", "[1]:", "![", "[closed] ", "[closed"),
     *(
         "<",
@@ -110,6 +113,7 @@ def test_an_expression_takes_linear_time(name):
 
 FUNCTIONS = {
     "html_to_text": html.html_to_text,
+    "html_to_text with links": lambda text: html.html_to_text(text, links=True),
     "comment_to_text": html.comment_to_text,
     "without_notices": lambda text: dumps.without_notices(text, text),
     "normalise": quality.normalise,

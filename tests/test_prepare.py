@@ -201,13 +201,14 @@ def test_a_given_tokenizer_is_used_as_it_is(site, tmp_path):
 
 def test_a_large_corpus_is_sampled_for_the_tokenizer(site, tmp_path, monkeypatch):
     seen = []
-    train = module._train
+    draw = module._sample
 
-    def train_and_note(spool, spans, vocab_size):
-        seen.append(list(module.texts_of(spool, spans)))
-        return train(spool, spans, vocab_size)
+    def draw_and_note(spans, seed):
+        drawn = draw(spans, seed)
+        seen.append([tuple(span) for span in drawn.tolist()])
+        return drawn
 
-    monkeypatch.setattr(module, "_train", train_and_note)
+    monkeypatch.setattr(module, "_sample", draw_and_note)
     for limit in (10**9, 1_500):
         monkeypatch.setattr(module, "TRAINING_TEXT", limit)
         prepare([site], tmp_path / str(limit), vocab_size=320, workers=1)
@@ -375,9 +376,7 @@ forked = pytest.mark.skipif(sys.platform != "linux", reason="replaces a function
 
 
 @forked
-@pytest.mark.parametrize(
-    "function, seconds", [("_begin", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)]
-)
+@pytest.mark.parametrize("function, seconds", [("_begin", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)])
 def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tmp_path, capsys, function, seconds):
     with at_work(site, function, seconds) as process:
         process.kill()
@@ -600,3 +599,18 @@ def test_no_escape_of_a_name_reaches_the_terminal(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "note: no Comments.xml for so\ufffd]0;owned" in shown.err and "\nwritten to " in shown.out
     assert not set("\x1b\x07\x9b") & set(shown.out + shown.err)
+
+
+def test_links_are_kept_where_asked_and_nothing_else_changes(site, tmp_path):
+    posts = site / "Posts.xml"
+    posts.write_text(
+        posts.read_text().replace("&lt;b&gt;again&lt;/b&gt;", "&lt;a href=&quot;/q/1&quot;&gt;again&lt;/a&gt;")
+    )
+    for links in ("drop", "keep"):
+        assert (
+            main(["--input", str(site), "--out", str(tmp_path / links), "--vocab-size", "320", "--links", links]) == 0
+        )
+    dropped, kept = texts(tmp_path / "drop"), texts(tmp_path / "keep")
+    assert [text.replace("[again](/q/1)", "again") for text in kept] == dropped != kept
+    meta = [json.loads((tmp_path / links / "meta.json").read_text()) for links in ("drop", "keep")]
+    assert ["links" in each for each in meta] == [False, True]

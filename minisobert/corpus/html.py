@@ -30,6 +30,8 @@ def _tags(names: str, slash: str = "/?") -> str:
 
 
 _PRE = re.compile(f"({_tags('pre')})", re.I)
+_A = re.compile(_tags("a"), re.I)
+_HREF = re.compile(r"""\shref\s*=\s*(?:"([^"]*)"|'([^']*)')""", re.I)
 _INLINE = re.compile(_tags(INLINE), re.I)
 _ANY = re.compile(_tags(f"{INLINE}|{BLOCK}|{LINE}|{CELL}"), re.I)
 _BREAKS = re.compile(  # one group per kind of break; each alternative begins with "<", which is what makes it fast
@@ -50,11 +52,12 @@ _SPACES = re.compile("  +")
 _BLANK_LINES = re.compile("\n\n\n+")
 _LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")  # Python refuses to read a number of thousands of digits
 
-_COMMENT_TOKEN = re.compile(r"`[^`]*`|<(code|i|b)>|<(a) href=\"[^\"<>]*\"[^<>]*>|</(code|i|b|a)>")
+_COMMENT_TOKEN = re.compile(r"`[^`]*`|<(code|i|b)>|<(a) href=\"([^\"<>]*)\"[^<>]*>|</(code|i|b|a)>")
 
 
-def html_to_text(source: str) -> str:
-    """The text of a post's HTML. Never fails, whatever the input.
+def html_to_text(source: str, links: bool = False) -> str:
+    """The text of a post's HTML. Never fails, whatever the input. links: whether to keep where links lead, as Markdown
+    does: `[text](target)`; not in `<pre>`.
 
     `<pre>` keeps its newlines and indentation; elsewhere white space collapses, blocks are separated by a blank line,
     list items begin with "- ", table cells are separated by " | "; inline tags, images and HTML comments vanish.
@@ -65,15 +68,15 @@ def html_to_text(source: str) -> str:
         if part[:4].lower() == "<pre" or part[:5].lower() == "</pre":
             in_pre = part[1] != "/"
             continue
-        text = _ANY.sub("", part).strip("\r\n") if in_pre else _flow(part)
+        text = _ANY.sub("", part).strip("\r\n") if in_pre else _flow(_with_targets(part) if links else part)
         if text:
             parts.append(text)
     text = _decode("\n\n".join(parts))
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def comment_to_text(source: str) -> str:
-    """The text of a comment, white space at its ends removed.
+def comment_to_text(source: str, links: bool = False) -> str:
+    """The text of a comment, white space at its ends removed. links: as in `html_to_text`.
 
     The site puts U+200C U+200B into long words of comments, to let browsers break them: that pair is removed.
 
@@ -91,17 +94,37 @@ def comment_to_text(source: str) -> str:
         if name := token[1] or token[2]:
             opened.append((name, token))
             count[name] += 1
-        elif (name := token[3]) and count[name]:
+        elif (name := token[4]) and count[name]:
             other = None
             while other != name:  # what was opened in between was never closed: text
                 other, opening = opened.pop()
                 count[other] -= 1
-            markup += (opening.span(), token.span())
+            keep = links and name == "a"
+            markup += ((*opening.span(), "[" if keep else ""), (*token.span(), _target(opening[3]) if keep else ""))
     at, parts = 0, []
-    for start, stop in sorted(markup):
-        parts.append(source[at:start])
+    for start, stop, instead in sorted(markup):
+        parts += (source[at:start], instead)
         at = stop
     return ("".join(parts) + source[at:]).strip()
+
+
+def _with_targets(source: str) -> str:
+    """HTML with `[` and `](target)` in place of the tags of each link; one that is never closed stays a tag."""
+    parts, at, opened = [], 0, None
+    for tag in _A.finditer(source):
+        if tag[0][1] != "/":
+            opened = tag
+        elif opened and (found := _HREF.search(opened[0])):
+            target = html.escape(_target(_decode(found[1] or found[2] or "")), quote=False)
+            parts += (source[at : opened.start()], "[", source[opened.end() : tag.start()], target)
+            at, opened = tag.end(), None
+    return "".join(parts) + source[at:]
+
+
+def _target(target: str) -> str:
+    """What follows the text of a link, in angle brackets where Markdown would misread it."""
+    target = target.replace("<", "%3C").replace(">", "%3E")
+    return f"](<{target}>)" if re.search(r"[\s()]", target) else f"]({target})"
 
 
 def _flow(source: str) -> str:

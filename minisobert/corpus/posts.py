@@ -41,9 +41,11 @@ class Post(NamedTuple):
     body: str  # HTML
     comments: list[str]  # Markdown, in the dump's order
 
-    def text(self) -> str:
-        """Title, body and every comment as plain text, a blank line between them; "" where none of them has any."""
-        parts = [self.title.strip(), html_to_text(self.body), *map(comment_to_text, self.comments)]
+    def text(self, links: bool = False) -> str:
+        """Title, body and every comment as plain text, a blank line between them; "" where none of them has any. links:
+        see `html_to_text`."""
+        comments = [comment_to_text(comment, links) for comment in self.comments]
+        parts = [self.title.strip(), html_to_text(self.body, links), *comments]
         return "\n\n".join(filter(None, parts))
 
 

@@ -169,6 +169,33 @@ def test_a_comment_loses_only_what_the_api_rendered(source, text):
     assert comment_to_text(source) == text
 
 
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        (
+            '<p>See <a href="http://x.y/?a=1&amp;b=2" rel="nofollow">the <b>docs</b></a>.</p>',
+            "See [the docs](http://x.y/?a=1&b=2).",
+        ),
+        ("<a title='t' href='/q/1'>one</a> <A\nHREF = \"two\">2</A>", "[one](/q/1) [2](two)"),
+        ('<a href="a (b).html">c</a> <a href="http://x/a_(b)">d</a>', "[c](<a (b).html>) [d](<http://x/a_(b)>)"),
+        ('<a href="i.png"><img src="i.png" alt="x"></a>', "[](i.png)"),
+        ('<a name="n">no link</a> </a> <a href="x">open', "no link open"),
+        ('<a href="1">a <a href="2">b</a>', "a [b](2)"),
+        ('<pre><a href="x">code</a></pre>', "code"),
+        ('<a href="&lt;b&gt;">c</a>', "[c](%3Cb%3E)"),
+        ('<ul><li><a href="x">y</a></li></ul>', "- [y](x)"),
+    ],
+)
+def test_links_keep_their_targets_as_markdown_where_asked(source, text):
+    assert html_to_text(source, links=True) == text
+    assert "](" not in html_to_text(source)
+
+
+def test_links_of_comments_keep_their_targets_too():
+    source = '<a href="http://x.y" rel="nofollow">that <i>one</i></a> [this](z) `<a href="q">c</a>` <a href="w">'
+    assert comment_to_text(source, links=True) == '[that one](http://x.y) [this](z) `<a href="q">c</a>` <a href="w">'
+
+
 NASTY = [
     *("<", "</", "<p ", "<p> ", '<a "', "<a '", "<a x", '<a href="', "<pre>", "<!--", "<!-- --", "<li> <p> "),
     *("</td><td>", "&", "&#", "&#9", " ", "\n ", "`", "<i>", "</b>", "<i></b>", "<code>", "`<i>"),
@@ -188,8 +215,9 @@ def test_a_nasty_megabyte_takes_little_time(unit):
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from([*NASTY, "</pre>", "x", ">", '"', "<td>", "-->", "&lt;", "&amp;", "\r", "\ud800"])))
 def test_no_input_makes_it_fail(units):
-    html_to_text("".join(units))
-    comment_to_text("".join(units))
+    for links in (False, True):
+        html_to_text("".join(units), links)
+        comment_to_text("".join(units), links)
 
 
 @settings(deadline=None, derandomize=True)
