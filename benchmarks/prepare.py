@@ -102,7 +102,7 @@ def main() -> None:
         (site,), _ = sites([dump])
         size = sum(table.size for table in (site.posts, site.comments) if table) / 1e6
         model = temporary / "tokenizer.model"
-        texts = (post.text() for post in posts(site, temporary, Counter()))
+        texts = (entry.post.text() for entry in posts(site, temporary, Counter()))
         model.write_bytes(train(texts, options.vocab_size))
 
         def ours(workers: int, out: Path) -> int:

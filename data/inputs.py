@@ -6,14 +6,13 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from minisobert.corpus.dump import Site, is_dump, sites, some
 from minisobert.corpus.posts import KINDS as POSTS
-from minisobert.corpus.posts import Post, posts
 from minisobert.corpus.sources import STDIN, TextFile, encoding_of, kind_of, zip_contents
-from minisobert.corpus.texts import AS_IT_COMES, DOCUMENTS, KINDS, PLAIN, Reading, texts
+from minisobert.corpus.texts import DOCUMENTS, KINDS, PLAIN, Reading, texts
 from minisobert.files import COMPRESSED
 
 
@@ -137,24 +136,11 @@ def _size(file: Path) -> int | None:
 
 
 def documents(
-    sources: Sequence[Site | TextFile],
-    work: Path,
-    dropped: Counter,
-    *,
-    kind: str,
-    min_score: int | None,
-    progress: Callable[[int], object],
-    reading: Reading = AS_IT_COMES,
-) -> Iterator[tuple[int, int, Post | str]]:
-    """(source, thread, document) of every document: an index into `sources`, because two sites have the same ids; the
-    id of a question, or the number of a line or row.
+    files: Iterable[tuple[int, TextFile]], dropped: Counter, progress: Callable[[int], object], reading: Reading
+) -> Iterator[tuple[int, int, str]]:
+    """(number of the file, number of the line or row, text) of every document of some files of text.
 
-    work, dropped, kind, min_score, progress: see `posts`. reading: see `texts`.
-    """
-    for number, source in enumerate(sources):
-        if isinstance(source, Site):
-            for post in posts(source, work, dropped, kind=kind, min_score=min_score, progress=progress):
-                yield number, post.thread, post
-        else:
-            for line, text in texts(source, dropped, progress, reading):
-                yield number, line, text
+    dropped, progress, reading: see `texts`."""
+    for number, file in files:
+        for line, text in texts(file, dropped, progress, reading):
+            yield number, line, text

@@ -13,13 +13,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
 
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -28,11 +28,12 @@ from data import decontamination, processes
 from data.decontamination import Texts
 from data.inputs import add_options, check, documents
 from data.processes import in_order
-from data.spool import DOCUMENT, parts, size_of, texts_of, unique
+from data.spool import HELD_OUT, LEFT_OUT, TRAINING, Spool, sides, size_of, texts_of
 from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
+from minisobert.corpus.dump import Site
 from minisobert.corpus.duplicates import digest
-from minisobert.corpus.posts import Post
+from minisobert.corpus.posts import Part, Posts, posts, posts_in
 from minisobert.corpus.shards import write_meta
 from minisobert.corpus.texts import FEW, Reading
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
@@ -86,41 +87,34 @@ def prepare(
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
         pool = stack.enter_context(processes.pool(workers, _look_for, texts))
-        spool = work / "spool"
+        run = partial(in_order, pool)
+        spool = Spool(work)
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
-            how = {"kind": kind, "min_score": min_score, "progress": bar.update, "reading": reading}
-            index = _write_spool(
-                spool, _batches(documents(sources, work, dropped, **how)), dropped, pool, links == "keep"
-            )
-        if not len(index):
+            how = {"kind": kind, "min_score": min_score, "run": run, "progress": bar.update}
+            spool.write(_sound(_rendered(sources, work, dropped, reading, links == "keep", **how), dropped))
+        if not len(spool):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
-        before = np.bincount(index["source"], minlength=len(sources))
-        run = partial(in_order, pool)
-        index, last = unique(index, spool, seed, keep_duplicates, near_duplicates, dropped, run, BATCH)
-        left_out = before - np.bincount(index["source"], minlength=len(sources))
+        side = sides(spool, seed, keep_duplicates, near_duplicates, dropped, run, BATCH)
         duplicates_of: Counter = Counter()
-        for source, n in zip(sources, left_out.tolist()):
+        for source, n in zip(sources, spool.counts(side == LEFT_OUT, len(sources))[2].tolist()):
             duplicates_of[source.name] += n
-        spans = index["span"]  # (D, 2)
         if given is None:
-            sample = _sample(spans[~last], seed)
+            sample = _sample(spool, side == TRAINING, seed)
             print(f"training the tokenizer on {size_of(sample) / 1e6:,.1f} MB of text …", file=sys.stderr)
             died = "the process that trains the tokenizer died, perhaps for lack of memory"
-            tokenizer = Tokenizer(processes.call(_train, spool, sample, vocab_size, died=died))
+            tokenizer = Tokenizer(processes.call(_train, spool.texts, sample, vocab_size, died=died))
         else:
             tokenizer = given
         model = work / tokenizer.file_name
         model.write_bytes(tokenizer.content)
 
-        spans = np.concatenate([spans[~last], spans[last]])
-        lengths, characters = _encode(spool, spans, model, work / "tokens.bin", pool)
-        spool.unlink()
-        with open(work / "documents.npy", "wb") as file:  # numpy's own writing does not tell that a disk is full
-            np.save(SimpleNamespace(write=file.write), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        lengths, characters = _encode(spool, side, model, work, run)
+        n_posts, comments, _ = spool.counts(side != LEFT_OUT, len(sources))
+        spool.remove()
         meta = {
-            "posts": int((index["comments"] >= 0).sum()),
-            "comments": int(index["comments"].clip(0).sum()),
+            "posts": n_posts,
+            "comments": comments,
             "characters": characters,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
@@ -128,7 +122,7 @@ def prepare(
             "vocab_size_asked": tokenizer.vocab_size if given else vocab_size,
             **({} if isinstance(tokenizer, Tokenizer) else {"vocabulary": tokenizer.vocabulary._asdict()}),
             "dtype": tokenizer.dtype.name,
-            "validation_documents": [len(lengths) - int(last.sum()), len(lengths)],
+            "validation_documents": [int((side == TRAINING).sum()), len(lengths)],
             "dropped": {reason: n for reason, n in dropped.items() if n},
             "length_percentiles": {
                 str(q): int(np.percentile(lengths, q, method="lower")) for q in (0, 5, 25, 50, 75, 95, 99, 100)
@@ -168,11 +162,37 @@ def _look_for(texts: Texts) -> None:
 # The first pass: documents → text
 
 
-def _batches(found: Iterator[tuple[int, int, Post | str]]) -> Iterator[list[tuple[int, int, Post | str]]]:
+class Rendered(NamedTuple):
+    """The text of a document, b"" where it holds a text of a task's dev or test."""
+
+    thread: int
+    comments: int
+    text: bytes
+    task: str | None
+    digest: int
+
+
+def _rendered(
+    sources, work: Path, dropped: Counter, reading: Reading, links: bool, *, run, progress, **chosen
+) -> Iterator[tuple[int, Rendered]]:
+    """Every document with the number of its source. run: see `posts`."""
+    find = partial(_render_posts, links=links)
+    for is_site, group in groupby(enumerate(sources), lambda item: isinstance(item[1], Site)):
+        if is_site:
+            for number, site in group:
+                for entry in posts(site, work, dropped, run=run, progress=progress, find=find, **chosen):
+                    yield number, entry.post
+            continue
+        found = documents(group, dropped, progress, reading)
+        for batch, rendered in run(_render, _batches(found)):
+            yield from zip((source for source, *_ in batch), rendered)
+
+
+def _batches(found: Iterator[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
     batch, size = [], 0
     for item in found:
         batch.append(item)
-        size += sum(map(len, _strings(item[2])))
+        size += len(item[2])
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -180,74 +200,80 @@ def _batches(found: Iterator[tuple[int, int, Post | str]]) -> Iterator[list[tupl
         yield batch
 
 
-def _strings(document: Post | str) -> list[str]:
-    return [document] if isinstance(document, str) else [document.title, document.body, *document.comments]
+def _render_posts(part: Part, links: bool, **settings) -> Posts:
+    """In a worker: what a part of `Posts.xml` holds, each post as text."""
+    read = posts_in(part, **settings)
+    found = [(0, entry.post.thread, entry.post.text(links)) for entry in read.entries if entry.post]
+    counts = (entry.comments for entry in read.entries if entry.post)
+    rendered = iter([each._replace(comments=n) for each, n in zip(_render(found), counts)])
+    return read._replace(entries=[e._replace(post=next(rendered)) if e.post else e for e in read.entries])
 
 
-def _render(batch, links: bool = False) -> tuple[bytes, list[int], list[str | None], list[int]]:
-    """In a worker: the texts in one piece, and of each its bytes, the task of a text that it holds, and its digest."""
-    found = [document if isinstance(document, str) else document.text(links) for *_, document in batch]
-    tasks = [_unwanted.task_of(text) for text in found]
-    found = ["" if task else text for text, task in zip(found, tasks)]
-    encoded = [text.encode() for text in found]
-    return b"".join(encoded), [len(text) for text in encoded], tasks, [digest(text) for text in found]
+def _render(batch: list[tuple[int, int, str]]) -> list[Rendered]:
+    """In a worker: the texts, what they hold of a task's, and their digests."""
+    found = []
+    for _, thread, text in batch:
+        task = _unwanted.task_of(text)
+        text = "" if task else text
+        found.append(Rendered(thread, -1, text.encode(), task, digest(text)))
+    return found
 
 
-def _write_spool(spool: Path, batches, dropped: Counter, pool, links: bool) -> np.ndarray:
-    """The text of all documents into one file. Returns (D,) DOCUMENT."""
-    index = bytearray()
-    render = partial(_render, links=True) if links else _render
-    end = 0
-    with open(spool, "wb") as file:
-        for batch, (content, *each) in in_order(pool, render, batches):
-            file.write(content)
-            kept = []
-            for (source, thread, document), size, task, number in zip(batch, *each):
-                comments = len(document.comments) if isinstance(document, Post) else -1
-                if size == 0:
-                    dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
-                    dropped["comments of dropped posts"] += max(comments, 0)
-                    continue
-                kept.append((source, comments, thread, (end, end + size), number))
-                end += size
-            index += np.array(kept, DOCUMENT).tobytes()
-    return np.frombuffer(index, DOCUMENT)
+def _sound(found: Iterator[tuple[int, Rendered]], dropped: Counter) -> Iterator[tuple[int, int, int, bytes, int]]:
+    """What goes into the spool."""
+    for source, (thread, comments, text, task, number) in found:
+        if text:
+            yield source, comments, thread, text, number
+        else:
+            dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
+            dropped["comments of dropped posts"] += max(comments, 0)
 
 
-def _sample(spans: np.ndarray, seed: int) -> np.ndarray:
+def _sample(spool: Spool, training: np.ndarray, seed: int) -> np.ndarray:
     """The spans of the documents to train the tokenizer on, in order, about TRAINING_TEXT bytes at most."""
-    share = TRAINING_TEXT / size_of(spans)
-    if share >= 1:
-        return spans
-    return spans[permutation_keys(len(spans), key(seed, "tokenizer")) < share * 2**32]
+    share = TRAINING_TEXT / sum(size_of(chunk["span"]) for chunk in spool.chunks(training))
+    if share < 1:
+        drawn = permutation_keys(int(training.sum()), key(seed, "tokenizer")) < share * 2**32
+        training = training.copy()
+        training[training] = drawn
+    return spool.column("span", training)
 
 
-def _train(spool: Path, sample: np.ndarray, vocab_size: int) -> bytes:
-    return train(texts_of(spool, sample), vocab_size)
+def _train(texts: Path, sample: np.ndarray, vocab_size: int) -> bytes:
+    return train(texts_of(texts, sample), vocab_size)
 
 
 # The second pass: text → ids
 
 
-def _encode(spool: Path, spans: np.ndarray, model: Path, out: Path, pool) -> tuple[np.ndarray, int]:
-    """Write the ids of these documents; returns the length of each in tokens, (D,) int64, and all characters."""
-    lengths, characters = array("q"), 0
-    tasks = ((spool, part, model) for part in parts(spans, BATCH))
-    with open(out, "wb") as file, tqdm(total=size_of(spans), unit="B", unit_scale=True, desc="encode") as bar:
-        for (_, part, _), (content, counts, more) in in_order(pool, _encode_part, tasks):
-            file.write(content)
-            lengths.extend(counts)
-            characters += more
-            bar.update(size_of(part))
+def _encode(spool: Spool, side: np.ndarray, model: Path, out: Path, run) -> tuple[np.ndarray, int]:
+    """Write the ids of the documents and where each begins; returns the length of each in tokens, (D,) int64, and all
+    characters. What is held out comes last."""
+    end = characters = 0
+    count = int((side != LEFT_OUT).sum())
+    header = {"descr": "<i8", "fortran_order": False, "shape": (count + 1,)}
+    parts = (part for which in (TRAINING, HELD_OUT) for part in spool.parts(side == which, BATCH))
+    total = sum(size_of(chunk["span"]) for chunk in spool.chunks(side != LEFT_OUT))
+    # numpy's own writing of an array does not tell that a disk is full
+    with open(out / "tokens.bin", "wb") as tokens, open(out / "documents.npy", "wb") as offsets:
+        np.lib.format.write_array_header_1_0(offsets, header)
+        offsets.write(np.zeros(1, np.int64).tobytes())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="encode") as bar:
+            for (_, part, _), (content, counts, more) in run(_encode_part, ((spool.texts, x, model) for x in parts)):
+                tokens.write(content)
+                offsets.write((np.cumsum(counts, dtype=np.int64) + end).tobytes())
+                end += sum(counts)
+                characters += more
+                bar.update(size_of(part))
     _opened.cache_clear()
-    return np.frombuffer(lengths, np.int64), characters
+    return np.diff(np.load(out / "documents.npy")), characters
 
 
 def _encode_part(task) -> tuple[bytes, list[int], int]:
     """In a worker: the ids of some documents in one piece, how many each has, and the characters of all."""
-    spool, spans, model = task
+    file, spans, model = task
     tokenizer = _opened(model)
-    texts = list(texts_of(spool, spans))
+    texts = list(texts_of(file, spans))
     encoded = [tokenizer.encode_bytes(text) for text in texts]
     return b"".join(encoded), [len(ids) // tokenizer.dtype.itemsize for ids in encoded], sum(map(len, texts))
 

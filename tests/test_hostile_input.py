@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisobert.corpus.html import comment_to_text, html_to_text
-from minisobert.corpus.posts import Post, xml_rows
+from minisobert.corpus.posts import Post
+from minisobert.corpus.rows import xml_rows
 from minisobert.corpus.texts import texts
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, train
 from minisobert.files import read_safetensors, safetensors_header

@@ -11,7 +11,8 @@ from pathlib import Path
 from minisobert.corpus.archives import contents
 from minisobert.corpus.dump import Member, Site, files, sites
 from minisobert.corpus.html import html_to_text
-from minisobert.corpus.posts import genuine, xml_rows
+from minisobert.corpus.posts import genuine
+from minisobert.corpus.rows import xml_rows
 from minisobert.hashing import key
 
 PER_CLASS = 20_000  # as in the published sets of quality and closed titles

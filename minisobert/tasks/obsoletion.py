@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from minisobert.corpus.html import html_to_text
-from minisobert.corpus.posts import xml_rows
+from minisobert.corpus.rows import xml_rows
 from minisobert.hashing import key, mix
 from minisobert.tasks import dumps
 from minisobert.tasks.dataset import Dataset, Example, Task

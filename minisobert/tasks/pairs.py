@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from minisobert.cli import words
-from minisobert.corpus.posts import xml_rows
+from minisobert.corpus.rows import xml_rows
 from minisobert.corpus.tables import TABLES, Row, text_of
 from minisobert.hashing import key
 from minisobert.tasks import dumps

@@ -137,7 +137,7 @@ def test_posts_are_joined_with_their_comments_in_every_layout(tmp_path, layout):
     before = sorted(tmp_path.rglob("*"))
     (site,), notes = sites(paths)
     dropped: Counter = Counter()
-    first, second = posts(site, tmp_path, dropped)
+    first, second = (entry.post for entry in posts(site, tmp_path, dropped))
     assert not first.comments
     (comment,) = second.comments
     assert second.body == f"<p>{comment}2</p>"
@@ -196,7 +196,8 @@ def two_sites_whose_folders_have_one_name(tmp_path):
 )  # fmt: skip
 def test_several_sites_are_kept_apart(tmp_path, layout):
     found, _ = sites(layout(tmp_path))
-    read = [[(post.body[3], [c[0] for c in post.comments]) for post in posts(x, tmp_path, Counter())] for x in found]
+    dumps = [[entry.post for entry in posts(site, tmp_path, Counter())] for site in found]
+    read = [[(post.body[3], [c[0] for c in post.comments]) for post in dump] for dump in dumps]
     assert read == [[(site, []), (site, [site])] for site in "ab"]
 
 

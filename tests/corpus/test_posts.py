@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisobert.corpus.dump import sites
-from minisobert.corpus.posts import Post, posts, xml_rows
+from minisobert.corpus.posts import Post, posts
+from minisobert.corpus.rows import xml_rows
 
 DUMPS = Path(__file__).resolve().parents[2] / "../shared/data/dumps"
 HEAD = '<?xml version="1.0" encoding="utf-8"?>\n<posts>\n'
@@ -31,8 +32,8 @@ def dump(folder: Path, content: str | bytes, comments: str | None = None) -> Pat
 def read(folder: Path, tmp_path: Path, **settings) -> tuple[list[Post], Counter]:
     dropped: Counter = Counter()
     (site,), _ = sites([folder])
-    found = list(posts(site, tmp_path, dropped, **settings))
-    assert not (tmp_path / "comments.sqlite").exists()
+    found = [entry.post for entry in posts(site, tmp_path, dropped, **settings)]
+    assert not list(tmp_path.glob("comments*"))
     return found, +dropped
 
 
@@ -137,7 +138,7 @@ def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
         lines[number] = lines[number][:place] + inserted + lines[number][place + deleted :]
     stream = io.BytesIO(HEAD.encode() + b"".join(lines) + b"</posts>")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("minisobert.corpus.posts.BLOCK", block)
+        patched.setattr("minisobert.corpus.rows.BLOCK", block)
         found = iter(list(xml_rows(stream, "Posts.xml", "posts", Counter())))
     assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in their order
 
@@ -149,7 +150,7 @@ INSTEAD = [b"", b"  <r\n", b"  <r", b"  <row", b"  <row\n", b"<\n", b"</row>\n",
 
 @pytest.mark.parametrize("block", [16, 200, 1 << 16])
 def test_one_row_damaged_at_any_place_in_any_way_costs_no_other(monkeypatch, block):
-    monkeypatch.setattr("minisobert.corpus.posts.BLOCK", block)
+    monkeypatch.setattr("minisobert.corpus.rows.BLOCK", block)
     lines = [GOOD.format(n).encode() for n in range(3)]
 
     def rows(lines: list[bytes]) -> tuple[list[dict], Counter]:
@@ -333,11 +334,11 @@ def test_what_genuine_dumps_look_like_is_read(tmp_path, content):
 def test_what_is_no_whole_dump_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read(dump(tmp_path / "d", content.encode()), tmp_path)
-    assert not (tmp_path / "comments.sqlite").exists()
+    assert not list(tmp_path.glob("comments*"))
 
 
 def test_an_endless_row_is_given_up(monkeypatch):
-    monkeypatch.setattr("minisobert.corpus.posts.LONGEST_ROW", 1_000)
+    monkeypatch.setattr("minisobert.corpus.rows.LONGEST_ROW", 1_000)
     stream = io.BytesIO(b'<posts>\n<row Id="1" Body="' + b"x" * 5_000 + b'" />\n<row Id="2" />\n</posts>')
     dropped: Counter = Counter()
     assert [row["Id"] for row in xml_rows(stream, "Posts.xml", "posts", dropped)] == ["2"]
