@@ -167,6 +167,13 @@ def _publish(final: Path, state: dict, keep: int) -> None:
     flush_folder(work)
     os.replace(work, final)
     flush_folder(folder)
+    tidy(folder, keep)
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Removes all but the last checkpoints and the best, and what a killed process left. While nobody writes there."""
+    for left_over in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left_over)
     for old in set(steps(folder)) - set(steps(folder)[-keep:]) - {best(folder)}:
         # renamed first: a folder with a checkpoint's name is always whole
         os.replace(old, folder / f"{UNFINISHED}{old.name}")

@@ -189,6 +189,8 @@ class Run:
     def _begin(self, step: int) -> None:
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        # who was killed between naming a run's last checkpoint and removing an older one left work that no save will do
+        checkpoint.tidy(self.folder / "checkpoints", self.config.keep_checkpoints)
         metrics, lines = self.folder / "metrics.jsonl", []
         if metrics.exists():  # what came after the checkpoint is about to be made again
             beside = metrics.with_name(".metrics.jsonl.new")
