@@ -205,14 +205,25 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes beside, flushes, renames: the file is the old one or the new one, never half of one."""
+    write_whole(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes beside, flushes, renames: afterwards, a power cut included, the file is the old one or the new one."""
     beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    with open(beside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+    flush_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it and its parents where they are missing, with names that survive a power cut."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(exist_ok=True)
+        flush_folder(missing.parent)
 
 
 def read_json_lines(path: Path, names: set[str]) -> list[dict]:
