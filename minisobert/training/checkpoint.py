@@ -133,7 +133,7 @@ def _create(
 ) -> None:
     """A folder with files of their full size that nobody has written to yet."""
     before()
-    make_folder(work.parent)
+    make_folder(work.parent)  # flushes the names beside it too
     for left_over in work.parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left_over)
     work.mkdir()

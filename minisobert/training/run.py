@@ -23,7 +23,6 @@ from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from minisobert.corpus.tokenizer_json import JsonTokenizer
 from minisobert.files import (
-    flush_folder,
     locked,
     make_folder,
     read_json_lines,
@@ -31,7 +30,7 @@ from minisobert.files import (
     sha256,
     write_json,
     write_whole,
-)  # fmt: skip
+)
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint, events, meter
@@ -247,11 +246,6 @@ class Run:
             if flush:
                 os.fsync(file.fileno())
 
-    def _flush(self) -> None:
-        """Brings the lines so far to the disk: a run that goes on from a checkpoint makes none of those before it."""
-        self._append(flush=True)
-        flush_folder(self.folder)
-
     def save(
         self, saver: checkpoint.Saver, optimizer: Optimizer, progress: Progress, validation_loss: float | None
     ) -> None:
@@ -261,7 +255,9 @@ class Run:
             "run": self.identity,
             **_finite({"validation_loss": validation_loss}),
         }
-        saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state, self._flush)
+        # a run that goes on from a checkpoint makes none of the lines before it: they have to be on the disk first
+        lines = partial(self._append, flush=True)
+        saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state, before=lines)
 
 
 def _check_writable(folder: Path) -> None:
