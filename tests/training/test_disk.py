@@ -1,12 +1,17 @@
-"""Power cuts: what was not flushed is lost, at every moment of a run, and the same command goes on from the rest."""
+"""A disk that is full from any moment on, or loses with its power what was not flushed: nothing else is lost, and the
+same command ends with the same bits."""
 
 from __future__ import annotations
 
+import builtins
+import errno
 import os
 import random
 import re
+import resource
 import shutil
 import stat
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -131,6 +136,7 @@ def content(out: Path) -> dict[str, object]:
     return found | {out / "metrics.jsonl": lines, last / "state.json": b""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_whatever_was_not_flushed_is_lost_and_the_run_goes_on_from_its_last_checkpoint(
     corpus, tmp_path, monkeypatch, capsys, resumed
@@ -159,3 +165,128 @@ def test_whatever_was_not_flushed_is_lost_and_the_run_goes_on_from_its_last_chec
         assert step <= (int(said[1]) if said else 0), state.keys()
         assert content(out) == expected
     assert set(began) == ({2, 4} if resumed else {0, 2, 4}) and sum(began.values()) > 30, began
+
+
+class FullDisk:
+    """From the n-th write on, nothing can be written to any file behind its first bytes, and no name be given. Writes
+    are counted."""
+
+    def __init__(self, n: float, room: int, folder: Path, monkeypatch):
+        self.n, self.room, self.folder, self.kinds = n, room, folder, []
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for module, name in ((builtins, "open"), (os, "pwrite"), (os, "mkdir"), (os, "replace")):
+            monkeypatch.setattr(module, name, self._counting(name, getattr(module, name)))
+
+    def _counting(self, name: str, operation):
+        def counted(*args, **kwargs):
+            here = name == "pwrite" or str(args[0]).startswith(str(self.folder))
+            if not here or (name == "open" and args[1:] in ((), ("rb",))):
+                return operation(*args, **kwargs)
+            self.kinds.append(name)
+            if len(self.kinds) == self.n:
+                self.saved = checkpoint.steps(self.folder / "checkpoints")
+                self.lines = (self.folder / "metrics.jsonl").read_bytes() if self.saved else b""
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, self.limits[1]))
+            if len(self.kinds) >= self.n and name in ("mkdir", "replace"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+            return operation(*args, **kwargs)
+
+        return counted
+
+    def make_room(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+def status(argv: list[str]) -> int:
+    try:
+        return train.main(argv)
+    except SystemExit as left:
+        return left.code
+
+
+def check_one_line(capsys, number: int) -> None:
+    error = capsys.readouterr().err
+    assert number in (1, 2) and "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("train.py: ")]
+    assert "No space left on device" in line or "File too large" in line
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_from_any_write_on_ends_the_run_and_with_room_it_goes_on(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        disk = FullDisk(float("inf"), 0, out, patch)
+        assert train.main(command(corpus, out)) == 0
+    expected, kinds = content(out), disk.kinds
+    # of the many tensors in a row the first and a few more
+    places = [n for n, kind in enumerate(kinds, 1) if kind != "pwrite" or kinds[n - 2] != kind or n % 29 == 0]
+    assert len(places) > 30 and {kinds[n - 1] for n in places} == {"open", "pwrite", "mkdir", "replace"}
+    for n in places:
+        shutil.rmtree(out)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            disk = FullDisk(n, n % 2 * 100, out, patch)
+            number = status(command(corpus, out))
+        disk.make_room()
+        check_one_line(capsys, number)
+        for path in checkpoint.steps(out / "checkpoints"):
+            checkpoint.verify(path)
+        assert disk.saved[-1:] <= checkpoint.steps(out / "checkpoints")[-1:]
+        if disk.saved:
+            assert (out / "metrics.jsonl").read_bytes().startswith(disk.lines)
+        assert train.main(command(corpus, out)) == 0
+        assert content(out) == expected, (n, kinds[n - 1])
+
+
+def test_a_line_that_cannot_be_written_keeps_the_checkpoint_after_it_from_being_made(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    """It would never be made again."""
+    out = tmp_path / "run"
+    assert train.main(command(corpus, out)) == 0
+    expected = content(out)
+    shutil.rmtree(out)
+    write = open
+
+    def full(path, *mode, **more):
+        if mode == ("ab",) and (out / "checkpoints").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", full)
+        assert train.main(command(corpus, out)) == 1
+    said = capsys.readouterr().err
+    assert said.count("the lines from step 3 on will be written when that is possible") == 1
+    assert "step-00000004 could not be written: [Errno 28] No space left on device; repeat the command" in said
+    assert train.main(command(corpus, out)) == 0
+    assert content(out) == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_small_disk_that_is_full_and_made_larger(corpus, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    out = disk / "run"
+    assert train.main(command(corpus, out)) == 0
+    expected = content(out)
+    statuses = {}
+    for size in (8, 28, 60, 200, 300, 400, 500, 1_000):  # KB; a checkpoint has 250, and there are two for a moment
+        shutil.rmtree(out)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("no small disk can be mounted here")
+        try:
+            capsys.readouterr()
+            statuses[size] = status(command(corpus, out))
+            if statuses[size]:
+                check_one_line(capsys, statuses[size])
+            subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+            assert train.main(command(corpus, out)) == 0
+            assert content(out) == expected, size
+        finally:
+            subprocess.run(["umount", disk], check=True)
+        out.mkdir()
+    assert statuses[8] == 2 and {statuses[size] for size in (60, 200, 300, 400, 500)} == {1} and statuses[1_000] == 0
