@@ -52,6 +52,18 @@ EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtr
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])  # the latter is what the first step imports, for 2 seconds
+HOW = """\
+A phase is what the process was doing when it was killed: what its background thread was doing, which writes checkpoints
+while training goes on, or else its main one. *Checkpoint* is making its files and writing them, *publishing* its
+checksums, `state.json` and the renaming, *removal* that of older checkpoints and of what earlier kills left, *end*
+whatever comes after the last save. Half of the kills come by the clock, the others just before a file operation chosen
+at random, in the middle of a write, or in a millisecond of an evaluation.
+
+The processes are forked from one that has imported torch, and call `train.main` with the same words each time. Of two
+processes the first, the second or both are killed; the benchmark then does to the other what torchrun does: SIGTERM,
+and SIGKILL after 30 seconds. After every kill all checkpoints are verified, and none that was there may be missing
+unless a later one is there. When a run has ended, every file of its folder is compared with that of an undisturbed run:
+checkpoints, metrics, config and tokenizer, bit for bit, but for the seconds that steps took."""
 
 
 class Watch:
@@ -307,10 +319,12 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=12, metavar="N", help="steps of each run (default 12)")
     options = command.parse_args()
     of_two = options.kills // 5
+    # two of each beside each other: processes that have to be waited for leave the cores to the others
     parts = [
-        (ranks, kills // 2 + i * (kills % 2))
-        for ranks, kills in ((1, options.kills - of_two), (2, of_two))
-        for i in (0, 1)
+        (1, (options.kills - of_two + 1) // 2),
+        (1, (options.kills - of_two) // 2),
+        (2, (of_two + 1) // 2),
+        (2, of_two // 2),
     ]
     began = time.perf_counter()
     with (
@@ -341,9 +355,11 @@ def main() -> None:
         "",
         *table(["", "one process", "two processes"], rows),
         "",
-        "",
+        HOW,
     ]
     show(lines, "faults", options.write)
+    if any(found[n][name] for n in (1, 2) for name in COUNTED):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

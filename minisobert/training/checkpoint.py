@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minisobert.cli import reason
-from minisobert.files import flush_folder, make_folder, read_safetensors, safetensors_header, sha256
+from minisobert.files import flush, make_folder, read_safetensors, safetensors_header, sha256
 from minisobert.parallel.mesh import KnownToAll, Mesh
 
 FILES = ("model", "optimizer")
@@ -171,9 +171,9 @@ def _publish(final: Path, state: dict, keep: int) -> None:
     folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
     checksums = {f"{file}.safetensors": sha256(work / f"{file}.safetensors") for file in FILES}
     write_state(work, {**state, "sha256": checksums})
-    flush_folder(work)
+    flush(work)
     os.replace(work, final)
-    flush_folder(folder)
+    flush(folder)
     tidy(folder, keep)
 
 
