@@ -189,6 +189,9 @@ class Job:
         found["processes left over"] = sum(len(_session(process.pid)) for process in self.processes)
         return found
 
+    def met_its_aim(self) -> bool:
+        return any(process.exitcode == -signal.SIGKILL for process in self.processes)
+
     def failed(self) -> bool:
         return any(process.exitcode not in (None, 0) for process in self.processes)
 
@@ -278,7 +281,7 @@ class Trial:
             else:
                 aim = phase, self.draw.randint(1, several)
         job = Job(folder, self.argv, self.ranks, aim, victims[0])
-        if not job.wait(delay) or job.failed():
+        if not job.wait(delay) or job.met_its_aim():  # and not where it failed by itself
             job.kill(victims)
         self.found += job.end()
         killed = [rank for rank in victims if job.processes[rank].exitcode == -signal.SIGKILL]
