@@ -158,7 +158,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             raise ValueError(f"{out} cannot be made ({reason}); choose another --out") from None
         try:
             yield work
+            for path in (work, *work.rglob("*")):
+                flush(path)
             work.replace(place)
+            flush(place.parent)
         except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -180,7 +183,9 @@ def new_file(out: str | Path, kinds: Sequence[str]) -> Iterator[Path]:
     beside = out.with_name(f".{out.name}.unfinished")
     try:
         yield beside
+        flush(beside)
         beside.replace(out)
+        flush(out.absolute().parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -205,14 +210,25 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes beside, flushes, renames: the file is the old one or the new one, never half of one."""
+    write_whole(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes beside, flushes, renames: afterwards, a power cut included, the file is the old one or the new one."""
     beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    with open(beside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+    flush(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it and its parents where they are missing, with names that survive a power cut."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(exist_ok=True)
+        flush(missing.parent)
 
 
 def read_json_lines(path: Path, names: set[str]) -> list[dict]:
@@ -242,9 +258,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flush_folder(folder: Path) -> None:
-    """Makes names that were just given or taken in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Makes what is in a file, or the names that were just given or taken in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

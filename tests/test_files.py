@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisobert.files import locked, new_folder, read_safetensors, write_safetensors
+from minisobert.files import locked, new_file, new_folder, read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,6 +139,24 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
         assert not out.exists()
     assert (out / "file").read_text() == "x"
     assert names(out.parent) == ["b"]
+
+
+def test_what_is_in_a_folder_or_file_is_on_the_disk_before_it_has_its_name_and_the_name_at_the_end(
+    tmp_path, monkeypatch
+):
+    """As a power cut would find it: whatever was not flushed may be lost, and names outlive what they are of."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda to: (done.append(os.readlink(f"/proc/self/fd/{to}")), fsync(to))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("named"), replace(old, new))[1])
+    with new_folder(tmp_path / "out") as work:
+        (work / "a").mkdir()
+        (work / "a" / "file").write_text("x")
+    within = {f"{work}", f"{work}/a", f"{work}/a/file"}
+    assert {*done[:-2]} == within and done[-2:] == ["named", f"{tmp_path}"]
+    done.clear()
+    with new_file(tmp_path / "out.png", [".png"]) as beside:
+        beside.write_text("x")
+    assert done == [f"{beside}", "named", f"{tmp_path}"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

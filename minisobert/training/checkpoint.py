@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minisobert.cli import reason
-from minisobert.files import flush_folder, read_safetensors, safetensors_header, sha256
+from minisobert.files import flush, make_folder, read_safetensors, safetensors_header, sha256
 from minisobert.parallel.mesh import KnownToAll, Mesh
 
 FILES = ("model", "optimizer")
@@ -67,8 +67,12 @@ class Saver:
         self._writing: Future | None = None  # this rank's part
         self._publishing: Future | None = None  # the first rank's work when all have written
 
-    def start(self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]], slices: Iterable[Slice], state: dict):
-        """shapes: of the whole tensors, by file and name, all fp32; slices: what this rank has of them.
+    def start(
+        self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]], slices: Iterable[Slice], state: dict,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """shapes: of the whole tensors, by file and name, all fp32; slices: what this rank has of them; before: what
+        the first rank has to bring to the disk before there may be a checkpoint of this step.
 
         Returns when slices may change again. Waits for the checkpoint before it.
         """
@@ -82,7 +86,7 @@ class Saver:
             file: safetensors_header({name: ("float32", shape) for name, shape in of_file.items()})
             for file, of_file in shapes.items()
         }
-        created = self._pool.submit(_create, work, headers) if self.mesh.is_first else None
+        created = self._pool.submit(_create, work, headers, before) if self.mesh.is_first else None
         self._agree(created)
         copies = [(s, s.tensor.detach().to("cpu", copy=True)) for s in slices]
         places = {file: places for file, (_, places, _) in headers.items()}
@@ -124,9 +128,12 @@ class Saver:
             raise SaveFailed(f"{self.last} could not be written: {error}" if error else "")
 
 
-def _create(work: Path, headers: dict[str, tuple[bytes, dict[str, int], int]]) -> None:
+def _create(
+    work: Path, headers: dict[str, tuple[bytes, dict[str, int], int]], before: Callable[[], None] = lambda: None
+) -> None:
     """A folder with files of their full size that nobody has written to yet."""
-    work.parent.mkdir(parents=True, exist_ok=True)
+    before()
+    make_folder(work.parent)  # flushes the names beside it too
     for left_over in work.parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left_over)
     work.mkdir()
@@ -164,9 +171,16 @@ def _publish(final: Path, state: dict, keep: int) -> None:
     folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
     checksums = {f"{file}.safetensors": sha256(work / f"{file}.safetensors") for file in FILES}
     write_state(work, {**state, "sha256": checksums})
-    flush_folder(work)
+    flush(work)
     os.replace(work, final)
-    flush_folder(folder)
+    flush(folder)
+    tidy(folder, keep)
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Removes all but the last checkpoints and the best, and what a killed process left. While nobody writes there."""
+    for left_over in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left_over)
     for old in set(steps(folder)) - set(steps(folder)[-keep:]) - {best(folder)}:
         # renamed first: a folder with a checkpoint's name is always whole
         os.replace(old, folder / f"{UNFINISHED}{old.name}")

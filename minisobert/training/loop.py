@@ -179,6 +179,8 @@ def train(
         total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.name,
         disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
+    # it asks for the time of day: when the clock was set back an hour, it would stand still for one
+    bar._time, bar.start_t, bar.last_print_t = time.monotonic, time.monotonic(), time.monotonic()
     shown, stopped = "", 0
     recent: deque[float] = deque(maxlen=SMOOTHED)
 

@@ -22,7 +22,15 @@ from minisobert.config import ModelConfig, TrainConfig
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
 from minisobert.corpus.tokenizer_json import JsonTokenizer
-from minisobert.files import locked, read_json_lines, read_safetensors, sha256, write_json
+from minisobert.files import (
+    locked,
+    make_folder,
+    read_json_lines,
+    read_safetensors,
+    sha256,
+    write_json,
+    write_whole,
+)
 from minisobert.model import MaskedLM
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint, events, meter
@@ -128,7 +136,7 @@ class Run:
                     self._events.close()
 
     def _claim(self, lock: ExitStack) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         until = time.monotonic() + CLAIM
         while True:
             try:
@@ -189,12 +197,12 @@ class Run:
     def _begin(self, step: int) -> None:
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        # who was killed between naming a run's last checkpoint and removing an older one left work that no save will do
+        checkpoint.tidy(self.folder / "checkpoints", self.config.keep_checkpoints)
         metrics, lines = self.folder / "metrics.jsonl", []
         if metrics.exists():  # what came after the checkpoint is about to be made again
-            beside = metrics.with_name(".metrics.jsonl.new")
             lines = [_finite(line) for line in read_json_lines(metrics, METRICS) if line["step"] <= step]
-            beside.write_bytes(b"".join(map(_line, lines)))
-            os.replace(beside, metrics)
+            write_whole(metrics, b"".join(map(_line, lines)))
         if self.config.tensorboard:
             self._events = events.Events(self.folder / "tensorboard")
             seconds = meter.elapsed(lines)
@@ -202,7 +210,7 @@ class Run:
                 self._show(line, seconds[-1] - since)
         write_json(self.folder / "config.json", self.described)
         tokenizer = self.shards.tokenizer_file
-        shutil.copyfile(tokenizer, self.folder / tokenizer.name)
+        write_whole(self.folder / tokenizer.name, tokenizer.read_bytes())
 
     def _show(self, line: dict, ago: float = 0.0) -> None:
         """A line of metrics.jsonl to TensorBoard. ago: seconds since then, if that is known."""
@@ -214,24 +222,29 @@ class Run:
         if self._events:
             self._show(_finite(line))
         failed_before, self._unwritten = bool(self._unwritten), self._unwritten + _line(line)
-        path = self.folder / "metrics.jsonl"
         try:
-            with open(path, "ab", buffering=0) as file:
-                end, left = file.tell(), self._unwritten
-                try:
-                    while left:
-                        left = left[file.write(left) :]
-                except OSError:
-                    file.truncate(end)  # no half lines
-                    raise
-            self._unwritten = b""
+            self._append()
         except OSError as error:
             if not failed_before:
                 print(
-                    f"{path}: {error.strerror}; training goes on, and the lines from step {line['step']:,} on will be "
-                    "written when that is possible",
+                    f"{self.folder / 'metrics.jsonl'}: {error.strerror}; training goes on, and the lines from step "
+                    f"{line['step']:,} on will be written when that is possible",
                     file=sys.stderr,
                 )
+
+    def _append(self, flush: bool = False) -> None:
+        """Writes all lines to metrics.jsonl that are not there yet, or none. Raises OSError."""
+        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+            end, left = file.tell(), self._unwritten
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(end)  # no half lines
+                raise
+            self._unwritten = b""
+            if flush:
+                os.fsync(file.fileno())
 
     def save(
         self, saver: checkpoint.Saver, optimizer: Optimizer, progress: Progress, validation_loss: float | None
@@ -242,7 +255,9 @@ class Run:
             "run": self.identity,
             **_finite({"validation_loss": validation_loss}),
         }
-        saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state)
+        # a run that goes on from a checkpoint makes none of the lines before it: they have to be on the disk first
+        lines = partial(self._append, flush=True)
+        saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state, before=lines)
 
 
 def _check_writable(folder: Path) -> None:

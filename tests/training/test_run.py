@@ -28,12 +28,25 @@ def make_run(corpus, tmp_path):
     return make
 
 
-def save(folder: Path, identity: dict) -> None:
+def save(folder: Path, identity: dict, step: int = 2) -> None:
     """The state of a checkpoint, which is all that is looked at before it is loaded."""
-    path = checkpoint.path_of(folder / "checkpoints", 2)
+    path = checkpoint.path_of(folder / "checkpoints", step)
     path.mkdir(parents=True)
-    state = {"progress": dataclasses.asdict(Progress(2)), "run": identity, "validation_loss": None, "sha256": {}}
+    state = {"progress": dataclasses.asdict(Progress(step)), "run": identity, "validation_loss": None, "sha256": {}}
     checkpoint.write_state(path, state)
+
+
+def test_what_a_kill_left_beside_the_last_checkpoint_is_removed_at_the_next_start(make_run):
+    """A run that has ended makes no other checkpoint, which would remove it."""
+    run = make_run()
+    for step in (1, 2, 3):
+        save(run.folder, run.identity, step)
+    folder = run.folder / "checkpoints"
+    (folder / ".unfinished-step-00000001").mkdir()
+    (folder / ".unfinished-step-00000001" / "state.json").write_text("")
+    (folder / "mine").mkdir()
+    begin(make_run(), 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "step-00000002", "step-00000003"]
 
 
 def begin(run: Run, step: int = 0) -> None:
