@@ -58,7 +58,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     corpus, tmp_path, whole, number, lost, ranks, tensor_parallel
 ):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(corpus, out, steps=8, timeout=4, tensor_parallel=tensor_parallel, **EVERY)
+    argv = words(corpus, out, steps=8, timeout=6, tensor_parallel=tensor_parallel, **EVERY)
     processes = start(argv, log, ranks)
     wait_for_checkpoint(out, processes, log)
     os.kill(processes[lost].pid, number)
@@ -93,7 +93,7 @@ def sleep_in_a_step(rank: int) -> None:
 
 def test_a_process_that_lives_but_does_not_come_is_named_too(corpus, tmp_path):
     log = tmp_path / "log"
-    processes = start(words(corpus, tmp_path / "run", timeout=4, **EVERY), log, 2, sleep_in_a_step)
+    processes = start(words(corpus, tmp_path / "run", timeout=6, **EVERY), log, 2, sleep_in_a_step)
     assert finish(processes, 60) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
     assert len(said) == 1 and "rank 1 answered, but hung; rank 0 on" in said[0]
@@ -229,7 +229,7 @@ def slow_disk(rank: int) -> None:
         def working(*args):
             calls[name] += 1
             if rank == slow and calls[name] == 4:
-                time.sleep(4.5)
+                time.sleep(6.5)
             work(*args)
 
         return working
@@ -241,7 +241,7 @@ def slow_disk(rank: int) -> None:
 @pytest.mark.slow
 def test_a_disk_slower_than_the_timeout_ends_nothing_while_somebody_writes(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert finish(start(words(corpus, out, steps=8, timeout=4, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
+    assert finish(start(words(corpus, out, steps=8, timeout=6, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
     assert is_the_same_as(out, whole)
 
 
@@ -256,7 +256,7 @@ def dies_while_it_writes(number: signal.Signals, rank: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, tmp_path, number):
     log = tmp_path / "log"
-    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=4)
+    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=6)
     first, second = start(argv, log, 2, partial(dies_while_it_writes, number))
     first.join(30)
     second.kill()

@@ -1,0 +1,177 @@
+"""Two machines, each with its torchrun, and between them a network that is slow, or fails for a while or for good.
+
+The machines are network namespaces of this one with host names of their own. A cable leads from each to a switch, which
+is a bridge in a third namespace. A cable is pulled out at the switch: that machine loses the carrier, and the other one
+only hears nothing more, as with a real switch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from runs import BATCH, column, finish, metrics, start, weights, words
+
+from minisobert.training import checkpoint
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+NODES = ["node1", "node2"]  # rank 0 and torchrun's store are on the first
+OPTIONS = {"steps": 12, "checkpoint_every_tokens": 2 * BATCH, "micro_batch_rows": 2, "learning_rate": 1e-3}
+TRAIN = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, train, runs
+torch.set_num_threads(1)
+runs.make_small()
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+class Network:
+    def __init__(self):
+        self.name = f"minisobert-{os.getpid()}"
+        self.agents: dict[str, subprocess.Popen] = {}
+
+    def make(self) -> None:
+        for place in ["switch", *NODES]:
+            _run("ip", "netns", "add", self.space(place))
+        self.ip("link", "add", "bridge", "type", "bridge")
+        self.ip("link", "set", "bridge", "up")
+        for node in NODES:
+            self.ip("link", "add", node, "type", "veth", "peer", "name", "eth0", "netns", self.space(node))
+            self.ip("link", "set", node, "master", "bridge", "up")
+            self.ip("address", "add", f"{address(node)}/24", "dev", "eth0", place=node)
+            for interface in ("lo", "eth0"):
+                self.ip("link", "set", interface, "up", place=node)
+
+    def space(self, place: str) -> str:
+        return f"{self.name}-{place}"
+
+    def ip(self, *command: str, place: str = "switch") -> None:
+        _run("ip", "-n", self.space(place), *command)
+
+    def slow_down(self) -> None:
+        """8 Mbit/s, so that a step takes half a second."""
+        for node in NODES:
+            limit = [
+                "tc",
+                "qdisc",
+                "add",
+                "dev",
+                node,
+                "root",
+                "tbf",
+                "rate",
+                "8mbit",
+                "burst",
+                "16kb",
+                "latency",
+                "1s",
+            ]
+            _run("ip", "netns", "exec", self.space("switch"), *limit)
+
+    def pull(self, node: str) -> None:
+        self.ip("link", "set", node, "down")
+
+    def plug(self, node: str) -> None:
+        self.ip("link", "set", node, "up")
+
+    def train(self, script: Path, argv: list[str]) -> None:
+        """Starts a torchrun with one process on each machine. What they say is in NODE.log beside the script."""
+        for node in NODES:
+            command = [
+                "ip", "netns", "exec", self.space(node), "unshare", "--uts", "sh", "-c",
+                'echo "$0" > /proc/sys/kernel/hostname; exec "$@"', node,
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint={address(NODES[0])}:29500", f"--local-addr={address(node)}",
+                f"--rdzv-conf=is_host={int(node == NODES[0])}", str(script), *argv,
+            ]  # fmt: skip
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+            with open(script.parent / f"{node}.log", "w") as log:
+                self.agents[node] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def kill_all(self) -> None:
+        for place in NODES:
+            pids = subprocess.run(["ip", "netns", "pids", self.space(place)], capture_output=True, text=True).stdout
+            for pid in map(int, pids.split()):
+                os.kill(pid, signal.SIGKILL)
+        for agent in self.agents.values():
+            agent.wait()
+
+    def remove(self) -> None:
+        for place in ["switch", *NODES]:
+            subprocess.run(["ip", "netns", "delete", self.space(place)], capture_output=True)
+
+
+def address(node: str) -> str:
+    return f"10.77.0.{1 + NODES.index(node)}"
+
+
+def _run(*command: str) -> None:
+    """Raises OSError."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    made = Network()
+    try:
+        made.make()
+        made.slow_down()
+    except OSError as error:  # no root, no iproute2, or a kernel without one of these
+        made.remove()
+        pytest.skip(f"two machines cannot be made here: {error}")
+    yield made
+    made.kill_all()
+    made.remove()
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """Two processes on one machine that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finish(start(words(corpus, out, **OPTIONS), out.with_suffix(".log"), 2)) == [0, 0]
+    return out
+
+
+def is_the_same_as(out, whole) -> bool:
+    ours, expected = weights(out), weights(whole)
+    return torch.equal(column(out), column(whole)) and all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def begin(network: Network, corpus, folder: Path, timeout: float) -> Path:
+    """A run, when it has its first checkpoint."""
+    (folder / "small.py").write_text(TRAIN)
+    out = folder / "run"
+    network.train(folder / "small.py", words(corpus, out, timeout=timeout, **OPTIONS))
+    until = time.monotonic() + 120
+    while not checkpoint.steps(out / "checkpoints"):
+        assert time.monotonic() < until and network.agents["node1"].poll() is None, said(folder)
+        time.sleep(0.05)
+    return out
+
+
+def said(folder: Path) -> dict[str, str]:
+    return {node: (folder / f"{node}.log").read_text() for node in NODES}
+
+
+def test_a_slow_network_that_fails_for_five_seconds_is_waited_for(network, corpus, tmp_path, whole):
+    out = begin(network, corpus, tmp_path, timeout=30)
+    network.pull("node2")
+    time.sleep(1)
+    before = len(metrics(out))
+    time.sleep(4)
+    assert len(metrics(out)) == before < 12
+    network.plug("node2")
+    assert [agent.wait(60) for agent in network.agents.values()] == [0, 0], said(tmp_path)
+    assert is_the_same_as(out, whole)
