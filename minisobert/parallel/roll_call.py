@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -85,9 +86,7 @@ def _started(pid: int) -> str:
 
 
 def kill(process: Process) -> None:
-    """SIGKILL, if the process is still there and on this machine."""
-    if not process.machine or process.machine != Process.own().machine:
-        return
+    """SIGKILL for a process of this machine, if it is still there."""
     with suppress(OSError):  # it has ended, or this system has no such handles
         # a handle stays with its process, whoever gets the pid later. So nobody else can take the signal
         handle = os.pidfd_open(process.pid)
@@ -125,6 +124,7 @@ class ParentWatch(threading.Thread):
             _say(f"torchrun on {socket.gethostname()} (pid {self.parent}) is gone; its processes save and leave")
         os.kill(os.getpid(), signal.SIGTERM)
         if not self.stop.wait(self.timeout - 2 * POLL):
+            _say(f"rank {os.environ.get('RANK')} left without saving: --timeout {self.timeout:g} seconds are over")
             os._exit(1)
 
     def __enter__(self) -> None:
@@ -150,7 +150,8 @@ class RollCall(threading.Thread):
                 if self.store.check(["roll-call"]):
                     self.answer()
                     if not self.stop.wait(self.seconds + 2 * POLL):
-                        self.kill_missing(self.came())
+                        with suppress(RuntimeError, OSError):
+                            self.kill_missing(self.came(self.neighbours()))
                         os._exit(1)
         except (RuntimeError, OSError):  # the store is gone, as at the end of every job
             return
@@ -158,14 +159,19 @@ class RollCall(threading.Thread):
     def answer(self) -> None:
         self.store.set(f"alive/{self.rank}", str(self.meetings))
 
-    def came(self) -> dict[int, int]:
-        """The ranks that have answered, and how many meetings each has completed."""
-        return {r: int(self.store.get(f"alive/{r}")) for r in range(self.world) if self.store.check([f"alive/{r}"])}
+    def came(self, ranks: Iterable[int]) -> dict[int, int]:
+        """Which of them have answered, and how many meetings each has completed."""
+        return {r: int(self.store.get(f"alive/{r}")) for r in ranks if self.store.check([f"alive/{r}"])}
+
+    def neighbours(self) -> list[int]:
+        """The ranks on this machine, as far as that can be told."""
+        own = Process.own().machine
+        return [rank for rank, process in enumerate(self.processes) if own and process.machine == own]
 
     def kill_missing(self, came: dict[int, int]) -> None:
-        for rank, process in enumerate(self.processes):
+        for rank in self.neighbours():
             if rank not in came:
-                kill(process)
+                kill(self.processes[rank])
 
     def give_up(self, error: RuntimeError) -> None:
         """Ends the process. The first one to get here calls the roll and prints which rank is to blame."""
@@ -180,13 +186,14 @@ class RollCall(threading.Thread):
                 "Repeat the command to resume from the last checkpoint"
             )
         sys.stdout.flush()
-        self.kill_missing(call.came or dict.fromkeys(range(self.world)))
+        if call.came is not None:
+            self.kill_missing(call.came)
         if self.rank == 0:
             time.sleep(2)  # it may keep the store, in which others still look
         os._exit(1)  # threads and other processes that hang must not hold this one
 
     def verdict(self, came: dict[int, int] | None) -> str:
-        if not came:
+        if came is None:
             return f"torchrun's store on {os.environ.get('MASTER_ADDR')} does not answer"
         if missing := [rank for rank in range(self.world) if rank not in came]:
             return f"{self.named(missing)} did not answer"
@@ -214,7 +221,8 @@ class _Call(threading.Thread):
             self.first = self.roll_call.store.add("roll-call", 1) == 1
             self.roll_call.answer()
             time.sleep(self.roll_call.seconds)
-            self.came = self.roll_call.came()
+            # where each of many asked after all, the store would be busy for seconds
+            self.came = self.roll_call.came(range(self.roll_call.world) if self.first else self.roll_call.neighbours())
 
 
 def _say(line: str) -> None:

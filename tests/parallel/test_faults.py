@@ -66,12 +66,16 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     others = [process for rank, process in enumerate(processes) if rank != lost]
     for process in others:
         process.join(40)
+    processes[lost].join(5)
+    ended = processes[lost].exitcode
     processes[lost].kill()
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
     assert [process.exitcode for process in others] == [1] * (ranks - 1), log.read_text()
     assert time.monotonic() - began < 30
     assert len(said) == 1 and "from the last checkpoint" in said[0]
-    assert re.search(rf"rank {lost} did not answer; rank \d on ", said[0]), said[0]
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"rank {lost} \(host {host}\) did not answer; rank \d on {host} ", said[0]), said[0]
+    assert ended == -signal.SIGKILL  # so that torchrun need not wait for a stopped one
     assert len(metrics(out)) < 8
     if (ranks, tensor_parallel) == (2, 1):
         assert finish(start(argv, log, ranks)) == [0] * ranks
@@ -96,7 +100,7 @@ def test_a_process_that_lives_but_does_not_come_is_named_too(corpus, tmp_path):
     processes = start(words(corpus, tmp_path / "run", timeout=6, **EVERY), log, 2, sleep_in_a_step)
     assert finish(processes, 60) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
-    assert len(said) == 1 and "rank 1 answered, but hung; rank 0 on" in said[0]
+    assert len(said) == 1 and re.search(r"rank 1 \(host \S+\) answered, but hung; rank 0 on", said[0])
 
 
 DIES_ONCE = f"""
@@ -139,6 +143,74 @@ def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_pa
     assert [agent.returncode for agent in agents] == [0] * machines, said
     assert (tmp_path / "died").exists() and "going on after step" in "".join(stdout for stdout, _ in said)
     assert is_the_same_as(out, whole)
+
+
+SLOW_STEPS = f"""
+import os, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, train, runs
+from minisobert.training import loop
+print("pid", os.getpid(), flush=True)
+torch.set_num_threads(1)
+runs.make_small()
+step = loop.train_step
+def slow(*args):
+    time.sleep(float(sys.argv[1]) if args[-2].step == 5 else 0.2)
+    return step(*args)
+loop.train_step = slow
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes where Linux lists them")
+@pytest.mark.parametrize(("pause", "ranks"), [(0.2, 2), (100, 2), (0.2, 1)], ids=["between", "hanging", "alone"])
+def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corpus, tmp_path, whole, pause, ranks):
+    out, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "slow_steps.py"
+    script.write_text(SLOW_STEPS)
+    argv = words(corpus, out, steps=8, timeout=6, **EVERY)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        str(script),
+        str(pause),
+        *argv,
+    ]
+    with open(log, "w") as file:
+        agent = subprocess.Popen(command, stdout=file, stderr=file)
+    until = time.monotonic() + 60
+    while not checkpoint.steps(out / "checkpoints") or (pause == 100 and len(metrics(out)) < 5):
+        assert time.monotonic() < until and agent.poll() is None, log.read_text()
+        time.sleep(0.01)
+    agent.kill()
+    agent.wait()
+    pids = [int(pid) for pid in re.findall(r"^pid (\d+)$", log.read_text(), re.MULTILINE)]
+    assert len(pids) == ranks and all(is_alive(pid) for pid in pids)
+    until = time.monotonic() + 6
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+    said = log.read_text()
+    assert (
+        said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and leave") == 1
+    )
+    saved = checkpoint.steps(out / "checkpoints")[-1]
+    if pause == 100:
+        assert saved.name < "step-00000005" and "left without saving: --timeout 6 seconds are over" in said
+    else:
+        assert f"stopped after step {len(metrics(out))}; repeat the command" in said and saved.name > "step-00000002"
+    assert finish(start(argv, log, ranks)) == [0] * ranks
+    if ranks == 2:
+        assert is_the_same_as(out, whole)
 
 
 def make_nan(steps: range):
@@ -261,7 +333,7 @@ def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, 
     first.join(30)
     second.kill()
     assert first.exitcode == 1, log.read_text()
-    assert "rank 1 did not answer; rank 0 on" in log.read_text()
+    assert re.search(r"rank 1 \(host \S+\) did not answer; rank 0 on", log.read_text())
 
 
 def test_micro_batch_means_are_megatrons_and_another_loss(corpus, tmp_path, whole):

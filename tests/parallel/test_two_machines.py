@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ class Network:
             self.ip("address", "add", f"{address(node)}/24", "dev", "eth0", place=node)
             for interface in ("lo", "eth0"):
                 self.ip("link", "set", interface, "up", place=node)
+            _run(*self.inside(node), "true")
 
     def space(self, place: str) -> str:
         return f"{self.name}-{place}"
@@ -61,22 +63,8 @@ class Network:
     def slow_down(self) -> None:
         """8 Mbit/s, so that a step takes half a second."""
         for node in NODES:
-            limit = [
-                "tc",
-                "qdisc",
-                "add",
-                "dev",
-                node,
-                "root",
-                "tbf",
-                "rate",
-                "8mbit",
-                "burst",
-                "16kb",
-                "latency",
-                "1s",
-            ]
-            _run("ip", "netns", "exec", self.space("switch"), *limit)
+            limit = "root tbf rate 8mbit burst 16kb latency 1s"
+            _run("tc", "-n", self.space("switch"), "qdisc", "add", "dev", node, *limit.split())
 
     def pull(self, node: str) -> None:
         self.ip("link", "set", node, "down")
@@ -86,29 +74,39 @@ class Network:
 
     def train(self, script: Path, argv: list[str]) -> None:
         """Starts a torchrun with one process on each machine. What they say is in NODE.log beside the script."""
+        hosts = script.parent / "hosts"
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address(node)} {node}\n" for node in NODES))
         for node in NODES:
+            name_it = 'echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1" /etc/hosts && shift && exec "$@"'
             command = [
-                "ip", "netns", "exec", self.space(node), "unshare", "--uts", "sh", "-c",
-                'echo "$0" > /proc/sys/kernel/hostname; exec "$@"', node,
-                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test",
-                "--rdzv-backend=c10d", f"--rdzv-endpoint={address(NODES[0])}:29500", f"--local-addr={address(node)}",
-                f"--rdzv-conf=is_host={int(node == NODES[0])}", str(script), *argv,
+                *self.inside(node), "sh", "-c", name_it, node, hosts, sys.executable, "-m", "torch.distributed.run",
+                "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={NODES[0]}:29500",
+                "--rdzv-id=test", script, *argv,
             ]  # fmt: skip
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             with open(script.parent / f"{node}.log", "w") as log:
                 self.agents[node] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
+    def inside(self, node: str) -> list[str]:
+        """With pids of its own too: processes of one machine may kill one another."""
+        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "--pid", "--fork", "--mount-proc"]
+
+    def processes(self, node: str) -> list[int]:
+        found = subprocess.run(["ip", "netns", "pids", self.space(node)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
     def kill_all(self) -> None:
-        for place in NODES:
-            pids = subprocess.run(["ip", "netns", "pids", self.space(place)], capture_output=True, text=True).stdout
-            for pid in map(int, pids.split()):
-                os.kill(pid, signal.SIGKILL)
+        for node in NODES:
+            for pid in self.processes(node):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for agent in self.agents.values():
             agent.wait()
 
     def remove(self) -> None:
         for place in ["switch", *NODES]:
-            subprocess.run(["ip", "netns", "delete", self.space(place)], capture_output=True)
+            with suppress(OSError):
+                _run("ip", "netns", "delete", self.space(place))
 
 
 def address(node: str) -> str:
@@ -174,4 +172,25 @@ def test_a_slow_network_that_fails_for_five_seconds_is_waited_for(network, corpu
     assert len(metrics(out)) == before < 12
     network.plug("node2")
     assert [agent.wait(60) for agent in network.agents.values()] == [0, 0], said(tmp_path)
+    assert is_the_same_as(out, whole)
+
+
+def test_a_network_that_fails_for_good_ends_the_run_which_goes_on_later(network, corpus, tmp_path, whole):
+    out = begin(network, corpus, tmp_path, timeout=9)
+    network.pull("node2")
+    until = time.monotonic() + 9 + 2  # the step that was under way, and a busy machine
+    while not all("gave up waiting" in text for text in said(tmp_path).values()):
+        assert time.monotonic() < until, said(tmp_path)
+        time.sleep(0.05)
+    on_first, on_second = said(tmp_path).values()
+    assert "\nrank 1 (host node2) did not answer; rank 0 on node1 gave up waiting" in on_first
+    assert "\ntorchrun's store on node1 does not answer; rank 1 on node2 gave up waiting" in on_second
+    assert network.agents["node1"].wait(10) == 1
+    # torchrun on the other machine waits for its store, until the network is back or the system gives the connection up
+    assert not any(b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes() for pid in network.processes("node2"))
+    network.plug("node2")
+    assert network.agents["node2"].wait(60) == 1
+    network.train(tmp_path / "small.py", words(corpus, out, timeout=30, **OPTIONS))
+    assert [agent.wait(90) for agent in network.agents.values()] == [0, 0], said(tmp_path)
+    assert "going on after step" in said(tmp_path)["node1"]
     assert is_the_same_as(out, whole)
