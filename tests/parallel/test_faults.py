@@ -22,6 +22,7 @@ import torch.distributed as dist
 from runs import BATCH, ROW, column, finish, launch, metrics, start, weights, words
 
 import train
+from minisobert.parallel import roll_call
 from minisobert.parallel.data import Gradients
 from minisobert.training import checkpoint, loop
 
@@ -81,6 +82,24 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
         assert finish(start(argv, log, ranks)) == [0] * ranks
         assert "going on after step" in log.read_text()
         assert is_the_same_as(out, whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux only")
+def test_only_the_very_process_on_this_very_machine_is_killed():
+    neighbour = subprocess.Popen(["sleep", "100"])
+    try:
+        own = roll_call.Process.own()
+        process = own._replace(pid=neighbour.pid, started=roll_call._started(neighbour.pid))
+        calls = roll_call.RollCall(None, 0, 3, 6)
+        calls.processes = [own, process._replace(machine="another"), process._replace(started="1")]
+        calls.kill_missing({0: 5})
+        with pytest.raises(subprocess.TimeoutExpired):
+            neighbour.wait(0.2)
+        calls.processes.append(process)
+        calls.kill_missing({0: 5})
+        assert neighbour.wait(5) == -signal.SIGKILL
+    finally:
+        neighbour.kill()
 
 
 def sleep_in_a_step(rank: int) -> None:
