@@ -199,13 +199,15 @@ class RollCall(threading.Thread):
             return f"{self.named(missing)} did not answer"
         if late := [rank for rank, meetings in came.items() if meetings < max(came.values())]:
             return f"{self.named(late)} answered, but hung"
-        return "all processes answered, but lost their connections"
+        return f"all processes{self.hosts(came)} answered, but lost their connections"
 
     def named(self, ranks: list[int]) -> str:
         """rank 3 (host node2), or: ranks 2 and 3 (host node2)"""
+        return _ranks(ranks) + self.hosts(ranks)
+
+    def hosts(self, ranks: Iterable[int]) -> str:
         hosts = dict.fromkeys(self.processes[rank].host for rank in ranks) if self.processes else {}
-        where = f" (host{'s' if len(hosts) > 1 else ''} {words(list(hosts), 'and')})" if hosts else ""
-        return _ranks(ranks) + where
+        return f" (host{'s' if len(hosts) > 1 else ''} {words(list(hosts), 'and')})" if hosts else ""
 
 
 class _Call(threading.Thread):
