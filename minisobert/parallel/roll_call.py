@@ -1,4 +1,4 @@
-"""The roll call: when a collective times out, which process is to blame?
+"""The roll call: when a collective times out, which process is to blame? And how the processes of a failed job end.
 
 A process that has died and one that hangs look the same to those that wait for them. So the first process to give up
 starts a roll call through torchrun's store. A background thread in each process answers with the number of per-step
@@ -8,6 +8,7 @@ each other for somewhat less (`patience`).
 
 Those that are left end, and torchrun then sends the others SIGTERM. A stopped process does not react to that, and
 torchrun would wait 30 seconds before it sends SIGKILL. So the processes on the same machine kill it at once (`kill`).
+Where it is torchrun that has died, its processes save and end by themselves (`ParentWatch`).
 """
 
 from __future__ import annotations
