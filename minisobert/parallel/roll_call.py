@@ -97,7 +97,7 @@ def kill(process: Process) -> None:
 
 
 def seconds_to_answer(timeout: float) -> float:
-    return min(ROLL_CALL, timeout / 3)
+    return min(ROLL_CALL, max(timeout / 3, 2 * POLL))
 
 
 def patience(timeout: float) -> float:
