@@ -59,7 +59,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     corpus, tmp_path, whole, number, lost, ranks, tensor_parallel
 ):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(corpus, out, steps=8, timeout=6, tensor_parallel=tensor_parallel, **EVERY)
+    argv = words(corpus, out, steps=8, timeout=7, tensor_parallel=tensor_parallel, **EVERY)
     processes = start(argv, log, ranks)
     wait_for_checkpoint(out, processes, log)
     os.kill(processes[lost].pid, number)
@@ -116,7 +116,7 @@ def sleep_in_a_step(rank: int) -> None:
 
 def test_a_process_that_lives_but_does_not_come_is_named_too(corpus, tmp_path):
     log = tmp_path / "log"
-    processes = start(words(corpus, tmp_path / "run", timeout=6, **EVERY), log, 2, sleep_in_a_step)
+    processes = start(words(corpus, tmp_path / "run", timeout=7, **EVERY), log, 2, sleep_in_a_step)
     assert finish(processes, 60) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
     assert len(said) == 1 and re.search(r"rank 1 \(host \S+\) answered, but hung; rank 0 on", said[0])
@@ -194,7 +194,7 @@ def is_alive(pid: int) -> bool:
 def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corpus, tmp_path, whole, pause, ranks):
     out, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "slow_steps.py"
     script.write_text(SLOW_STEPS)
-    argv = words(corpus, out, steps=8, timeout=6, **EVERY)
+    argv = words(corpus, out, steps=8, timeout=8, **EVERY)
     command = [
         sys.executable,
         "-m",
@@ -214,7 +214,7 @@ def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corp
     agent.wait()
     pids = [int(pid) for pid in re.findall(r"^pid (\d+)$", log.read_text(), re.MULTILINE)]
     assert len(pids) == ranks and all(is_alive(pid) for pid in pids)
-    until = time.monotonic() + 6
+    until = time.monotonic() + 8
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.05)
@@ -224,7 +224,7 @@ def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corp
     )
     saved = checkpoint.steps(out / "checkpoints")[-1]
     if pause == 100:
-        assert saved.name < "step-00000005" and "left without saving: --timeout 6 seconds are over" in said
+        assert saved.name < "step-00000005" and "left without saving: --timeout 8 seconds are over" in said
     else:
         assert f"stopped after step {len(metrics(out))}; repeat the command" in said and saved.name > "step-00000002"
     assert finish(start(argv, log, ranks)) == [0] * ranks
@@ -320,7 +320,7 @@ def slow_disk(rank: int) -> None:
         def working(*args):
             calls[name] += 1
             if rank == slow and calls[name] == 4:
-                time.sleep(6.5)
+                time.sleep(7.5)
             work(*args)
 
         return working
@@ -332,7 +332,7 @@ def slow_disk(rank: int) -> None:
 @pytest.mark.slow
 def test_a_disk_slower_than_the_timeout_ends_nothing_while_somebody_writes(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert finish(start(words(corpus, out, steps=8, timeout=6, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
+    assert finish(start(words(corpus, out, steps=8, timeout=7, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
     assert is_the_same_as(out, whole)
 
 
@@ -347,7 +347,7 @@ def dies_while_it_writes(number: signal.Signals, rank: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, tmp_path, number):
     log = tmp_path / "log"
-    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=6)
+    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=7)
     first, second = start(argv, log, 2, partial(dies_while_it_writes, number))
     first.join(30)
     second.kill()
