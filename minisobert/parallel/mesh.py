@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minisobert.cli import nearest, words
 from minisobert.config import ModelConfig
-from minisobert.parallel.roll_call import RollCall, lost_contact, store_of_this_attempt
+from minisobert.parallel.roll_call import ParentWatch, Process, RollCall, lost_contact, patience, store_of_this_attempt
 
 CPU = torch.device("cpu")
 TURN = 0.2  # seconds, well below any --timeout
@@ -175,12 +175,17 @@ def check_layout(model: ModelConfig, world: int, tensor_parallel: int, row_token
 def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
     """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs.
 
-    timeout: seconds that a process waits for another. When one has died or does not come, the others end, with a line
-    that names it.
+    timeout: seconds after which all end when one has died or does not come, with a line that names it, or when torchrun
+    has died.
 
     A block that ends without an exception leaves no thread behind. One that comes back into Python while the
     interpreter is being taken down aborts the process (SIGABRT), and a run that has finished would seem to have failed.
     """
+    with ParentWatch(timeout) if "TORCHELASTIC_RUN_ID" in os.environ else nullcontext():
+        yield from _start(tensor_parallel, timeout)
+
+
+def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
     rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else CPU
@@ -195,12 +200,13 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
         # the device waits longer: the hosts, which can name who is missing, give up first
-        timeout=timedelta(seconds=2 * timeout if cuda else timeout),
+        timeout=timedelta(seconds=2 * timeout if cuda else patience(timeout)),
     )  # fmt: skip
-    roll_call, failure = RollCall(store, rank, world), None
+    roll_call, failure = RollCall(store, rank, world, timeout), None
     roll_call.start()
     try:
-        mesh = _with_groups(replace(mesh, roll_call=roll_call), timedelta(seconds=timeout))
+        mesh = _with_groups(replace(mesh, roll_call=roll_call), timeout)
+        roll_call.processes = _processes(mesh)
         yield mesh
     except (ValueError, KnownToAll) as error:
         failure = error
@@ -220,11 +226,19 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
         raise failure
 
 
-def _with_groups(mesh: Mesh, timeout: timedelta) -> Mesh:
+def _with_groups(mesh: Mesh, timeout: float) -> Mesh:
     """All ranks make all groups, in one order."""
     ranks = torch.arange(mesh.world).view(mesh.data_parallel, mesh.tensor_parallel)
-    device_timeout = 2 * timeout if mesh.device.type == "cuda" else timeout
-    data = [dist.new_group(column, timeout=device_timeout) for column in ranks.T.tolist()]
-    tensor = [dist.new_group(row, timeout=device_timeout) for row in ranks.tolist()]
-    hosts = dist.new_group(backend="gloo", timeout=timeout)
+    wait = timedelta(seconds=patience(timeout))
+    device_wait = timedelta(seconds=2 * timeout) if mesh.device.type == "cuda" else wait
+    data = [dist.new_group(column, timeout=device_wait) for column in ranks.T.tolist()]
+    tensor = [dist.new_group(row, timeout=device_wait) for row in ranks.tolist()]
+    hosts = dist.new_group(backend="gloo", timeout=wait)
     return replace(mesh, data_group=data[mesh.tensor_rank], tensor_group=tensor[mesh.data_rank], hosts=hosts)
+
+
+def _processes(mesh: Mesh) -> list[Process]:
+    """Those of all ranks."""
+    found = [None] * mesh.world
+    dist.all_gather_object(found, Process.own(), group=mesh.hosts)
+    return found

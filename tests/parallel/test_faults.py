@@ -22,6 +22,7 @@ import torch.distributed as dist
 from runs import BATCH, ROW, column, finish, launch, metrics, start, weights, words
 
 import train
+from minisobert.parallel import roll_call
 from minisobert.parallel.data import Gradients
 from minisobert.training import checkpoint, loop
 
@@ -58,7 +59,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     corpus, tmp_path, whole, number, lost, ranks, tensor_parallel
 ):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = words(corpus, out, steps=8, timeout=4, tensor_parallel=tensor_parallel, **EVERY)
+    argv = words(corpus, out, steps=8, timeout=7, tensor_parallel=tensor_parallel, **EVERY)
     processes = start(argv, log, ranks)
     wait_for_checkpoint(out, processes, log)
     os.kill(processes[lost].pid, number)
@@ -66,17 +67,39 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     others = [process for rank, process in enumerate(processes) if rank != lost]
     for process in others:
         process.join(40)
+    processes[lost].join(5)
+    ended = processes[lost].exitcode
     processes[lost].kill()
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
     assert [process.exitcode for process in others] == [1] * (ranks - 1), log.read_text()
     assert time.monotonic() - began < 30
     assert len(said) == 1 and "from the last checkpoint" in said[0]
-    assert re.search(rf"rank {lost} did not answer; rank \d on ", said[0]), said[0]
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"rank {lost} \(host {host}\) did not answer; rank \d on {host} ", said[0]), said[0]
+    assert ended == -signal.SIGKILL  # so that torchrun need not wait for a stopped one
     assert len(metrics(out)) < 8
     if (ranks, tensor_parallel) == (2, 1):
         assert finish(start(argv, log, ranks)) == [0] * ranks
         assert "going on after step" in log.read_text()
         assert is_the_same_as(out, whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux only")
+def test_only_the_very_process_on_this_very_machine_is_killed():
+    neighbour = subprocess.Popen(["sleep", "100"])
+    try:
+        own = roll_call.Process.own()
+        process = own._replace(pid=neighbour.pid, started=roll_call._started(neighbour.pid))
+        calls = roll_call.RollCall(None, 0, 3, 6)
+        calls.processes = [own, process._replace(machine="another"), process._replace(started="1")]
+        calls.kill_missing({0: 5})
+        with pytest.raises(subprocess.TimeoutExpired):
+            neighbour.wait(0.2)
+        calls.processes.append(process)
+        calls.kill_missing({0: 5})
+        assert neighbour.wait(5) == -signal.SIGKILL
+    finally:
+        neighbour.kill()
 
 
 def sleep_in_a_step(rank: int) -> None:
@@ -93,10 +116,10 @@ def sleep_in_a_step(rank: int) -> None:
 
 def test_a_process_that_lives_but_does_not_come_is_named_too(corpus, tmp_path):
     log = tmp_path / "log"
-    processes = start(words(corpus, tmp_path / "run", timeout=4, **EVERY), log, 2, sleep_in_a_step)
+    processes = start(words(corpus, tmp_path / "run", timeout=7, **EVERY), log, 2, sleep_in_a_step)
     assert finish(processes, 60) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "gave up waiting" in line]
-    assert len(said) == 1 and "rank 1 answered, but hung; rank 0 on" in said[0]
+    assert len(said) == 1 and re.search(r"rank 1 \(host \S+\) answered, but hung; rank 0 on", said[0])
 
 
 DIES_ONCE = f"""
@@ -139,6 +162,74 @@ def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_pa
     assert [agent.returncode for agent in agents] == [0] * machines, said
     assert (tmp_path / "died").exists() and "going on after step" in "".join(stdout for stdout, _ in said)
     assert is_the_same_as(out, whole)
+
+
+SLOW_STEPS = f"""
+import os, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, train, runs
+from minisobert.training import loop
+print("pid", os.getpid(), flush=True)
+torch.set_num_threads(1)
+runs.make_small()
+step = loop.train_step
+def slow(*args):
+    time.sleep(float(sys.argv[1]) if args[-2].step == 5 else 0.2)
+    return step(*args)
+loop.train_step = slow
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes where Linux lists them")
+@pytest.mark.parametrize(("pause", "ranks"), [(0.2, 2), (100, 2), (0.2, 1)], ids=["between", "hanging", "alone"])
+def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corpus, tmp_path, whole, pause, ranks):
+    out, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "slow_steps.py"
+    script.write_text(SLOW_STEPS)
+    argv = words(corpus, out, steps=8, timeout=8, **EVERY)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        str(script),
+        str(pause),
+        *argv,
+    ]
+    with open(log, "w") as file:
+        agent = subprocess.Popen(command, stdout=file, stderr=file)
+    until = time.monotonic() + 60
+    while not checkpoint.steps(out / "checkpoints") or (pause == 100 and len(metrics(out)) < 5):
+        assert time.monotonic() < until and agent.poll() is None, log.read_text()
+        time.sleep(0.01)
+    agent.kill()
+    agent.wait()
+    pids = [int(pid) for pid in re.findall(r"^pid (\d+)$", log.read_text(), re.MULTILINE)]
+    assert len(pids) == ranks and all(is_alive(pid) for pid in pids)
+    until = time.monotonic() + 8
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+    said = log.read_text()
+    assert (
+        said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and leave") == 1
+    )
+    saved = checkpoint.steps(out / "checkpoints")[-1]
+    if pause == 100:
+        assert saved.name < "step-00000005" and "left without saving: --timeout 8 seconds are over" in said
+    else:
+        assert f"stopped after step {len(metrics(out))}; repeat the command" in said and saved.name > "step-00000002"
+    assert finish(start(argv, log, ranks)) == [0] * ranks
+    if ranks == 2:
+        assert is_the_same_as(out, whole)
 
 
 def make_nan(steps: range):
@@ -229,7 +320,7 @@ def slow_disk(rank: int) -> None:
         def working(*args):
             calls[name] += 1
             if rank == slow and calls[name] == 4:
-                time.sleep(4.5)
+                time.sleep(7.5)
             work(*args)
 
         return working
@@ -241,7 +332,7 @@ def slow_disk(rank: int) -> None:
 @pytest.mark.slow
 def test_a_disk_slower_than_the_timeout_ends_nothing_while_somebody_writes(corpus, tmp_path, whole):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert finish(start(words(corpus, out, steps=8, timeout=4, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
+    assert finish(start(words(corpus, out, steps=8, timeout=7, **EVERY), log, 2, slow_disk)) == [0, 0], log.read_text()
     assert is_the_same_as(out, whole)
 
 
@@ -256,12 +347,12 @@ def dies_while_it_writes(number: signal.Signals, rank: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, tmp_path, number):
     log = tmp_path / "log"
-    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=4)
+    argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, timeout=7)
     first, second = start(argv, log, 2, partial(dies_while_it_writes, number))
     first.join(30)
     second.kill()
     assert first.exitcode == 1, log.read_text()
-    assert "rank 1 did not answer; rank 0 on" in log.read_text()
+    assert re.search(r"rank 1 \(host \S+\) did not answer; rank 0 on", log.read_text())
 
 
 def test_micro_batch_means_are_megatrons_and_another_loss(corpus, tmp_path, whole):
