@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,11 @@ def command(dump: Path, place: Path, tokenizer: Path | None, workers: int) -> li
     return [sys.executable, "-m", "data.prepare", *out, *how]
 
 
-def measure(words: Sequence[str], place: Path, cores: Sequence[int] = ()) -> Run:
+def measure(words: Sequence[str], place: Path, cores: Sequence[int] = (), look: bool = True) -> Run:
     """A run that must succeed."""
     place.mkdir(exist_ok=True)
-    run = Session(words, place, cores).measure()
+    with Session(words, place, cores) as session:
+        run = session.measure(look)
     print(run, file=sys.stderr)
     if run.code:
         raise SystemExit(f"benchmarks.scale: data.prepare ended with {run.code}: {run.message}")
@@ -81,7 +84,7 @@ def growth(sizes: Sequence[int], folder: Path, tokenizer: Path, workers: int) ->
         f"{workers} worker{'s' * (workers > 1)}; a run each; the largest memory and disk at any time of the run.",
         "",
         *table(["posts", "MB of XML", "seconds", *(f"of them “{name}”" for name in bars), "CPU seconds", "memory, MB",
-                "disk, MB", "of it not beside --out"], rows),
+                "disk, MB", "of it elsewhere, MB"], rows),
         "",
     ]  # fmt: skip
     if len(runs) < 2:
@@ -120,7 +123,7 @@ def scaling(posts: int, folder: Path, tokenizer: Path, repeats: int) -> list[str
     for _ in range(repeats):
         for workers, found in runs.items():
             place = folder / "place"
-            found.append(measure(command(dump, place, tokenizer, workers), place, cores[:workers]))
+            found.append(measure(command(dump, place, tokenizer, workers), place, cores[:workers], look=False))
             results.append(digests(place / "out"))
             shutil.rmtree(place)
     shutil.rmtree(dump)
@@ -159,24 +162,23 @@ def kill(words: Sequence[str], place: Path, kills: int, seed: int = 0) -> tuple[
     found: Counter = Counter({name: 0 for name in FOUND})
     bars: Counter = Counter()
     while (bars.total() < kills or any(place.iterdir())) and found["failed runs"] < MOST_FAILED:
-        run = Session(words, place)
-        try:  # one in six or more runs to its end
-            run.process.wait(moments.uniform(0, 1.2 * undisturbed.seconds) if bars.total() < kills else None)
-        except subprocess.TimeoutExpired:
-            run.process.kill()
+        patience = moments.uniform(0, 1.2 * undisturbed.seconds) if bars.total() < kills else None
+        with Session(words, place) as run, suppress(subprocess.TimeoutExpired):
+            run.process.wait(patience)  # one in six or more runs to its end
+        code = run.process.returncode
+        if code == -signal.SIGKILL:
             bars[list(run.bars)[-1] if run.bars else "before the first bar"] += 1
-        ended = run.process.wait() == 0
         found["left-over processes"] += run.outliving()
         if (place / "out").exists():  # which a killed run has too, if the kill came after it had taken its name
             found["results"] += 1
             found["wrong results"] += digests(place / "out") != right
             shutil.rmtree(place / "out")
-        if ended:
+        if code == 0:
             left = [*place.iterdir(), *run.temporary.iterdir()]
             found["left-over files"] += len(left)
-        elif run.process.returncode > 0:
+        elif code > 0:
             found["failed runs"] += 1
-            print(f"benchmarks.scale: ended with {run.process.returncode}: {run.message()}", file=sys.stderr)
+            print(f"benchmarks.scale: ended with {code}: {run.message()}", file=sys.stderr)
             left = [*place.iterdir(), *run.temporary.iterdir()]
         else:
             continue
