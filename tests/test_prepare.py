@@ -375,9 +375,7 @@ forked = pytest.mark.skipif(sys.platform != "linux", reason="replaces a function
 
 
 @forked
-@pytest.mark.parametrize(
-    "function, seconds", [("_begin", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)]
-)
+@pytest.mark.parametrize("function, seconds", [("_begin", 0.3), ("_render", 60), ("train", 60), ("_encode_part", 60)])
 def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tmp_path, capsys, function, seconds):
     with at_work(site, function, seconds) as process:
         process.kill()
