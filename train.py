@@ -103,10 +103,10 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
         epochs = config.train_tokens / (len(training) * config.row_tokens)
         largest = max((weight for _, weight in run.shards.weights), default=1)
         if epochs * largest > 4:
-            weighted = f", each with {largest:g} times the documents of the largest weight" if largest != 1 else ""
+            weighted = f", with weights of up to {largest:g}" if largest != 1 else ""
             print(
-                f"--train-tokens is {epochs:,.1f} epochs of this corpus{weighted}; after about 4, repeated text teaches little "
-                "(Muennighoff et al. 2023, arXiv 2305.16264)",
+                f"--train-tokens is {epochs:,.1f} epochs of this corpus{weighted}; after about 4, repeated text "
+                "teaches little (Muennighoff et al. 2023, arXiv 2305.16264)",
                 flush=True,
             )
     stopped = train(model, optimizer, training, validation, run, mesh, progress, stop)

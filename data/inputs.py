@@ -27,8 +27,9 @@ MOST_WEIGHT = 1_000  # every copy costs memory when rows are packed
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     kinds = (
-        f"PATH, or PATH=WEIGHT for how often an epoch holds its documents, as in wiki.jsonl=0.5; .7z of sites or of tables, folder of these or with Posts.xml and Comments.xml; {', '.join(KINDS)} "
-        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input"
+        f".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml; {', '.join(KINDS)} "
+        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input; "
+        "so.7z=2 wiki.jsonl=0.5: an epoch of training holds the documents of so.7z twice, and of wiki.jsonl half"
     )
     parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH[=WEIGHT]", help=kinds)
     parser.add_argument(
@@ -92,12 +93,10 @@ def with_sources(inputs: Sequence[Input], sources: Sequence[Site | TextFile]) ->
     Raises ValueError for a weight that no document would have, as of an archive of comments.
     """
     paths = {one.path for one in inputs}
-    of = Counter(
-        source.source
-        if isinstance(source, Site)
-        else next(p for p in (source.path, *source.path.parents) if p in paths)
-        for source in sources
-    )
+    of: Counter = Counter()
+    for source in sources:
+        path = source.source if isinstance(source, Site) else source.path
+        of[next(place for place in (path, *path.parents) if place in paths)] += 1
     for one in inputs:
         if one.weight != 1 and not of[one.path]:
             raise ValueError(f"{one.path} has a weight, but no posts or texts; give the weight to the posts instead")
@@ -230,10 +229,10 @@ def documents(
 
     work, dropped, kind, min_score, progress: see `posts`. reading: see `texts`.
     """
-    for number, source in enumerate(sources):
+    for place, source in enumerate(sources):
         if isinstance(source, Site):
             for post in posts(source, work, dropped, kind=kind, min_score=min_score, progress=progress):
-                yield number, post.thread, post
+                yield place, post.thread, post
         else:
             for line, text in texts(source, dropped, progress, reading):
-                yield number, line, text
+                yield place, line, text

@@ -558,7 +558,13 @@ def test_a_config_or_data_that_is_not_the_checkpoints_is_refused_and_the_run_lef
     meta = json.loads((other / "meta.json").read_text())
     meta["files"]["tokens.bin"]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
+    reweighted = shutil.copytree(corpus.folder, tmp_path / "reweighted")
+    meta = json.loads((corpus.folder / "meta.json").read_text())
+    end = len(corpus.training_documents)
+    meta["weights"] = [{"input": "toy.jsonl", "weight": 2.0, "documents": [0, end], "tokens": 1}]
+    (reweighted / "meta.json").write_text(json.dumps(meta))
     for options, message in (
+        ({"data": reweighted}, "on other data than"),
         ({"learning_rate": 2e-4}, "--learning-rate 0.0001, given is 0.0002; give the same, choose another --out"),
         ({"seed": 2}, "--seed 1, given is 2"),
         ({"data": other}, "on other data than"),
