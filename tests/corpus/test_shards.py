@@ -66,9 +66,10 @@ def test_the_fingerprint_is_also_that_of_the_weights(folder):
 @pytest.mark.parametrize(
     "weights",
     [
-        weights_of((0, 9, 2.0)), weights_of((0, 9, 2.0), (8, 18, 1.0)), weights_of((0, 18, 0.0)),
-        weights_of((0, 18, float("nan"))), weights_of((0, 20, 2.0)), weights_of((0, "18", 2.0)), [{}], [5], [], 5,
-        [{**weights_of((0, 18, 2.0))[0], "documents": [0]}], weights_of((0, 18, "2")),
+        weights_of((0, 9, 2.0)), weights_of((0, 9, 2.0), (8, 18, 1.0)), weights_of((0, 20, 2.0)),
+        weights_of((0, 18, 0.0)), weights_of((0, 18, float("nan"))), weights_of((0, 18, float("inf"))),
+        weights_of((0, 18, "2")), weights_of((0, "18", 2.0)), [{**weights_of((0, 18, 2.0))[0], "documents": [0]}],
+        [{}], [5], [], 5,
     ],
 )  # fmt: skip
 def test_damaged_weights_are_found(folder, weights):
