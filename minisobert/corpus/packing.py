@@ -77,8 +77,8 @@ class Packing:
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, places in them) of rows, which are numbered in one endless order; int64 of the same shape.
 
-        Where the rows of an epoch differ in number, all epochs up to that of the last row are packed for it, once: about
-        a second each for 15 million documents.
+        Where the rows of an epoch differ in number, all epochs up to that of the last row are packed for it, once:
+        about a second each for 15 million documents.
         """
         if self._fixed:
             return np.divmod(rows, len(self))
