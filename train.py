@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     init = open_init(config.init, shards) if config.init else None
     model_config = config.model_config(shards.vocab_size, init and init.model.config)
     meshes.check_layout(model_config, world, config.tensor_parallel, config.row_tokens)
-    training = Rows(shards, shards.training_documents, config.seed, config.row_tokens)
+    training = Rows(shards, shards.training_documents, config.seed, config.row_tokens, weights=shards.weights)
     validation = Rows(shards, shards.validation_documents, config.seed, config.row_tokens, purpose="validation")
     config.check(len(training), world // config.tensor_parallel)
     run = Run(config, model_config, shards, init)
@@ -100,10 +100,13 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
             + (f"; going on after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
-        if (epochs := config.train_tokens / (len(training) * config.row_tokens)) > 4:
+        epochs = config.train_tokens / (len(training) * config.row_tokens)
+        largest = max((weight for _, weight in run.shards.weights), default=1)
+        if epochs * largest > 4:
+            weighted = f", with weights of up to {largest:g}" if largest != 1 else ""
             print(
-                f"--train-tokens is {epochs:,.1f} epochs of this corpus; after about 4, repeated text teaches little "
-                "(Muennighoff et al. 2023, arXiv 2305.16264)",
+                f"--train-tokens is {epochs:,.1f} epochs of this corpus{weighted}; after about 4, repeated text "
+                "teaches little (Muennighoff et al. 2023, arXiv 2305.16264)",
                 flush=True,
             )
     stopped = train(model, optimizer, training, validation, run, mesh, progress, stop)

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+import numpy as np
+
+from minisobert.cli import number
 from minisobert.corpus.dump import Site, is_dump, sites, some
 from minisobert.corpus.posts import KINDS as POSTS
 from minisobert.corpus.sources import STDIN, TextFile, encoding_of, kind_of, zip_contents
 from minisobert.corpus.texts import DOCUMENTS, KINDS, PLAIN, Reading, texts
 from minisobert.files import COMPRESSED
 
+MOST_WEIGHT = 1_000  # every copy costs memory when rows are packed
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     kinds = (
         f".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml; {', '.join(KINDS)} "
-        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input"
+        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input; "
+        "so.7z=2 wiki.jsonl=0.5: an epoch of training holds the documents of so.7z twice, and of wiki.jsonl half"
     )
-    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH", help=kinds)
+    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH[=WEIGHT]", help=kinds)
     parser.add_argument(
         "--text-key", nargs="+", default=("text",), metavar="KEY",
         help="columns or keys that make up a text, a blank line between them (default text)",
@@ -40,6 +49,77 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-score", type=int, metavar="N", help="of a dump, leave out posts with a score below N")
     what = "of a dump, whether to write where links lead, as Markdown does: [text](target) (default %(default)s)"
     parser.add_argument("--links", choices=("drop", "keep"), default="drop", help=what)
+
+
+class Input(NamedTuple):
+    """A path of --input. sources: how many of the sites and files of text that are read lie in it; they follow one
+    another."""
+
+    path: Path
+    weight: float
+    sources: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+def weighted(given: Iterable[str | Path]) -> list[Input]:
+    """`so.7z=2` is so.7z with a weight of 2. A path that exists is that path, even if its name ends like that.
+
+    Raises ValueError for a weight that is no number above 0 and at most MOST_WEIGHT.
+    """
+    found = []
+    for text in map(str, given):
+        before, _, weight = text.rpartition("=")
+        if not before or Path(text).exists():
+            found.append(Input(Path(text), 1.0))
+            continue
+        try:
+            value = number(weight)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= MOST_WEIGHT:
+            raise ValueError(
+                f"{text} does not exist, and {weight!r} is no weight of {before}; give a number above 0 and at most "
+                f"{MOST_WEIGHT:,}, as in {before}=0.5"
+            )
+        found.append(Input(Path(before), value))
+    return found
+
+
+def with_sources(inputs: Sequence[Input], sources: Sequence[Site | TextFile]) -> list[Input]:
+    """The inputs with the number of their sources, which are as `check` returns them for these inputs.
+
+    Raises ValueError for a weight that no document would have, as of an archive of comments.
+    """
+    paths = {one.path for one in inputs}
+    of: Counter = Counter()
+    for source in sources:
+        path = source.source if isinstance(source, Site) else source.path
+        of[next(place for place in (path, *path.parents) if place in paths)] += 1
+    for one in inputs:
+        if one.weight != 1 and not of[one.path]:
+            raise ValueError(f"{one.path} has a weight, but no posts or texts; give the weight to the posts instead")
+    return [one._replace(sources=of[one.path]) for one in inputs]
+
+
+def weights_of(inputs: Sequence[Input], source: np.ndarray, lengths: np.ndarray) -> dict:
+    """What meta.json says of the weights: {} where all are 1, so that it stays as it was.
+
+    source: (T,) of the training documents, in their order, an index into the sources; lengths: (at least T,) in tokens.
+    """
+    if all(one.weight == 1 for one in inputs):
+        return {}
+    ends = np.searchsorted(source, np.cumsum([one.sources for one in inputs])).tolist()
+    ranges = [*pairwise([0, *ends])]
+    return {
+        "weights": [
+            {"input": one.name, "weight": one.weight, "documents": [a, b], "tokens": int(lengths[a:b].sum())}
+            for one, (a, b) in zip(inputs, ranges)
+            if one.sources
+        ]
+    }
 
 
 def check(
@@ -141,6 +221,6 @@ def documents(
     """(number of the file, number of the line or row, text) of every document of some files of text.
 
     dropped, progress, reading: see `texts`."""
-    for number, file in files:
+    for place, file in files:
         for line, text in texts(file, dropped, progress, reading):
-            yield number, line, text
+            yield place, line, text

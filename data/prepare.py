@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from data import decontamination, processes
 from data.decontamination import Texts
-from data.inputs import add_options, check, documents
+from data.inputs import add_options, check, documents, weighted, weights_of, with_sources
 from data.processes import in_order
 from data.spool import HELD_OUT, LEFT_OUT, TRAINING, Spool, sides, size_of, texts_of
 from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
 from minisobert.corpus.dump import Site
 from minisobert.corpus.duplicates import digest
+from minisobert.corpus.packing import copies_in_epoch
 from minisobert.corpus.posts import Part, Posts, posts, posts_in
 from minisobert.corpus.shards import write_meta
 from minisobert.corpus.texts import FEW, Reading
@@ -64,6 +65,7 @@ def prepare(
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
+    inputs: paths; PATH=WEIGHT gives the weight of the documents of one, see `weighted`.
     vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
     this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
     place of training one. decontaminate: TASK=PATH, each a task's files whose dev and test texts the corpus must not
@@ -72,7 +74,8 @@ def prepare(
     one. links: "keep" for where those of posts lead, or "drop". Raises ValueError, in one line, for whatever is wrong
     with the input or the settings; `out` appears only when it is complete.
     """
-    inputs = [Path(path) for path in inputs]
+    weighted_inputs = weighted(inputs)
+    inputs = [one.path for one in weighted_inputs]
     if tokenizer is not None and vocab_size is not None:
         raise ValueError("--tokenizer has a vocabulary of its own; leave --vocab-size out")
     vocab_size = 50_000 if vocab_size is None else vocab_size
@@ -82,6 +85,7 @@ def prepare(
         dropped: Counter = Counter()
         reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
         sources, total_bytes, notes = check(inputs, document, dropped)
+        weighted_inputs = with_sources(weighted_inputs, sources)
         for note in notes:
             print(printable(f"note: {' '.join(note.split())}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
@@ -111,6 +115,7 @@ def prepare(
 
         lengths, characters = _encode(spool, side, model, work, run)
         n_posts, comments, _ = spool.counts(side != LEFT_OUT, len(sources))
+        of_training = spool.column("source", side == TRAINING)
         spool.remove()
         meta = {
             "posts": n_posts,
@@ -134,6 +139,7 @@ def prepare(
             **({"reading": reading._asdict()} if reading != Reading() else {}),
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
+            **weights_of(weighted_inputs, of_training, lengths),
             "notes": notes,
             **({"near_duplicates": near_duplicates} if near_duplicates is not None else {}),
             **({"duplicates": dict(+duplicates_of)} if +duplicates_of else {}),
@@ -297,6 +303,10 @@ def table(meta: dict) -> str:
         ("tokens per document", ", ".join(f"{q} %: {n:,}" for q, n in meta["length_percentiles"].items())),
         ("validation documents", f"{last - first:,}"),
     ]
+    for one in meta.get("weights", ()):
+        there = one["documents"][1] - one["documents"][0]
+        held = copies_in_epoch(there, one["weight"])
+        lines.append((f"an epoch of {one['input']}", f"{held:,} documents: {there:,} of weight {one['weight']:g}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 

@@ -188,6 +188,64 @@ def test_several_inputs_become_one_corpus(site, tmp_path):
             prepare(twice, tmp_path / "twice")
 
 
+@pytest.fixture
+def weighed(site, tmp_path):
+    """Three inputs: a dump, a folder of two files with 100 lines in all, and a file whose name ends like a weight."""
+    (tmp_path / "wiki").mkdir()
+    for name, lines in (("a.txt", range(60)), ("b.txt", range(60, 100))):
+        (tmp_path / "wiki" / name).write_text("".join(f"page {i} of the wiki\n" for i in lines))
+    (tmp_path / "x=2").mkdir()
+    (tmp_path / "x=2" / "c.txt").write_text("".join(f"line {i}\n" for i in range(30)))
+    return [site, tmp_path / "wiki", tmp_path / "x=2"]
+
+
+def test_weights_are_written_down_and_change_nothing_else(weighed, tmp_path, capsys):
+    site, wiki, x = weighed
+    plain = prepare(weighed, tmp_path / "plain", vocab_size=400, workers=1)
+    assert "weights" not in plain
+    given = (f"{site}=2", f"{wiki}/=0.25", x)
+    status, output, _ = run(
+        "--input", *given, "--out", tmp_path / "out", "--vocab-size", 400, "--workers", 1, capsys=capsys
+    )
+    assert status == 0
+    a, b = files(tmp_path / "plain"), files(tmp_path / "out")
+    assert all(a[name] == b[name] for name in ("tokens.bin", "documents.npy", "tokenizer.model"))
+    meta = json.loads(b["meta.json"])
+    found = meta.pop("weights")
+    before = json.loads(a["meta.json"])
+    assert meta.pop("sha256") != before.pop("sha256") and meta == before
+    assert [(one["input"], one["weight"]) for one in found] == [("site", 2), ("wiki", 0.25), ("x=2", 1)]
+    text = texts(tmp_path / "out")
+    shards = open_shards(tmp_path / "out")
+    for (documents, weight), beginning, one in zip(shards.weights, ("How to|Do ", "page ", "line "), found):
+        assert len(documents) and all(re.match(beginning, text[i]) for i in documents)
+        assert one["tokens"] == shards.offsets[documents.stop] - shards.offsets[documents.start]
+        held = int(weight * len(documents) + 0.5)
+        said = rf"an epoch of {one['input']} +{held:,} documents: {len(documents):,} of weight {weight:g}\n"
+        assert re.search(said, output)
+    assert shards.weights[-1][0].stop == shards.validation_documents.start
+
+
+def test_a_weight_that_cannot_be_is_an_error_and_a_path_that_exists_is_that_path(weighed, tmp_path):
+    site, wiki, x = weighed
+    meta = prepare([f"{x}=3"], tmp_path / "out", vocab_size=300, workers=1)
+    assert [(one["input"], one["weight"]) for one in meta["weights"]] == [("x=2", 3)]
+    posts, comments = (tmp_path / name / "ai.stackexchange.com" for name in ("posts", "comments"))
+    for folder, table in ((posts, "Posts.xml"), (comments, "Comments.xml")):
+        folder.mkdir(parents=True)
+        (site / table).rename(folder / table)
+    for inputs, message in (
+        ([f"{wiki}=0"], "'0' is no weight of .*wiki; give a number above 0 and at most 1,000, as in .*wiki=0.5"),
+        *(([f"{wiki}={bad}"], f"'{bad}' is no weight of") for bad in ("", "two", "-1", "nan", "1001", "inf")),
+        ([f"{tmp_path}/none.txt=2"], "none.txt does not exist"),
+        ([wiki, f"{wiki}=2"], "is given twice"),
+        ([posts, f"{comments}=2"], "comments.* has a weight, but no posts or texts; give the weight to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(inputs, tmp_path / "never", workers=1)
+        assert not (tmp_path / "never").exists()
+
+
 def test_a_given_tokenizer_is_used_as_it_is(site, tmp_path):
     prepare([site], tmp_path / "a", vocab_size=400, workers=1)
     prepare([site], tmp_path / "b", workers=1, tokenizer=tmp_path / "a" / "tokenizer.model")

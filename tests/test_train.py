@@ -26,6 +26,7 @@ from minisobert.cli import parse
 from minisobert.config import TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.packing import SPECIALS
+from minisobert.corpus.shards import Shards, open_shards
 from minisobert.files import locked
 from minisobert.training import checkpoint, loop, run
 
@@ -68,17 +69,33 @@ def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_pa
     assert metrics(out) == lines
 
 
-@pytest.mark.parametrize(("epochs", "said"), [(3.9, False), (4, False), (5, True)])
-def test_a_run_of_many_epochs_says_so_and_is_not_refused(corpus, tmp_path, monkeypatch, capsys, epochs, said):
+def reweighted(corpus, tmp_path, weight: float) -> Shards:
+    """The corpus with this weight of all its documents."""
+    folder = shutil.copytree(corpus.folder, tmp_path / "reweighted")
+    documents = [0, len(corpus.training_documents)]
+    meta = {**corpus.meta, "weights": [{"input": "toy.jsonl", "weight": weight, "documents": documents, "tokens": 1}]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "weight", "said"),
+    [
+        (3.9, 1, ""), (4, 1, ""), (5, 1, "5.0 epochs of this corpus; after about 4"), (1.9, 2.0, ""),
+        (2.5, 2.0, "2.5 epochs of this corpus, with weights of up to 2; after about 4"),
+    ],
+)  # fmt: skip
+def test_a_run_of_many_epochs_says_so_and_is_not_refused(corpus, tmp_path, monkeypatch, capsys, epochs, weight, said):
     def no_steps(model, optimizer, training, validation, run, mesh, progress, stop):
         progress.loss = 0.0
         return 0
 
     monkeypatch.setattr(train, "train", no_steps)
-    epoch = len(Rows(corpus, corpus.training_documents, 1, ROW)) * ROW
+    corpus = corpus if weight == 1 else reweighted(corpus, tmp_path, weight)
+    epoch = len(Rows(corpus, corpus.training_documents, 1, ROW, weights=corpus.weights)) * ROW
     assert train.main(words(corpus, tmp_path / "run", train_tokens=int(epochs * epoch))) == 0
-    line = "--train-tokens is 5.0 epochs of this corpus; after about 4, repeated text teaches little (Muenn"
-    assert capsys.readouterr().out.count(line) == said
+    output = capsys.readouterr().out
+    assert f"--train-tokens is {said}, repeated text teaches little (Muenn" in output if said else "Muenn" not in output
 
 
 def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):
@@ -559,6 +576,7 @@ def test_a_config_or_data_that_is_not_the_checkpoints_is_refused_and_the_run_lef
     meta["files"]["tokens.bin"]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
     for options, message in (
+        ({"data": reweighted(corpus, tmp_path, 2.0).folder}, "on other data than"),
         ({"learning_rate": 2e-4}, "--learning-rate 0.0001, given is 0.0002; give the same, choose another --out"),
         ({"seed": 2}, "--seed 1, given is 2"),
         ({"data": other}, "on other data than"),

@@ -1,13 +1,14 @@
 """Shards → micro-batches of packed, masked rows, made in the background. The only file of `corpus` that knows torch.
 
-Rows have numbers in one endless order: row g is row g % R of epoch g // R. What is in a row depends on nothing but the
-seed and g, so a position is one integer, and any split of a batch over ranks and micro-batches holds the same rows.
+Rows have numbers in one endless order: row g is row g % R of epoch g // R, or, where weights let the number of rows
+differ between epochs, the row that `Packing.locate` finds. What is in a row depends on nothing but the seed, the
+weights and g, so a position is one integer, and any split of a batch over ranks and micro-batches holds the same rows.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -56,14 +57,22 @@ class MicroBatch:
 class Rows:
     """The rows of some documents of the shards, by their number in the global order."""
 
-    def __init__(self, shards: Shards, documents: range, seed: int, row_tokens: int, purpose: str = "masking"):
-        """purpose: what the masks are for; training and validation draw theirs apart."""
+    def __init__(
+        self,
+        shards: Shards,
+        documents: range,
+        seed: int,
+        row_tokens: int,
+        purpose: str = "masking",
+        weights: Sequence[tuple[range, float]] = (),
+    ):
+        """purpose: what the masks are for; training and validation draw theirs apart. weights: as of `Packing`."""
         self.shards, self.seed, self.purpose = shards, seed, purpose
-        self.packing = Packing(shards.offsets, documents, seed, row_tokens)
+        self.packing = Packing(shards.offsets, documents, seed, row_tokens, weights)
         self._epochs: dict[int, Epoch] = {}
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Rows in an epoch, as of `Packing`."""
         return len(self.packing)
 
     def micro_batch(self, first_row: int, rows: int, mask_rate: float = EVALUATION_RATE) -> MicroBatch:
@@ -83,7 +92,7 @@ class Rows:
             source            [70, 71, 72, 20, 21]                        where in tokens.bin they come from
         """
         width = self.packing.row_tokens
-        epochs, row_in_epoch = np.divmod(np.arange(first_row, first_row + rows), len(self))
+        epochs, row_in_epoch = self.packing.locate(np.arange(first_row, first_row + rows))
         parts = [self.packing.chunks(self._epoch(e), row_in_epoch[epochs == e]) for e in np.unique(epochs).tolist()]
         chunks, counts = (np.concatenate(part) for part in zip(*parts))
 

@@ -5,11 +5,18 @@ lengths share a row is decided once, on the histogram, by best fit from the long
 et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027): 15 million documents have at
 most 2,046 lengths, so this takes as long as for 15 thousand. An epoch only chooses anew which document of its length
 stands in which place, and in what order the rows come; the number of rows never changes.
+
+Weights change how often an epoch holds a document. Of n documents with weight w it holds round(w n) copies, whatever
+the epoch: each document round(w n) // n times, and the remaining ones go to the next documents of a fixed random order,
+which starts again at its end. So after any number of epochs, two documents of a source differ by one copy at most. The
+documents whose turn it is have other lengths than those of the epoch before, so that the number of rows then differs a
+little from epoch to epoch. It remains a function of (seed, epoch), and so does the place of every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +31,9 @@ class Epoch:
     """Which chunks stand in each row of one epoch: of row r, order[slots[starts[i]:starts[i + 1]]] with i = rows[r]."""
 
     rows: np.ndarray  # (R,) the packed row behind row r of the epoch
-    order: np.ndarray  # (P,) the chunks by length, shuffled within each length
+    order: np.ndarray  # (P,) the chunks by length, shuffled within each length; with weights, P copies of them
+    starts: np.ndarray  # (R+1,) where the slots of each packed row begin
+    slots: np.ndarray  # (P,) for each slot a rank in `order`
 
 
 class Packing:
@@ -33,43 +42,113 @@ class Packing:
     chunk_start (P,) int64, chunk_length (P,) int32: where each chunk lies in tokens.bin, specials not counted.
     """
 
-    def __init__(self, offsets: np.ndarray, documents: range, seed: int, row_tokens: int):
-        """offsets: (D+1,) token offsets of all documents; documents: those to pack. Empty documents are left out."""
+    def __init__(
+        self,
+        offsets: np.ndarray,
+        documents: range,
+        seed: int,
+        row_tokens: int,
+        weights: Sequence[tuple[range, float]] = (),
+    ):
+        """offsets: (D+1,) token offsets of all documents; documents: those to pack. Empty documents are left out.
+        weights: (some of these documents, their weight), in ranges that do not overlap; of all others it is 1."""
         self.row_tokens, self.seed = row_tokens, seed
-        self.chunk_start, self.chunk_length = _chunks(offsets[documents.start : documents.stop + 1], row_tokens)
-        histogram = np.bincount(self.chunk_length, minlength=1)
+        offsets = offsets[documents.start : documents.stop + 1]
+        self.chunk_start, self.chunk_length = _chunks(offsets, row_tokens)
+        self._weights = [(range(r.start - documents.start, r.stop - documents.start), w) for r, w in weights if w != 1]
+        # (documents,); not kept without weights, because it is 4 bytes for each of perhaps 60 million documents
+        self._chunks_of = _chunk_counts(offsets, row_tokens).astype(np.uint32) if self._weights else None
+        # whether the rows are the same number in all epochs
+        self._fixed = all(copies_in_epoch(len(r), w) % len(r) == 0 for r, w in self._weights if r)
+        histogram = self._histogram(self._copies(0))
         self._starts, self._slots = _rows(pack_histogram(histogram, row_tokens), histogram)
+        self._first_rows = [0, len(self)]  # of the epochs so far, and of the next one; used where their rows differ
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Rows in an epoch. With weights that have a fraction: in the first epoch."""
         return len(self._starts) - 1
 
     @property
     def tokens(self) -> int:
-        """Real tokens of an epoch: all but padding, [CLS] and [SEP] included."""
-        return int(self.chunk_length.sum(dtype=np.int64)) + SPECIALS * len(self.chunk_length)
+        """Real tokens of an epoch, the first one: all but padding, [CLS] and [SEP] included."""
+        histogram = self._histogram(self._copies(0))
+        return int(histogram @ (np.arange(len(histogram)) + SPECIALS))
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, places in them) of rows, which are numbered in one endless order; int64 of the same shape.
+
+        Where the rows of an epoch differ in number, all epochs up to that of the last row are packed for it, once:
+        about a second each for 15 million documents.
+        """
+        if self._fixed:
+            return np.divmod(rows, len(self))
+        while self._first_rows[-1] <= rows.max():
+            histogram = self._histogram(self._copies(len(self._first_rows) - 1))
+            more = sum(n for n, _ in pack_histogram(histogram, self.row_tokens))
+            self._first_rows.append(self._first_rows[-1] + more)
+        first_rows = np.array(self._first_rows)
+        epochs = np.searchsorted(first_rows, rows, side="right") - 1
+        return epochs, rows - first_rows[epochs]
 
     def epoch(self, epoch: int) -> Epoch:
         """Both shuffles of one epoch: pure functions of (seed, epoch)."""
+        lengths, starts, slots = self.chunk_length, self._starts, self._slots
+        if self._weights:
+            copies = self._copies(epoch)
+            chunks = np.repeat(np.arange(len(lengths)), copies)
+            lengths = lengths[chunks]
+            if not self._fixed:
+                histogram = self._histogram(copies)
+                starts, slots = _rows(pack_histogram(histogram, self.row_tokens), histogram)
         # Sorted by length, then by hash; all keys differ, so the order is the same on every machine.
-        keys = hashing.permutation_keys(len(self.chunk_length), hashing.key(self.seed, "documents", epoch))
-        order = np.argsort(self.chunk_length.astype(np.uint64) << np.uint64(32) | keys)
-        rows = np.argsort(hashing.permutation_keys(len(self), hashing.key(self.seed, "rows", epoch)))
-        return Epoch(rows, order)
+        keys = hashing.permutation_keys(len(lengths), hashing.key(self.seed, "documents", epoch))
+        order = np.argsort(lengths.astype(np.uint64) << np.uint64(32) | keys)
+        if self._weights:
+            order = chunks[order]
+        rows = np.argsort(hashing.permutation_keys(len(starts) - 1, hashing.key(self.seed, "rows", epoch)))
+        return Epoch(rows, order, starts, slots)
 
     def chunks(self, epoch: Epoch, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The chunks of some rows of an epoch, one row after another, (N,), and each row's number of them, (rows,)."""
         packed = epoch.rows[rows]
-        first, counts = self._starts[packed], self._starts[packed + 1] - self._starts[packed]
+        first, counts = epoch.starts[packed], epoch.starts[packed + 1] - epoch.starts[packed]
         slots = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        return epoch.order[self._slots[slots]], counts
+        return epoch.order[epoch.slots[slots]], counts
+
+    def _copies(self, epoch: int) -> np.ndarray | None:
+        """(chunks,) how often an epoch holds each chunk; None without weights, for once each."""
+        if not self._weights:
+            return None
+        copies = np.ones(len(self._chunks_of), np.int64)
+        for documents, weight in self._weights:
+            if n := len(documents):
+                each, more = divmod(copies_in_epoch(n, weight), n)
+                part = copies[documents.start : documents.stop]
+                part[:] = each
+                key = hashing.key(self.seed, "weights", documents.start)
+                turns = np.argsort(hashing.permutation_keys(n, key))  # the same in every epoch
+                part[np.take(turns, epoch * more % n + np.arange(more), mode="wrap")] += 1
+        return np.repeat(copies, self._chunks_of)
+
+    def _histogram(self, copies: np.ndarray | None) -> np.ndarray:
+        """[n]: how many chunks of n tokens an epoch holds. bincount adds in float64, exactly below 2**53."""
+        return np.bincount(self.chunk_length, copies, minlength=1).astype(np.int64)
+
+
+def copies_in_epoch(documents: int, weight: float) -> int:
+    """How many copies of so many documents an epoch holds: weight × documents, a half rounded up."""
+    return math.floor(weight * documents + 0.5)
+
+
+def _chunk_counts(offsets: np.ndarray, row_tokens: int) -> np.ndarray:
+    """How many chunks each document is cut into; 0 for an empty one."""
+    return -(-np.diff(offsets) // (row_tokens - SPECIALS))
 
 
 def _chunks(offsets: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(P,) start and length of each chunk: whole documents, or full chunks of a longer one and what is left of it."""
     longest = row_tokens - SPECIALS
-    lengths = np.diff(offsets)
-    counts = -(-lengths // longest)  # 0 for an empty document
+    counts = _chunk_counts(offsets, row_tokens)
     document_start = np.repeat(offsets[:-1], counts)
     nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     start = document_start + nth * longest

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -72,11 +73,18 @@ class Shards:
     def validation_documents(self) -> range:
         return range(*self.meta["validation_documents"])
 
+    @property
+    def weights(self) -> list[tuple[range, float]]:
+        """(training documents, weight) of each input, in order; none where all weights are 1."""
+        return [(range(*one["documents"]), one["weight"]) for one in self.meta.get("weights", ())]
+
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any byte of the three files, and with nothing else: which corpus a checkpoint was made on."""
+        """Changes with any byte of the three files and with the weights, and with nothing else: which corpus a
+        checkpoint was made on."""
         checksums = "".join(self.meta["files"][name]["sha256"] for name in (*FILES, self.tokenizer_file.name))
-        return hashlib.sha256(checksums.encode()).hexdigest()
+        weights = "".join(f" {r.start} {r.stop} {float(weight)!r}" for r, weight in self.weights)
+        return hashlib.sha256((checksums + weights).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.tokenizer_file)
@@ -94,7 +102,7 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
             f"{folder} holds no prepared data (no meta.json); make it with: "
             f"python -m data.prepare --input path/to/site.7z --out {folder}"
         )
-    meta = _read_meta(folder / "meta.json")
+    meta = read_meta(folder / "meta.json")
     if verify:
         _verify_meta(folder / "meta.json", meta)
     tokenizer_file = _tokenizer_file(meta)
@@ -144,8 +152,8 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
     return shards
 
 
-def _read_meta(path: Path) -> dict:
-    """The content of meta.json, with what `open_shards` relies on checked."""
+def read_meta(path: Path) -> dict:
+    """The content of meta.json, with what `open_shards` relies on checked. Raises ValueError where it is damaged."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -155,13 +163,26 @@ def _read_meta(path: Path) -> dict:
         files = [meta["files"][name] for name in (*FILES, _tokenizer_file(meta))]
         counts += [file["bytes"] for file in files]
         checksums = [file["sha256"] for file in files]
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        sound = _are_sound(meta["weights"], meta["validation_documents"][0]) if "weights" in meta else True
+    except (KeyError, IndexError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
     first, last = meta["validation_documents"]
-    sound = all(type(n) is int and n >= 0 for n in counts) and all(type(sha) is str for sha in checksums)
+    sound &= all(type(n) is int and n >= 0 for n in counts) and all(type(sha) is str for sha in checksums)
     if not (sound and meta["tokens"] > 0 and first <= last == meta["documents"]):
         raise ValueError(f"{path} is damaged: its counts contradict each other; prepare the data again")
     return meta
+
+
+def _are_sound(weights: list[dict], training: int) -> bool:
+    """Whether the documents of the inputs follow one another, up to the number of those for training."""
+    end = 0
+    for one in weights:
+        start, stop, weight = one["documents"][0], one["documents"][1], one["weight"]
+        whole = all(type(n) is int for n in (start, stop, one["tokens"])) and type(one["input"]) is str
+        if not (whole and start == end <= stop and 0 < weight < math.inf):
+            return False
+        end = stop
+    return end == training
 
 
 def _verify_meta(path: Path, meta: dict) -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, replace
+from pathlib import Path
 
-from minisobert.cli import nearest, words
+from minisobert.cli import nearest, printable, words
 from minisobert.config import ModelConfig, TrainConfig
+from minisobert.corpus.packing import SPECIALS, copies_in_epoch
+from minisobert.corpus.shards import read_meta
 from minisobert.parallel.mesh import check_layout, tensor_parallel_sizes
 from minisobert.planning.forecast import Layout, Memory, collectives, flops_per_token, memory, parameters, wire_bytes
 from minisobert.training.meter import CHIPS, dollars
@@ -121,6 +124,7 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
         f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
         f"{_mean_flops(model, config, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows "
         "(less otherwise)",
+        *_mixture(config),
         f"{config.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
@@ -135,6 +139,28 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
         except ValueError as error:
             lines += [f"as given: {error}"]
     return "\n".join(lines)
+
+
+def _mixture(config: TrainConfig) -> list[str]:
+    """What an epoch holds of each input of --data, where they have weights. A plan may come before its data."""
+    path = Path(config.data) / "meta.json"
+    inputs = read_meta(path).get("weights", []) if path.is_file() else []
+    found = []  # of each input: documents, copies in an epoch, and the tokens of these
+    for one in inputs:
+        documents = one["documents"][1] - one["documents"][0]
+        copies = copies_in_epoch(documents, one["weight"])
+        tokens = (one["tokens"] / documents + SPECIALS) * copies if documents else 0
+        found.append((documents, copies, tokens))
+    if not (epoch := sum(tokens for *_, tokens in found)):
+        return []
+    epochs = config.train_tokens / epoch  # rows are full but for less than a hundredth
+    lines = [f"{config.data}: about {epoch:,.0f} tokens in an epoch; this run is {epochs:,.2f} epochs"]
+    for one, (documents, copies, tokens) in zip(inputs, found):
+        lines.append(
+            f"  {one['input']}, weight {one['weight']:g}: {copies:,} documents in an epoch ({documents:,} are there), "
+            f"{tokens / epoch:.1%} of its tokens; each is read {epochs * copies / max(documents, 1):,.2f} times"
+        )
+    return [printable(line) for line in lines]
 
 
 def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:

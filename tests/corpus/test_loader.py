@@ -90,6 +90,26 @@ def test_the_next_epoch_has_other_rows_and_other_masks_and_a_batch_may_span_both
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
+def test_weighted_rows_are_the_same_for_any_split_and_after_any_restart(corpus):
+    """Over the ends of several epochs, which do not have the same number of rows."""
+    half = len(corpus.training_documents) // 2
+    weights = [(range(half), 0.1), (range(half, 2 * half), 0.3)]
+
+    def weighted() -> Rows:
+        return Rows(corpus, corpus.training_documents, 3, 512, weights=weights)
+
+    rows = weighted()
+    epochs, _ = rows.packing.locate(np.arange(90))
+    assert epochs[-1] >= 2 and len(set(np.bincount(epochs)[:-1])) > 1
+    together = rows.micro_batch(0, 90)
+    for width in (1, 4, 9):
+        other = weighted()
+        parts = [other.micro_batch(first, min(width, 90 - first)) for first in range(0, 90, width)]
+        assert torch.equal(torch.cat([part.tokens for part in parts]), together.tokens)
+        assert torch.equal(torch.cat([part.targets for part in parts]), together.targets)
+    assert same(weighted().micro_batch(80, 9), rows.micro_batch(80, 9))  # one that never saw the epochs before
+
+
 def test_training_and_validation_are_masked_apart(corpus):
     one, other = (Rows(corpus, corpus.validation_documents, 3, ROW, purpose) for purpose in ("masking", "validation"))
     assert not torch.equal(one.micro_batch(0, 1).masked, other.micro_batch(0, 1).masked)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -20,14 +23,14 @@ def offsets_of(lengths) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def pack(lengths, seed=1, row_tokens=ROW) -> Packing:
-    return Packing(offsets_of(lengths), range(len(lengths)), seed, row_tokens)
+def pack(lengths, seed=1, row_tokens=ROW, weights=()) -> Packing:
+    return Packing(offsets_of(lengths), range(len(lengths)), seed, row_tokens, weights)
 
 
 def rows_of(packing: Packing, epoch: int) -> list[list[int]]:
     """The chunks of every row, by the public way to ask for them."""
     view = packing.epoch(epoch)
-    chunks, counts = packing.chunks(view, np.arange(len(packing)))
+    chunks, counts = packing.chunks(view, np.arange(len(view.rows)))
     return [row.tolist() for row in np.split(chunks, np.cumsum(counts)[:-1])]
 
 
@@ -95,6 +98,101 @@ def test_a_histogram_is_packed_by_multiplicity():
     assert {(rows, tuple(sorted(row))) for rows, row in packed} == {(1_000_000, (8, 28)), (250_000, (18, 18))}
     with pytest.raises(ValueError, match="a chunk of 59 tokens does not fit a row of 40"):
         pack_histogram(np.ones(60, dtype=int), row_tokens=40)
+
+
+SOURCES = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 70), max_size=25),
+        st.one_of(st.sampled_from([0.5, 1.0, 2.0, 3.0, 0.1, 1.5]), st.floats(0.01, 4)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def ranges_of(sources) -> list[tuple[range, float]]:
+    ends = np.cumsum([0, *(len(lengths) for lengths, _ in sources)]).tolist()
+    return [(range(*ends_of), weight) for ends_of, (_, weight) in zip(pairwise(ends), sources)]
+
+
+def documents_of(packing: Packing, lengths, epoch: int) -> Counter:
+    """How often an epoch holds each document, which must be all of it each time."""
+    chunks = Counter(chain(*rows_of(packing, epoch))) if len(packing) else Counter()
+    found, offsets = Counter(), offsets_of(lengths)
+    for document, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        its = [i for i, at in enumerate(packing.chunk_start.tolist()) if start <= at < stop]
+        assert sum(packing.chunk_length[its]) == stop - start
+        (found[document],) = {chunks[i] for i in its}
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(SOURCES, st.integers(0, 9), st.integers(4, 33))
+def test_every_epoch_holds_as_many_documents_of_a_source_as_its_weight_says(sources, seed, row_tokens):
+    lengths, ranges = [n for of, _ in sources for n in of], ranges_of(sources)
+    packing = pack(lengths, seed, row_tokens, ranges)
+    total: Counter = Counter()
+    for epoch in range(4):
+        found = documents_of(packing, lengths, epoch)
+        for row in rows_of(packing, epoch) if len(packing) else []:
+            assert row and sum(packing.chunk_length[row] + SPECIALS) <= row_tokens
+        for documents, weight in ranges:
+            copies = [found[document] for document in documents]
+            assert abs(sum(copies) - Fraction(weight) * len(documents)) <= Fraction(1, 2)
+            assert not copies or max(copies) - min(copies) <= 1
+        total += found
+        for documents, _ in ranges:  # nobody is left behind, whatever the number of epochs
+            copies = [total[document] for document in documents]
+            assert not copies or max(copies) - min(copies) <= 1
+
+
+@pytest.mark.parametrize(("weight", "epochs", "each"), [(0.5, 2, 1), (0.25, 4, 1), (1.25, 4, 5), (0.3, 10, 3)])
+def test_after_a_few_epochs_every_document_came_up_equally_often(weight, epochs, each):
+    lengths = np.random.default_rng(0).integers(1, 60, 120)
+    packing = pack(lengths, 3, 64, [(range(20, 120), weight)])
+    whole = sum((documents_of(packing, lengths, epoch) for epoch in range(epochs)), Counter())
+    assert {whole[document] for document in range(20, 120)} == {each}
+    assert {whole[document] for document in range(20)} == {epochs}  # not in a range: a weight of 1
+    first = documents_of(packing, lengths, 0)  # whose turn it is does not follow from the order on disk
+    turn = [document for document in range(20, 120) if first[document] == math.ceil(weight)]
+    assert turn != [*range(turn[0], turn[0] + len(turn))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(SOURCES, st.integers(0, 9), st.lists(st.integers(0, 200), min_size=1, max_size=10))
+def test_a_row_lies_in_the_epoch_that_counting_from_the_first_one_finds(sources, seed, asked):
+    lengths, ranges = [n for of, _ in sources for n in of], ranges_of(sources)
+    packing = pack(lengths, seed, 33, ranges)
+    if not len(packing):
+        return
+    counted = []
+    epoch = 0
+    while len(counted) <= max(asked):
+        counted += [(epoch, place) for place in range(len(packing.epoch(epoch).rows))]
+        epoch += 1
+    other = pack(lengths, seed, 33, ranges)  # is asked in another order
+    for row in asked:
+        at = [(int(e), int(p)) for e, p in zip(*other.locate(np.array([row, row + 1])))]
+        assert at[0] == counted[row]
+    together = packing.locate(np.array(asked))
+    assert [*zip(*(each.tolist() for each in together))] == [counted[row] for row in asked]
+    if all(weight == int(weight) for _, weight in ranges):  # the number of rows never changes
+        assert {len(packing.epoch(epoch).rows) for epoch in range(4)} == {len(packing)}
+    assert packing.tokens == sum(sum(packing.chunk_length[row] + SPECIALS) for row in rows_of(packing, 0))
+
+
+def test_with_a_fraction_the_rows_of_epochs_differ_in_number():
+    """Or the test above would not have shown anything."""
+    lengths = np.random.default_rng(1).integers(1, 60, 300)
+    packing = pack(lengths, 1, 64, [(range(300), 0.3)])
+    assert len({len(packing.epoch(epoch).rows) for epoch in range(5)}) > 1
+
+
+def test_weights_of_1_change_nothing():
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    packing, same = pack(lengths), pack(lengths, weights=[(range(200), 1.0), (range(200, 500), 1)])
+    assert rows_of(packing, 3) == rows_of(same, 3)
+    assert rows_of(packing, 3) != rows_of(pack(lengths, weights=[(range(200), 2.0)]), 3)
 
 
 @pytest.mark.skipif(not DUMPS.is_dir(), reason="../shared/data/dumps is not there")

@@ -49,6 +49,36 @@ def test_what_was_written_is_read(folder):
         "documents.npy", "meta.json", "tokenizer.model", "tokens.bin"]  # fmt: skip
 
 
+def weights_of(*each) -> list[dict]:
+    return [{"input": "a", "weight": w, "documents": [a, b], "tokens": 5} for a, b, w in each]
+
+
+def test_the_fingerprint_is_also_that_of_the_weights(folder):
+    assert open_shards(folder).weights == []
+    seen = {open_shards(folder).fingerprint}
+    for weights in ([(0, 9, 2.0), (9, 18, 1.0)], [(0, 8, 2.0), (8, 18, 1.0)], [(0, 9, 2.0), (9, 18, 0.5)]):
+        edit_meta(folder, weights=weights_of(*weights))
+        assert open_shards(folder).weights == [(range(a, b), w) for a, b, w in weights]
+        seen.add(open_shards(folder).fingerprint)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        weights_of((0, 9, 2.0)), weights_of((0, 9, 2.0), (8, 18, 1.0)), weights_of((0, 20, 2.0)),
+        weights_of((0, 18, 0.0)), weights_of((0, 18, float("nan"))), weights_of((0, 18, float("inf"))),
+        weights_of((0, 18, "2")), weights_of((0, "18", 2.0)), [{**weights_of((0, 18, 2.0))[0], "documents": [0]}],
+        [{}], [5], [], 5,
+    ],
+)  # fmt: skip
+def test_damaged_weights_are_found(folder, weights):
+    edit_meta(folder, weights=weights)
+    with pytest.raises(ValueError, match=r"meta.json is damaged.*; prepare the data again") as error:
+        open_shards(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_the_fingerprint_is_that_of_the_files(folder):
     before = open_shards(folder).fingerprint
     edit_meta(folder, seed=5)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
+import shutil
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisobert import model, ops
 from minisobert.config import PRESETS, ModelConfig, TrainConfig
+from minisobert.corpus.packing import Packing
+from minisobert.corpus.shards import open_shards
 from minisobert.model import MaskedLM
 from minisobert.ops import Documents, Dropout, dispatch
 from minisobert.parallel import collectives as parallel_collectives
@@ -356,6 +361,41 @@ def test_the_plan_shows_what_fits_and_what_was_given():
     assert "as given: 16 attention heads cannot be split over --tensor-parallel 32; choose 4, 8 or 16" in page
     page = planning.report(replace(config, batch_schedule="0:131072,1e9:524288"))
     assert "57,221 steps of 131,072 then 524,288" in page  # 7,630 of the first 1e9, 49,591 of the rest
+
+
+def test_the_plan_shows_the_weights_of_the_data(corpus, tmp_path):
+    def plan(data) -> list[str]:
+        config = TrainConfig(preset="base", data=str(data), train_tokens=2_000_000, tokens_per_batch=65_536)
+        return planning.report(config).splitlines()
+
+    without = plan(tmp_path / "none")
+    assert plan(corpus.folder) == without  # no weights
+    folder = shutil.copytree(corpus.folder, tmp_path / "weighted")
+    cut, end = 300, len(corpus.training_documents)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["weights"] = [
+        {"input": name, "weight": w, "documents": [a, b], "tokens": int(corpus.offsets[b] - corpus.offsets[a])}
+        for name, w, a, b in (("so.7z", 2.0, 0, cut), ("wiki.jsonl", 0.3, cut, end))
+    ]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    lines = plan(folder)
+    assert [line for line in lines if line not in without] == lines[2:5] and lines[:2] + lines[5:] == without
+    shards = open_shards(folder)
+    packing = Packing(shards.offsets, shards.training_documents, 1, 2_048, shards.weights)
+    epoch = int(re.search(r"about ([\d,]+) tokens in an epoch", lines[2])[1].replace(",", ""))
+    assert epoch == pytest.approx(packing.tokens, rel=0.02)
+    epochs = 2_000_000 / epoch
+    assert lines[2].endswith(f"this run is {epochs:,.2f} epochs")
+    assert f"so.7z, weight 2: {2 * cut:,} documents in an epoch ({cut:,} are there), " in lines[3]
+    assert lines[3].endswith(f"each is read {2 * epochs:,.2f} times")
+    there = end - cut
+    held = int(0.3 * there + 0.5)
+    assert f"wiki.jsonl, weight 0.3: {held:,} documents in an epoch ({there:,} are there), " in lines[4]
+    shares = [float(re.search(r"([\d.]+)% of its tokens", line)[1]) for line in lines[3:5]]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+    (folder / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        plan(folder)
 
 
 @pytest.mark.parametrize(
