@@ -12,33 +12,31 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data import decontamination, processes
-from data.decontamination import Texts
-from data.inputs import add_options, check, documents, weighted, weights_of, with_sources
+from data import decontamination, journal, processes, reading
+from data.inputs import add_options, check, weighted, weights_of, with_sources
+from data.journal import Journal
 from data.processes import in_order
-from data.spool import HELD_OUT, LEFT_OUT, TRAINING, Spool, sides, size_of, texts_of
+from data.spool import HELD_OUT, LEFT_OUT, SPOOL, TRAINING, Spool, remove, sides, size_of, texts_of
 from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
-from minisobert.corpus.dump import Site
-from minisobert.corpus.duplicates import digest
 from minisobert.corpus.packing import copies_in_epoch
-from minisobert.corpus.posts import Part, Posts, posts, posts_in
 from minisobert.corpus.shards import write_meta
+from minisobert.corpus.sources import STDIN
 from minisobert.corpus.texts import FEW, Reading
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_tokenizer, train
-from minisobert.files import new_folder
+from minisobert.files import flush, new_folder
 from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
@@ -62,6 +60,8 @@ def prepare(
     keep_duplicates: bool = False,
     near_duplicates: float | None = None,
     links: str = "drop",
+    work: str | Path | None = None,
+    fresh: bool = False,
 ) -> dict:
     """Write the folder `out` and return the content of its meta.json.
 
@@ -71,8 +71,9 @@ def prepare(
     place of training one. decontaminate: TASK=PATH, each a task's files whose dev and test texts the corpus must not
     hold. text_key, document, skip_unreadable: how files of text are read, see `Reading`. keep_duplicates: leave only
     those out that are also held out. near_duplicates: leave out documents that are as similar as this to an earlier
-    one. links: "keep" for where those of posts lead, or "drop". Raises ValueError, in one line, for whatever is wrong
-    with the input or the settings; `out` appears only when it is complete.
+    one. links: "keep" for where those of posts lead, or "drop". work: the folder for what goes again; default: beside
+    `out`. fresh: do not go on with what a killed run of the same command left. Raises ValueError, in one line, for
+    whatever is wrong with the input or the settings; `out` appears only when it is complete.
     """
     weighted_inputs = weighted(inputs)
     inputs = [one.path for one in weighted_inputs]
@@ -81,42 +82,54 @@ def prepare(
     vocab_size = 50_000 if vocab_size is None else vocab_size
     _check_settings(vocab_size, workers, keep_duplicates, near_duplicates)
     with ExitStack() as stack:
-        work = stack.enter_context(new_folder(out))  # before anything is read: it may be refused
+        unfinished = stack.enter_context(new_folder(out, journal.NAME))  # before anything is read: it may be refused
         dropped: Counter = Counter()
-        reading = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
+        how_read = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
         sources, total_bytes, notes = check(inputs, document, dropped)
         weighted_inputs = with_sources(weighted_inputs, sources)
         for note in notes:
             print(printable(f"note: {' '.join(note.split())}"), file=sys.stderr)
         given = None if tokenizer is None else open_tokenizer(tokenizer)
         texts = decontamination.read(decontaminate)
-        pool = stack.enter_context(processes.pool(workers, _look_for, texts))
+        asked = [vocab_size, seed, min_score, kind, decontaminate, text_key, document, skip_unreadable, keep_duplicates]
+        files = [*inputs, *([tokenizer] if given else []), *(text.split("=", 1)[-1] for text in decontaminate)]
+        weights = [one.weight for one in weighted_inputs]
+        options = [*map(str, (*asked, near_duplicates, links, work, weights))]
+        command = {"options": options, "files": [*map(journal.identity, files)]}
+        done = Journal(unfinished, command, fresh or STDIN in inputs)
+        temporary = stack.enter_context(journal.temporary(work and Path(work), Path(out), unfinished))
+        if "meta" in done.state:  # it was killed just before its end
+            remove(temporary)
+            return done.state["meta"]
+        pool = stack.enter_context(processes.pool(workers, reading.look_for, texts))
         run = partial(in_order, pool)
-        spool = Spool(work)
+        spool = Spool(temporary)
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="read") as bar:
             how = {"kind": kind, "min_score": min_score, "run": run, "progress": bar.update}
-            spool.write(_sound(_rendered(sources, work, dropped, reading, links == "keep", **how), dropped))
+            reading.read(sources, spool, dropped, how_read, links == "keep", done, **how)
         if not len(spool):
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items() if n)
             raise ValueError(f"no document in {', '.join(map(str, inputs))} (dropped: {reasons or 'nothing'})")
-        side = sides(spool, seed, keep_duplicates, near_duplicates, dropped, run, BATCH)
+        side = _sides(spool, done, dropped, seed, keep_duplicates, near_duplicates, run)
         duplicates_of: Counter = Counter()
         for source, n in zip(sources, spool.counts(side == LEFT_OUT, len(sources))[2].tolist()):
             duplicates_of[source.name] += n
-        if given is None:
+        if given is None and "tokenizer" not in done.state:
             sample = _sample(spool, side == TRAINING, seed)
             print(f"training the tokenizer on {size_of(sample) / 1e6:,.1f} MB of text …", file=sys.stderr)
             died = "the process that trains the tokenizer died, perhaps for lack of memory"
             tokenizer = Tokenizer(processes.call(_train, spool.texts, sample, vocab_size, died=died))
         else:
-            tokenizer = given
-        model = work / tokenizer.file_name
-        model.write_bytes(tokenizer.content)
+            tokenizer = given or open_tokenizer(unfinished)
+        model = unfinished / tokenizer.file_name
+        if "tokenizer" not in done.state:
+            model.write_bytes(tokenizer.content)
+            flush(model)
+            done.enter("tokenizer", tokenizer.file_name)
 
-        lengths, characters = _encode(spool, side, model, work, run)
+        lengths, characters = _encode(spool, side, model, unfinished, run, done)
         n_posts, comments, _ = spool.counts(side != LEFT_OUT, len(sources))
         of_training = spool.column("source", side == TRAINING)
-        spool.remove()
         meta = {
             "posts": n_posts,
             "comments": comments,
@@ -136,7 +149,7 @@ def prepare(
             "kind": kind,
             "min_score": min_score,
             **({"links": links} if links != "drop" else {}),
-            **({"reading": reading._asdict()} if reading != Reading() else {}),
+            **({"reading": how_read._asdict()} if how_read != Reading() else {}),
             "decontaminated": dict(texts.counts),
             "sources": [path.resolve().name for path in inputs],
             **weights_of(weighted_inputs, of_training, lengths),
@@ -144,7 +157,10 @@ def prepare(
             **({"near_duplicates": near_duplicates} if near_duplicates is not None else {}),
             **({"duplicates": dict(+duplicates_of)} if +duplicates_of else {}),
         }
-        write_meta(work, **meta)
+        write_meta(unfinished, **meta)
+        flush(unfinished / "meta.json")
+        done.enter("meta", meta)
+        remove(temporary)
     return meta
 
 
@@ -160,79 +176,17 @@ def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold:
         duplicates.shape(threshold)  # raises for one that cannot be looked for
 
 
-def _look_for(texts: Texts) -> None:
-    global _unwanted  # in each process once: too large to go along with every batch
-    _unwanted = texts
-
-
-# The first pass: documents → text
-
-
-class Rendered(NamedTuple):
-    """The text of a document, b"" where it holds a text of a task's dev or test."""
-
-    thread: int
-    comments: int
-    text: bytes
-    task: str | None
-    digest: int
-
-
-def _rendered(
-    sources, work: Path, dropped: Counter, reading: Reading, links: bool, *, run, progress, **chosen
-) -> Iterator[tuple[int, Rendered]]:
-    """Every document with the number of its source. run: see `posts`."""
-    find = partial(_render_posts, links=links)
-    for is_site, group in groupby(enumerate(sources), lambda item: isinstance(item[1], Site)):
-        if is_site:
-            for number, site in group:
-                for entry in posts(site, work, dropped, run=run, progress=progress, find=find, **chosen):
-                    yield number, entry.post
-            continue
-        found = documents(group, dropped, progress, reading)
-        for batch, rendered in run(_render, _batches(found)):
-            yield from zip((source for source, *_ in batch), rendered)
-
-
-def _batches(found: Iterator[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
-    batch, size = [], 0
-    for item in found:
-        batch.append(item)
-        size += len(item[2])
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _render_posts(part: Part, links: bool, **settings) -> Posts:
-    """In a worker: what a part of `Posts.xml` holds, each post as text."""
-    read = posts_in(part, **settings)
-    found = [(0, entry.post.thread, entry.post.text(links)) for entry in read.entries if entry.post]
-    counts = (entry.comments for entry in read.entries if entry.post)
-    rendered = iter([each._replace(comments=n) for each, n in zip(_render(found), counts)])
-    return read._replace(entries=[e._replace(post=next(rendered)) if e.post else e for e in read.entries])
-
-
-def _render(batch: list[tuple[int, int, str]]) -> list[Rendered]:
-    """In a worker: the texts, what they hold of a task's, and their digests."""
-    found = []
-    for _, thread, text in batch:
-        task = _unwanted.task_of(text)
-        text = "" if task else text
-        found.append(Rendered(thread, -1, text.encode(), task, digest(text)))
-    return found
-
-
-def _sound(found: Iterator[tuple[int, Rendered]], dropped: Counter) -> Iterator[tuple[int, int, int, bytes, int]]:
-    """What goes into the spool."""
-    for source, (thread, comments, text, task, number) in found:
-        if text:
-            yield source, comments, thread, text, number
-        else:
-            dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
-            dropped["comments of dropped posts"] += max(comments, 0)
+def _sides(spool: Spool, done: Journal, dropped: Counter, *how) -> np.ndarray:
+    """`sides`, or what the journal says of it."""
+    path = spool.texts.with_name(f"{SPOOL}-sides")
+    if "sides" not in done.state:
+        side = sides(spool, *how[:-1], dropped, how[-1], BATCH)
+        path.write_bytes(side.tobytes())
+        flush(path)
+        done.enter("sides", dict(dropped))
+    dropped.clear()
+    dropped.update(done.state["sides"])
+    return np.fromfile(path, np.int8)
 
 
 def _sample(spool: Spool, training: np.ndarray, seed: int) -> np.ndarray:
@@ -252,25 +206,39 @@ def _train(texts: Path, sample: np.ndarray, vocab_size: int) -> bytes:
 # The second pass: text → ids
 
 
-def _encode(spool: Spool, side: np.ndarray, model: Path, out: Path, run) -> tuple[np.ndarray, int]:
+def _encode(spool: Spool, side: np.ndarray, model: Path, out: Path, run, done: Journal) -> tuple[np.ndarray, int]:
     """Write the ids of the documents and where each begins; returns the length of each in tokens, (D,) int64, and all
     characters. What is held out comes last."""
-    end = characters = 0
+    start = done.state.get("encode", {"parts": 0, "tokens": 0, "end": 0, "characters": 0})
+    number, end, characters = start["parts"], start["end"], start["characters"]
     count = int((side != LEFT_OUT).sum())
-    header = {"descr": "<i8", "fortran_order": False, "shape": (count + 1,)}
     parts = (part for which in (TRAINING, HELD_OUT) for part in spool.parts(side == which, BATCH))
     total = sum(size_of(chunk["span"]) for chunk in spool.chunks(side != LEFT_OUT))
     # numpy's own writing of an array does not tell that a disk is full
-    with open(out / "tokens.bin", "wb") as tokens, open(out / "documents.npy", "wb") as offsets:
-        np.lib.format.write_array_header_1_0(offsets, header)
-        offsets.write(np.zeros(1, np.int64).tobytes())
+    with open(out / "tokens.bin", "ab") as tokens, open(out / "documents.npy", "ab") as offsets:
+        tokens.truncate(start["tokens"])
+        offsets.truncate(start.get("offsets", 0))
+        if not number:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (count + 1,)}
+            np.lib.format.write_array_header_1_0(offsets, header)
+            offsets.write(np.zeros(1, np.int64).tobytes())
+
+        def state() -> dict:
+            for file in (tokens, offsets):
+                file.flush()
+                os.fsync(file.fileno())
+            sizes = {"tokens": tokens.seek(0, os.SEEK_END), "offsets": offsets.seek(0, os.SEEK_END)}
+            return {"parts": number, "end": end, "characters": characters, **sizes}
+
         with tqdm(total=total, unit="B", unit_scale=True, desc="encode") as bar:
+            bar.update(sum(map(size_of, islice(parts, number))))
             for (_, part, _), (content, counts, more) in run(_encode_part, ((spool.texts, x, model) for x in parts)):
                 tokens.write(content)
                 offsets.write((np.cumsum(counts, dtype=np.int64) + end).tobytes())
-                end += sum(counts)
-                characters += more
+                number, end, characters = number + 1, end + sum(counts), characters + more
                 bar.update(size_of(part))
+                done.now_and_then("encode", state)
+        done.enter("encode", state())
     _opened.cache_clear()
     return np.diff(np.load(out / "documents.npy")), characters
 
@@ -311,7 +279,7 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
-@command("data.prepare", "nothing was written")
+@command("data.prepare", "the same command goes on from where it was, or with --fresh from the start")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
     add_options(parser)
@@ -324,6 +292,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="encode with this one in place of learning one: a tokenizer.model or tokenizer.json, or the folder of a "
         "run, of other shards or of an imported model",
     )  # fmt: skip
+    parser.add_argument(
+        "--work",
+        metavar="DIR",
+        help="folder for temporary files, which may need twice the space of the text (default: beside --out)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over where a run of the same command was killed, in place of going on",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the held-out threads")
     parser.add_argument(

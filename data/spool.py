@@ -5,8 +5,9 @@ Nothing here takes more than 30 bytes of memory a document, but for near duplica
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from minisobert.corpus import duplicates
 from minisobert.corpus.shards import held_out
 
 LEFT_OUT, TRAINING, HELD_OUT = 0, 1, 2  # sides
+SPOOL = "spool"  # how the names of the files begin
 # span: from where to where in the file of texts; comments: -1 if it is no post.
 _DOCUMENT = np.dtype([("source", "i4"), ("comments", "i4"), ("thread", "i8"), ("span", "i8", 2), ("digest", "u8")])
 _CHUNK = 1 << 16  # documents looked at at a time
@@ -26,24 +28,35 @@ class Spool:
     """`texts` and `index` are files, made by `write`."""
 
     def __init__(self, folder: Path):
-        self.texts, self.index = folder / "spool", folder / "spool-index"
+        self.texts, self.index = folder / SPOOL, folder / f"{SPOOL}-index"
 
-    def write(self, found: Iterable[tuple[int, int, int, bytes, int]]) -> None:
-        """found: of each document its source, comments, thread, text and digest."""
-        end, records = 0, []
-        with open(self.texts, "wb") as texts, open(self.index, "wb") as index:
+    def write(self, found: Iterable[tuple[int, int, int, bytes, int]], start: Sequence[int] = (0, 0)) -> None:
+        """found: of each document its source, comments, thread, text and digest. start: what `flush` has returned, if
+        the files are to go on from there."""
+        with open(self.texts, "ab") as texts, open(self.index, "ab") as index:
+            self._files, self._records = (texts, index), []
+            for file, size in zip(self._files, start):
+                file.truncate(size)
+            end = start[0]
             for source, comments, thread, text, digest in found:
                 texts.write(text)
-                records.append((source, comments, thread, (end, end + len(text)), digest))
+                self._records.append((source, comments, thread, (end, end + len(text)), digest))
                 end += len(text)
-                if len(records) == _CHUNK >> 4:
-                    index.write(np.array(records, _DOCUMENT).tobytes())
-                    records = []
-            index.write(np.array(records, _DOCUMENT).tobytes())
+                if len(self._records) == _CHUNK >> 4:
+                    self._write_records()
+            self.flush()
 
-    def remove(self) -> None:
-        self.texts.unlink()
-        self.index.unlink()
+    def _write_records(self) -> None:
+        self._files[1].write(np.array(self._records, _DOCUMENT).tobytes())
+        self._records.clear()
+
+    def flush(self) -> list[int]:
+        """The sizes of both files, which are on the disk now."""
+        self._write_records()
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        return [file.seek(0, os.SEEK_END) for file in self._files]
 
     def __len__(self) -> int:
         return self.index.stat().st_size // _DOCUMENT.itemsize
@@ -76,6 +89,12 @@ class Spool:
         """The spans, rows of (from, to), of some documents in order, cut into tasks of about `batch` bytes."""
         for chunk in self.chunks(which):
             yield from cut(chunk["span"], batch)
+
+
+def remove(folder: Path) -> None:
+    """The files of a spool go."""
+    for path in folder.glob(f"{SPOOL}*"):
+        path.unlink()
 
 
 def texts_of(texts: Path, spans: np.ndarray) -> Iterator[str]:

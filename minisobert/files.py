@@ -70,8 +70,9 @@ def open_binary(path: Path, inside: BinaryIO | None = None) -> Iterator[BinaryIO
 
 
 @contextmanager
-def locked(path: Path, what: str | Path) -> Iterator[str]:
+def locked(path: Path, what: str | Path, keep: type[BaseException] | tuple = ()) -> Iterator[str]:
     """Holds a lock while the block runs, by a file at `path` that is removed at the end. what: the folder it is for.
+    keep: where the block ends with such an exception, the file stays as if the process had been killed.
 
     Yields whom the file still names ("process 123 on host"), which is one that was killed while it held the lock; or
     "". Raises ValueError where a living process holds it, OSError where the file cannot be made. Where the file system
@@ -79,7 +80,7 @@ def locked(path: Path, what: str | Path) -> Iterator[str]:
 
     The kernel drops the lock with the process, however that ends. Processes that it forks meanwhile do not keep it.
     """
-    descriptor = None
+    descriptor, kept = None, False
     while descriptor is None:
         descriptor, taken, has_locks = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), False, True
         _locks.add(descriptor)
@@ -102,9 +103,12 @@ def locked(path: Path, what: str | Path) -> Iterator[str]:
                 text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
                 os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
         yield holder if has_locks else ""
+    except keep:
+        kept = True
+        raise
     finally:
         if descriptor in _locks:  # not in a forked process that runs to its end
-            if _is_at(path, descriptor):  # nobody else may move it away meanwhile: the lock is held
+            if not kept and _is_at(path, descriptor):  # nobody else may move it away meanwhile: the lock is held
                 path.unlink()
             _drop(descriptor)
 
@@ -130,14 +134,17 @@ os.register_at_fork(after_in_child=_drop_all)  # or a child that outlives this p
 
 
 @contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
+def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
     """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
 
-    One that a killed process left is removed first, and a line on standard error says so. Raises ValueError where `out`
+    One that a killed process left is removed first, and a line on standard error says so. journal: the name of a file
+    in the folder, if the block can go on with what such a process left. Then that is kept, also after Ctrl-C and
+    SIGTERM, and the file goes at the end. Raises ValueError where `out`
     exists already (an empty folder is fine), cannot be made, or is being made by another process, and where the disk
     gets full.
     """
     out, place = Path(out), Path(os.path.realpath(out))  # the work is done beside the folder that a symlink stands for
+    keep = KeyboardInterrupt if journal else ()
     with ExitStack() as stack:
         try:
             _check_is_free(out, place)
@@ -145,14 +152,16 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             for parent in reversed([parent for parent in place.parents if not parent.exists()]):
                 parent.mkdir(exist_ok=True)
                 stack.callback(_remove_if_empty, parent)
-            killed = stack.enter_context(locked(work.with_name(f"{work.name}.lock"), out))
+            killed = stack.enter_context(locked(work.with_name(f"{work.name}.lock"), out, keep))
             _check_is_free(out, place)  # again: who had the lock until now may have made it
-            if killed and work.is_dir():
+            if killed and journal and work.is_dir() and not work.is_symlink():
+                pass
+            elif killed and work.is_dir():
                 print(f"removing {work}, which {killed} left unfinished", file=sys.stderr)
                 shutil.rmtree(work)
             elif os.path.lexists(work):  # on a file system without locks it may well be in use
                 raise ValueError(f"{work} is in the way; remove it if no other process is writing there")
-            work.mkdir()
+            work.mkdir(exist_ok=bool(journal))
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error
             raise ValueError(f"{out} cannot be made ({reason}); choose another --out") from None
@@ -160,8 +169,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             yield work
             for path in (work, *work.rglob("*")):
                 flush(path)
+            if journal:
+                (work / journal).unlink(missing_ok=True)
             work.replace(place)
             flush(place.parent)
+        except keep:
+            raise
         except BaseException as error:
             shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

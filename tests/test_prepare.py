@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from data import prepare as module
+from data import reading
 from data.prepare import main, prepare
 from minisobert.corpus.shards import open_shards
 from minisobert.corpus.tokenizer import MASK
@@ -83,13 +85,14 @@ def test_whole_threads_are_held_out_and_stored_last(site, tmp_path):
 
 
 def test_the_result_is_the_same_for_any_number_of_workers(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 1_000)
+    for place in (module, reading):
+        monkeypatch.setattr(place, "BATCH", 1_000)
     pids = set()
-    render = module._render
-    monkeypatch.setattr(module, "_render", lambda batch: pids.add(os.getpid()) or render(batch))
+    render = reading._render
+    monkeypatch.setattr(reading, "_render", lambda batch: pids.add(os.getpid()) or render(batch))
     prepare([site], tmp_path / "one", vocab_size=400, workers=1)
     assert pids == {os.getpid()}  # one worker is this process
-    monkeypatch.setattr(module, "_render", render)
+    monkeypatch.setattr(reading, "_render", render)
     for workers in (2, 3):
         prepare([site], tmp_path / "many", vocab_size=400, workers=workers)
         assert files(tmp_path / "many") == files(tmp_path / "one")
@@ -385,10 +388,10 @@ def test_a_bad_out_is_refused_before_anything_is_read(tmp_path, capsys):
 AT_WORK = """
 import hashlib, sys, time
 from pathlib import Path
-from data import prepare, processes
+from data import prepare, processes, reading
 
 name, seconds, mark, *arguments = sys.argv[1:]
-place = processes if name == "_begin" else prepare
+place = {"_begin": processes, "_render": reading}.get(name, prepare)
 function = getattr(place, name)
 
 def busy(*given):
@@ -435,10 +438,10 @@ def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tm
     with at_work(site, function, seconds) as process:
         process.kill()
         process.communicate(timeout=15)
-    assert (tmp_path / ".out.unfinished").exists()
+    begun = any((tmp_path / ".out.unfinished").iterdir())
     status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 1, capsys=capsys)
     assert status == 0
-    assert f"removing {tmp_path}/.out.unfinished, which process {process.pid} on " in errors
+    assert (f"starting over in {tmp_path}/.out.unfinished, which another run left" in errors) == begun
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "site"]
     assert len(texts(tmp_path / "out")) == 120
 
@@ -453,16 +456,105 @@ def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tm
         (signal.SIGTERM, 143, "_render", 0.3),
     ],
 )
-def test_an_interrupted_run_leaves_nothing(site, tmp_path, number, status, function, seconds):
+def test_an_interrupted_run_leaves_what_the_next_goes_on_with(site, tmp_path, number, status, function, seconds):
     with at_work(site, function, seconds) as process:
         os.kill(process.pid, number)
         if number == signal.SIGINT:  # a terminal sends it to all processes
             os.killpg(process.pid, number)  # and somebody is in a hurry
         _, errors = process.communicate(timeout=15)
     assert process.returncode == status
-    assert errors.splitlines()[-1] == "data.prepare: interrupted; nothing was written"
+    assert errors.splitlines()[-1].startswith("data.prepare: interrupted; the same command goes on from where it was")
     assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    assert {path.name for path in tmp_path.iterdir()} == {"site", ".out.unfinished", ".out.unfinished.lock"}
+
+
+# Going on
+
+
+INTO_PIECES = """
+import os, signal, sys
+from data import journal, prepare
+from minisobert.corpus import comments, posts, rows
+
+journal.SECONDS, rows.BLOCK, posts.PART, prepare.BATCH, comments.RUN = 0, 500, 500, 500, 20
+calls, last = 0, int(sys.argv[1])
+
+def count(event, arguments):
+    global calls
+    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir"):
+        calls += os.getpid() == main
+        if calls == last:
+            os.kill(main, signal.SIGKILL)
+
+main = os.getpid()
+prepare.prepare  # imported before the hook
+sys.addaudithook(count)
+try:
+    status = prepare.main(sys.argv[2:])
+finally:
+    print(calls)
+sys.exit(status)
+"""
+
+
+def run_until(last: int, *arguments) -> subprocess.CompletedProcess:
+    """A run of data.prepare in small pieces that is killed when it touches a file for the last-th time."""
+    command = [sys.executable, "-c", INTO_PIECES, last, *arguments, "--workers", "1", "--vocab-size", "400"]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same(site, tmp_path):
+    (site / "Comments.xml").write_text(
+        "<comments>\n"
+        + "".join(f'<row Id="{n}" PostId="{n % 130 + 1}" Text="c {n}" />\n' for n in range(60))
+        + "</comments>"
+    )
+    write_lines(tmp_path / "more.txt")
+    arguments = ["--input", site, tmp_path / "more.txt", "--work", tmp_path / "work", "--out"]
+    whole = run_until(0, *arguments, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    moments = int(whole.stdout.splitlines()[-1])
+    assert moments > 150
+    went_on = 0
+    for last in range(5, moments, max(1, moments // 12)):
+        out = tmp_path / "killed"
+        killed = run_until(last, *arguments, out)
+        if killed.returncode == 0 and last > moments - 20:  # what python opens by itself is not always the same
+            break
+        assert killed.returncode == -signal.SIGKILL
+        again = run_until(last, *arguments, out)  # and once more, if it comes so far
+        went_on += "going on with" in again.stderr
+        if again.returncode:
+            assert again.returncode == -signal.SIGKILL, again.stderr
+            again = run_until(0, *arguments, out)
+            went_on += "going on with" in again.stderr
+        assert again.returncode == 0, again.stderr
+        assert files(out) == files(tmp_path / "whole")
+        assert {path.name for path in tmp_path.iterdir()} == {"site", "more.txt", "whole", "killed", "work"}
+        assert not any((tmp_path / "work").iterdir())
+        shutil.rmtree(out)
+    assert went_on > 8
+
+
+def write_lines(path):
+    path.write_text("".join(f"line {n} of a text of its own\n" for n in range(100)) * 2)
+
+
+@pytest.mark.parametrize("change", [["--seed", "7"], ["--fresh"], ["touch"]])
+def test_what_another_command_left_is_not_gone_on_with(site, tmp_path, capsys, monkeypatch, change):
+    monkeypatch.setattr(module, "_encode", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    arguments = ["--input", site, "--out", tmp_path / "out", "--workers", 1, "--vocab-size", 400]
+    assert run(*arguments, capsys=capsys)[0] == 130
+    assert run(*arguments, capsys=capsys)[2].count("going on with") == 1
+    if change == ["touch"]:
+        os.utime(site / "Posts.xml", (1, 1))
+        change = []
+    monkeypatch.undo()
+    status, _, errors = run(*arguments, *change, capsys=capsys)
+    assert status == 0
+    assert f"starting over in {tmp_path}/.out.unfinished" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "site"]
 
 
 def _die(*arguments):
@@ -471,10 +563,11 @@ def _die(*arguments):
 
 @forked
 @pytest.mark.parametrize(
-    "function, message", [("_render", "a worker process died"), ("train", "the process that trains the tokenizer died")]
+    "function, message",
+    [("_render", "a worker process died"), ("train", "the process that trains the tokenizer died")],
 )
 def test_a_process_that_dies_is_one_line_and_leaves_nothing(site, tmp_path, capsys, monkeypatch, function, message):
-    monkeypatch.setattr(module, function, _die)
+    monkeypatch.setattr(reading if function == "_render" else module, function, _die)
     status, _, errors = run("--input", site, "--out", tmp_path / "out", "--workers", 2, capsys=capsys)
     assert status == 2
     assert errors.splitlines()[-1].startswith(f"data.prepare: {message}")
@@ -523,7 +616,7 @@ def test_a_real_dump_comes_back_exactly(tmp_path):
         pytest.skip("the real dumps are not beside this checkout (../shared/data)")
     pytest.importorskip("py7zr")
     (site,), _, _ = module.check([path])
-    rendered = [entry.post.text() for entry in module.posts(site, tmp_path, module.Counter())]
+    rendered = [entry.post.text() for entry in reading.posts(site, tmp_path, module.Counter())]
     meta = prepare([path], tmp_path / "out", vocab_size=4_000, workers=2)
     assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is an image alone
     assert sorted(texts(tmp_path / "out")) == sorted(filter(None, rendered))

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from data import prepare as module
+from data import reading
 from data.prepare import main, prepare
 from minisobert.corpus.shards import open_shards
 
@@ -14,7 +15,8 @@ ROW = '<row Id="{}" PostTypeId="{}" {} Body="{}" />\n'
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 500)
+    for place in (module, reading):
+        monkeypatch.setattr(place, "BATCH", 500)
 
 
 def write(path, lines):

@@ -21,10 +21,10 @@ _EACH = 1_024  # comments; of one in so many the post is kept in memory
 
 
 class Runs:
-    """Writes the runs of a folder, which must be empty. `comments`: how many were written."""
+    """Writes the runs of a folder. `runs`, `comments`: how many were written so far, before and by this object."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.comments, self.runs = folder, 0, 0
+    def __init__(self, folder: Path, runs: int = 0, comments: int = 0):
+        self.folder, self.runs, self.comments = folder, runs, comments
         self._parts: list[tuple[np.ndarray, np.ndarray, bytes]] = []
         self._size = 0
 
@@ -37,6 +37,11 @@ class Runs:
         if self._size >= RUN:
             self.flush()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether some are not on the disk yet."""
+        return self._size > 0
+
     def flush(self) -> None:
         if not self._size:
             return
@@ -48,8 +53,10 @@ class Runs:
         name = str(self.folder / str(self.runs))
         with open(f"{name}.text", "wb") as file:
             file.writelines(text[end - size : end] for end, size in zip(ends[order].tolist(), sizes[order].tolist()))
+            os.fsync(file.fileno())
         with open(f"{name}.index", "wb") as file:  # (C, 2) int64: the post of each comment, and where its text ends
             file.write(np.stack([posts[order], np.cumsum(sizes[order])], axis=1).tobytes())
+            os.fsync(file.fileno())
         self.runs += 1
 
 
@@ -57,8 +64,9 @@ def comments_of(folder: Path, posts: Sequence[int]) -> dict[int, list[str]]:
     """The comments, in the dump's order, of each of these posts that has any."""
     wanted = np.unique(np.array(posts, np.int64))
     found: dict[int, list[str]] = {}
-    for run in range(len(_sample(folder))) if len(wanted) else ():
-        index, before = _slice(folder, run, int(wanted[0]), int(wanted[-1]))
+    samples = _samples(folder, folder.stat().st_mtime_ns) if len(wanted) else []
+    for run, sample in enumerate(samples):
+        index, before = _slice(folder / f"{run}.index", sample, int(wanted[0]), int(wanted[-1]))
         begin = np.searchsorted(index[:, 0], wanted)
         stop = np.searchsorted(index[:, 0], wanted, "right")
         there = np.flatnonzero(stop > begin)
@@ -74,20 +82,19 @@ def comments_of(folder: Path, posts: Sequence[int]) -> dict[int, list[str]]:
     return found
 
 
-def _slice(folder: Path, run: int, first: int, last: int) -> tuple[np.ndarray, int]:
+def _slice(path: Path, sample: np.ndarray, first: int, last: int) -> tuple[np.ndarray, int]:
     """((C, 2), where the text of the first begins): what a run's index says of the posts from `first` to `last`, and
     perhaps of some before and behind."""
-    sample = _sample(folder)[run]
     begin = max(int(np.searchsorted(sample, first)) - 1, 0) * _EACH
     stop = int(np.searchsorted(sample, last, "right")) * _EACH
-    with open(folder / f"{run}.index", "rb") as file:
+    with open(path, "rb") as file:
         file.seek(max(begin - 1, 0) * 16)
         index = np.frombuffer(file.read((stop - max(begin - 1, 0)) * 16), np.int64).reshape(-1, 2)
     return (index[1:], int(index[0, 1])) if begin else (index, 0)
 
 
 @lru_cache(1)
-def _sample(folder: Path) -> list[np.ndarray]:
-    """Of each run the post of every _EACH-th comment. The runs are complete when they are first looked at."""
+def _samples(folder: Path, modified: int) -> list[np.ndarray]:
+    """Of each run the post of every _EACH-th comment. modified: tells one site's folder from another's."""
     runs = sorted(int(path.stem) for path in folder.glob("*.index"))
     return [np.memmap(folder / f"{run}.index", np.int64, "r").reshape(-1, 2)[::_EACH, 0].copy() for run in runs]

@@ -8,7 +8,6 @@ a function of which says what a part holds, in any process, and a `Tally` counts
 from __future__ import annotations
 
 import shutil
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ PART = 1 << 20  # bytes of XML, about, that a process is given at a time
 FABRICATED = 1_000_000_000  # the Ids of invented posts begin here; see `genuine`
 MALFORMED, OF_DROPPED = "malformed rows", "comments of dropped posts"  # reasons
 _BITS = 4_096  # ids of one entry of `_Ids`
+_COUNTS = ("_ended", "_rows", "_before", "_taken")  # of a `Tally`
 
 
 class Post(NamedTuple):
@@ -61,10 +61,16 @@ class Part(NamedTuple):
         return sum(map(len, self.blocks))
 
 
-def parts(member: Member, table: str) -> Iterator[Part]:
-    """A table of a site, cut into parts."""
+def parts(member: Member, table: str, begin: int = 0) -> Iterator[Part]:
+    """A table of a site, cut into parts. begin: bytes that parts of it had before; the rest is cut in the same way."""
     with member.open() as stream:
-        gathered, size, first = [], 0, True
+        if stream.seekable():
+            stream.seek(begin)
+        else:  # an archive has to be unpacked again as far as that
+            at = 0
+            while at < begin and (passed := stream.read(min(begin - at, PART))):
+                at += len(passed)
+        gathered, size, first = [], 0, begin == 0
         for block in blocks(stream):
             gathered.append(block)
             size += len(block)
@@ -169,6 +175,19 @@ class Tally:
     def __post_init__(self):
         self.runs, self._with_comments, self._lost = Runs(self.folder), _Ids(), array("q")
 
+    def state(self) -> dict:
+        """All of it but `dropped`, in values that JSON has; between two runs of comments."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        ids = {number: bits.hex() for number, bits in self._with_comments.bits.items()}
+        return {**counts, "runs": [self.runs.runs, self.runs.comments], "ids": ids, "lost": self._lost.tolist()}
+
+    def restore(self, state: dict) -> None:
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self.runs = Runs(self.folder, *state["runs"])
+        self._with_comments.bits = {int(number): bytearray.fromhex(bits) for number, bits in state["ids"].items()}
+        self._lost = array("q", state["lost"])
+
     def add(self, read: Comments) -> None:
         self.dropped.update(read.dropped)
         self._ended = self._ended if read.ended is None else read.ended
@@ -225,11 +244,11 @@ class _Ids:
     """A set of ids; of ids that stand close together each takes a bit or two."""
 
     def __init__(self):
-        self._bits: dict[int, bytearray] = {}
+        self.bits: dict[int, bytearray] = {}
 
     def add(self, number: int) -> bool:
         """Whether it was not there yet."""
-        bits = self._bits.setdefault(number // _BITS, bytearray(_BITS // 8))
+        bits = self.bits.setdefault(number // _BITS, bytearray(_BITS // 8))
         byte, bit = number % _BITS // 8, 1 << number % 8
         new = not bits[byte] & bit
         bits[byte] |= bit
@@ -246,28 +265,52 @@ def posts(
     run: Callable[[Callable, Iterable], Iterator[tuple]] = lambda function, items: ((i, function(i)) for i in items),
     progress: Callable[[int], object] = lambda size: None,
     find: Callable = posts_in,
+    mark: Callable[[Callable[[], dict]], object] = lambda state: None,
+    start: dict | None = None,
 ) -> Iterator[Entry]:
     """Every post of a site that is not left out, in the dump's order, with its comments.
 
-    work: a folder for the comments, which are removed at the end. dropped: counts, by reason, what is left out. run:
-    gives (item, function(item)) in order, perhaps computed in other processes. progress: called with the number of
-    bytes of XML read since it was last called. find: `posts_in`, or what calls it and does something more with the
-    posts. Raises ValueError for a dump that is empty, truncated or declares entities.
+    work: a folder for the comments, which are removed at the end, but not after a signal. dropped: counts, by reason,
+    what is left out. run: gives (item, function(item)) in order, perhaps computed in other processes. progress: called
+    with the number of bytes of XML read since it was last called. find: `posts_in`, or what calls it and does something
+    more with the posts. mark: called now and then with a function that tells how far this has come, when all entries up
+    to there were taken; start: what that function returned, and `dropped` is as it was then, to go on from there.
+
+    Raises ValueError for a dump that is empty, truncated or declares entities.
     """
-    folder = Path(tempfile.mkdtemp(prefix="comments-", dir=work))
+    folder = Path(work) / "comments"
+    folder.mkdir(exist_ok=start is not None)
     tally = Tally(site, folder, dropped)
+    table, at = "comments" if site.comments else "posts", 0
+    if start:
+        table, at = start["table"], start["at"]
+        tally.restore(start["tally"])
+    progress(at + (site.comments.size if site.comments and table == "posts" else 0))
+
+    def state() -> dict:
+        return {"table": table, "at": at, "tally": tally.state()}
+
     try:
-        if site.comments:
-            for part, read in run(comments_in, parts(site.comments, "comments")):
+        if site.comments and table == "comments":
+            for part, read in run(comments_in, parts(site.comments, "comments", at)):
                 progress(part.size)
                 tally.add(read)
+                at += part.size
+                if not tally.runs.waiting:
+                    mark(state)
             tally.end_comments()
-        for part, read in run(partial(find, folder=folder, kind=kind, min_score=min_score), parts(site.posts, "posts")):
+            table, at = "posts", 0
+        find = partial(find, folder=folder, kind=kind, min_score=min_score)
+        for part, read in run(find, parts(site.posts, "posts", at)):
             progress(part.size)
             yield from tally.kept(read)
+            at += part.size
+            mark(state)
         tally.end()
-    finally:
+    except Exception:  # not after a signal, where `start` may follow
         shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 def genuine(found: Iterable[dict[str, str]], dropped: Counter) -> Iterator[dict[str, str]]:

@@ -1,0 +1,84 @@
+"""How far data.prepare has come, on disk: after a kill, the same command goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minisobert.cli import printable
+from minisobert.files import flush, write_json
+
+NAME = "journal.json"
+SECONDS = 10  # between two entries: what a kill can cost. An entry waits for the disk.
+
+
+class Journal:
+    """`state`: what the entries made so far say. folder: empty, or as a killed run left it, which is gone on with if it
+    was of the same command, and cleared otherwise."""
+
+    def __init__(self, folder: Path, command: dict, fresh: bool):
+        self.path, self._command = folder / NAME, json.loads(json.dumps(command))
+        self.state: dict[str, Any] = {}
+        self._last = time.monotonic()
+        if not any(folder.iterdir()):
+            return
+        before = {}
+        if self.path.exists() and not fresh:
+            before = json.loads(self.path.read_bytes())
+        if before.get("command") == self._command:
+            self.state = before["state"]
+            print(printable(f"going on with {folder}, which an earlier run left unfinished"), file=sys.stderr)
+            return
+        print(printable(f"starting over in {folder}, which another run left unfinished"), file=sys.stderr)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def enter(self, name: str, state: Any) -> None:
+        """What `state` speaks of must be on the disk."""
+        self.state[name] = state
+        write_json(self.path, {"command": self._command, "state": self.state})
+        flush(self.path.parent)
+        self._last = time.monotonic()
+
+    def now_and_then(self, name: str, state: Callable[[], Any]) -> None:
+        """Makes an entry if the last one is SECONDS old."""
+        if time.monotonic() - self._last >= SECONDS:
+            self.enter(name, state())
+
+
+@contextmanager
+def temporary(work: Path | None, out: Path, unfinished: Path) -> Iterator[Path]:
+    """The folder for what goes again: `unfinished` itself, or one in `work` that has its name from `out`. It vanishes
+    at the end, but stays after Ctrl-C and SIGTERM, as `unfinished` does."""
+    if work is None:
+        yield unfinished
+        return
+    place = os.path.realpath(out)
+    folder = work / f".{Path(place).name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}.unfinished"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (unfinished / NAME).exists():
+        shutil.rmtree(folder)
+        folder.mkdir()
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
+
+
+def identity(path: str | Path) -> list:
+    """Changes when a file, or one in a folder, is written to."""
+    files = sorted(path for path in Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [os.path.realpath(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]

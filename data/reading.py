@@ -1,0 +1,123 @@
+"""The first pass of data.prepare: documents → their text in the spool, and what is left out counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby, islice
+from typing import NamedTuple
+
+from data.decontamination import Texts
+from data.inputs import documents
+from data.journal import Journal
+from data.spool import Spool
+from minisobert.corpus.dump import Site
+from minisobert.corpus.duplicates import digest
+from minisobert.corpus.posts import Part, Posts, posts, posts_in
+from minisobert.corpus.texts import Reading
+
+BATCH = 1_000_000  # characters that a process is given at a time
+
+
+def look_for(texts: Texts) -> None:
+    global _unwanted  # in each process once: too large to go along with every batch
+    _unwanted = texts
+
+
+class Rendered(NamedTuple):
+    """The text of a document, b"" where it holds a text of a task's dev or test."""
+
+    thread: int
+    comments: int
+    text: bytes
+    task: str | None
+    digest: int
+
+
+def read(
+    sources, spool: Spool, dropped: Counter, reading: Reading, links: bool, done: Journal, *, run, progress, **chosen
+) -> None:
+    """Every document into the spool, from where the journal says. run, progress: see `posts`."""
+    start = done.state.get("read", {"source": 0, "spool": [0, 0]})
+    if "dropped" in start:
+        dropped.clear()
+        dropped.update(start["dropped"])
+    find = partial(_render_posts, links=links)
+
+    def mark(source: int, inside: Callable[[], object]) -> None:
+        done.now_and_then("read", lambda: state(source, inside()))
+
+    def state(source: int, inside: object) -> dict:
+        return {"source": source, "inside": inside, "spool": spool.flush(), "dropped": dict(dropped)}
+
+    def found() -> Iterator[tuple[int, Rendered]]:
+        for is_site, group in groupby(enumerate(sources), lambda item: isinstance(item[1], Site)):
+            group = [(number, source) for number, source in group if number >= start["source"]]
+            if is_site:
+                for number, site in group:
+                    inside = {"mark": partial(mark, number), "start": _inside(start, number)}
+                    how = {"run": run, "progress": progress, "find": find, **inside, **chosen}
+                    for entry in posts(site, spool.texts.parent, dropped, **how):
+                        yield number, entry.post
+                    mark(number + 1, lambda: None)
+            elif group:
+                first, last = group[0][0], group[-1][0]
+                at = _inside(start, first) or 0
+                counts: Counter = Counter()  # what is read again is counted again
+                batches = _batches(islice(documents(group, counts, progress, reading), at, None))
+                for batch, rendered in run(_render, batches):
+                    yield from zip((source for source, *_ in batch), rendered)
+                    at += len(batch)
+                    mark(first, lambda at=at: at)
+                dropped.update(counts)
+                mark(last + 1, lambda: None)
+
+    if start["source"] < len(sources):
+        spool.write(_sound(found(), dropped), start["spool"])
+        done.enter("read", {"source": len(sources), "spool": [], "dropped": dict(dropped)})
+
+
+def _inside(start: dict, source: int):
+    return start.get("inside") if start["source"] == source else None
+
+
+def _batches(found: Iterator[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+    batch, size = [], 0
+    for item in found:
+        batch.append(item)
+        size += len(item[2])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _render_posts(part: Part, links: bool, **settings) -> Posts:
+    """In a worker: what a part of `Posts.xml` holds, each post as text."""
+    read = posts_in(part, **settings)
+    found = [(0, entry.post.thread, entry.post.text(links)) for entry in read.entries if entry.post]
+    counts = (entry.comments for entry in read.entries if entry.post)
+    rendered = iter([each._replace(comments=n) for each, n in zip(_render(found), counts)])
+    return read._replace(entries=[e._replace(post=next(rendered)) if e.post else e for e in read.entries])
+
+
+def _render(batch: list[tuple[int, int, str]]) -> list[Rendered]:
+    """In a worker: the texts, what they hold of a task's, and their digests."""
+    found = []
+    for _, thread, text in batch:
+        task = _unwanted.task_of(text)
+        text = "" if task else text
+        found.append(Rendered(thread, -1, text.encode(), task, digest(text)))
+    return found
+
+
+def _sound(found: Iterator[tuple[int, Rendered]], dropped: Counter) -> Iterator[tuple[int, int, int, bytes, int]]:
+    """What goes into the spool."""
+    for source, (thread, comments, text, task, number) in found:
+        if text:
+            yield source, comments, thread, text, number
+        else:
+            dropped[f"with a text of {task}'s dev or test" if task else "empty"] += 1
+            dropped["comments of dropped posts"] += max(comments, 0)
