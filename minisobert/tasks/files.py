@@ -21,7 +21,7 @@ T = TypeVar("T")
 DUMP = "dump"
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
-SUFFIXES = "csv tsv jsonl ndjson json parquet txt conll 7z xz gz zst bz2".split()
+SUFFIXES = ["csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt", "conll", "7z", "xz", "gz", "zst", "bz2"]
 
 
 @dataclass(frozen=True)
