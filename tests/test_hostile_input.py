@@ -3,9 +3,11 @@
 MINISOBERT_FUZZ=SECONDS runs each test for so long in place of its few examples.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import time
 from collections import Counter
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 from minisobert.corpus.html import comment_to_text, html_to_text
 from minisobert.corpus.posts import Post
 from minisobert.corpus.rows import xml_rows
-from minisobert.corpus.texts import texts
+from minisobert.corpus.sources import TextFile, kind_of
+from minisobert.corpus.texts import DOCUMENTS, PLAIN, Reading, texts
 from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, train
 from minisobert.files import read_safetensors, safetensors_header
 
@@ -30,11 +33,17 @@ TEXTS = [f"word {n}, some words <b> é\n\tagain" for n in range(40)]
 
 def hostile(strategy, check) -> None:
     """Runs the check on examples of a strategy: a few, or for SECONDS."""
-    end = time.monotonic() + SECONDS
+    end, count = time.monotonic() + SECONDS, 0
+
+    def counted(example) -> None:
+        nonlocal count
+        count += 1
+        check(example)
+
     while True:
-        few(given(strategy)(check))()
+        few(given(strategy)(counted))()
         if time.monotonic() >= end:
-            return
+            return print(f"{count:,} examples")
 
 
 def damaged(content: bytes, tokens: list[bytes]):
@@ -49,6 +58,17 @@ def damaged(content: bytes, tokens: list[bytes]):
         return edited
 
     return edits.map(apply)
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def one_line(error: ValueError) -> None:
@@ -106,21 +126,54 @@ def test_html():
     hostile(st.lists(st.one_of(soup, st.text(max_size=5)), max_size=60).map("".join), check)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.txt.gz"])
+LINES = ["one", 'two, "three"', "é", "four"]
+OBJECTS = [json.dumps({"text": text}) for text in LINES]
+FILES = {
+    ".txt": "\n".join(LINES),
+    ".md": "\n\n".join(LINES),
+    ".jsonl": "\n".join(OBJECTS),
+    ".json": f"[{', '.join(OBJECTS)}]",
+    ".csv": 'text,score\none,1\n"two, ""three""",2\né,3\n"four\nfive",4\n',
+}
+
+
+@pytest.mark.parametrize("name", [*FILES, ".txt.gz", ".jsonl.gz", ".jsonl.bz2", ".csv.xz"])
 def test_texts(tmp_path, name):
-    content = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two\nlines", "é")).encode()
-    content = gzip.compress(content) if name.endswith(".gz") else content
+    path = tmp_path / f"a{name}"
+    content = FILES[kind_of(path.name)].encode()
+    if (packer := path.suffix) in PACKERS:
+        content = PACKERS[packer](content)
+    file = TextFile(path, kind_of(path.name))
 
     def check(content: bytes) -> None:
-        (tmp_path / name).write_bytes(content)
-        dropped: Counter = Counter()
-        try:
-            for _, text in texts(tmp_path / name, dropped):
-                text.encode()
-        except ValueError as error:
-            one_line(error)
+        path.write_bytes(content)
+        for document in DOCUMENTS if file.kind in PLAIN else ("",):
+            try:
+                for _, text in texts(file, Counter(), reading=Reading(document=document)):
+                    text.encode()
+            except ValueError as error:
+                one_line(error)
 
-    hostile(damaged(content, [b"{", b"[" * 50, b'"', b"\\ud800", b"null", b"\n", b"\xff", b"1e999"]), check)
+    hostile(
+        damaged(content, [b"{", b"[" * 50, b'"', b"\\ud800", b"null", b"\n", b"\xff", b"1e999", b"\r", b","]), check
+    )
+
+
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+def test_no_line_that_is_damaged_costs_another(tmp_path, document):
+    """Nor does it change it: all that is sound comes out, in order, whatever lies between."""
+    path = tmp_path / "a.txt"
+    lines = st.binary(max_size=20).map(lambda line: line.translate(None, b"\0\n"))
+
+    def check(found: list[bytes]) -> None:
+        found = [b"a mark of UTF-16 is none here", *found]
+        path.write_bytes((b"\n" if document == "line" else b"\n\n").join(found) + b"\n")
+        reading = Reading(document=document, unreadable=1)
+        sound = [line.removesuffix(b"\r").decode().lstrip("\ufeff") for line in found if is_utf8(line)]
+        got = [text for _, text in texts(TextFile(path, ".txt"), Counter(), reading=reading)]
+        assert [text for text in got if text.strip()] == [text for text in sound if text.strip()]
+
+    hostile(st.lists(lines, max_size=8), check)
 
 
 def test_tokenizer_model(tmp_path):

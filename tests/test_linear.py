@@ -2,14 +2,17 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from data import decontamination
-from minisobert.corpus import html, posts, texts
-from minisobert.tasks import dumps, labels, obsoletion, quality, words
+from minisobert.corpus import dump, html, rows, tables, texts
+from minisobert.finetuning import prompts
+from minisobert.tasks import dumps, files, labels, ner, obsoletion, quality, words
 
-MODULES = (html, posts, texts, decontamination, dumps, labels, obsoletion, quality, words)
+MODULES = (html, rows, tables, texts, dump, decontamination, dumps, files, labels, ner, obsoletion, quality, words)
+MODULES += (prompts,)
 
 
 def expressions(value, name: str):
@@ -26,7 +29,13 @@ FOUND = dict(
     for name, value in vars(module).items()
     for found in expressions(value, f"{module.__name__.split('.')[-1]}.{name}")
 )
-AT_THE_START = {"dumps._BODY_NOTICE": "match", "labels._NUMBER": "fullmatch"}  # the others are looked for everywhere
+AT_THE_START = {  # the others are looked for everywhere
+    "dumps._BODY_NOTICE": "match",
+    "labels._NUMBER": "fullmatch",
+    "prompts._FENCE": "fullmatch",
+    "dump._OTHER_ARCHIVE": "fullmatch",
+    "dump._VOLUME": "fullmatch",
+}
 # Each is repeated, after a beginning that an expression may go on from and before an end that makes it fail.
 UNITS = [
     '<a href="x">',
@@ -63,6 +72,11 @@ UNITS = [
         "class snippet ",
         "-posts",
         ".7z",
+        ".csv",
+        "```json\n",
+        "\n```",
+        "a\n```",
+        "question-posts",
     ),
     *("<blockquote>", "> **Possible Duplicate", "**", "# ", "1. ", "1.", "e1", "a.", "(/", "[a](/", "\ufffe"),
 ]
@@ -118,6 +132,7 @@ FUNCTIONS = {
     "without_notices": lambda text: dumps.without_notices(text, text),
     "normalise": quality.normalise,
     "content_words": decontamination.content_words,
+    "the stem of a file": lambda text: files.File(Path(), ".csv", text.replace("\0", "")).stem,
 }
 
 
@@ -128,4 +143,4 @@ def test_what_is_made_of_them_takes_linear_time(name):
 
 def test_the_clock_finds_a_quadratic_expression():
     assert superlinear(re.compile(r"\s*\[closed\]\s*$").search)
-    assert {"html._ANY", "posts._REFERENCE", "dumps._BODY_NOTICE", "quality._MARKDOWN[1][0]"} <= FOUND.keys()
+    assert {"html._ANY", "rows._REFERENCE", "dumps._BODY_NOTICE", "quality._MARKDOWN[1][0]"} <= FOUND.keys()

@@ -95,7 +95,10 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
     delimiter = "\t" if file.kind == ".tsv" else max(",;\t", key=first.count)
     # strict: or a stray quote hides rows
     reader = csv.reader(chain([first], lines(stream, file)), delimiter=delimiter, strict=True)
-    columns = [name.strip() for name in next(reader, [])]
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise NotText(f"{file}: a quote is missing or too many in its header ({error})") from None
     if twice := next((name for name in columns if name and columns.count(name) > 1), ""):
         raise ValueError(f"{file} has two columns named {twice!r}; rename one")
     while True:

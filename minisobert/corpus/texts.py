@@ -56,6 +56,10 @@ def texts(
     keys = ("text",) if file.kind in PLAIN else reading.keys
     try:
         for row in _rows(file, reading, progress):
+            if isinstance(row, str):
+                total += 1
+                yield total - 1, row
+                continue
             total += row.lines
             if len(seen) < len(keys) and row.fields:
                 there = list(row.fields)
@@ -113,7 +117,7 @@ def _text(row: Row, keys: tuple[str, ...]) -> str:
 _KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "a JSON object"}
 
 
-def _rows(file: TextFile, reading: Reading, progress: Callable[[int], object]) -> Iterator[Row]:
+def _rows(file: TextFile, reading: Reading, progress: Callable[[int], object]) -> Iterator[Row | str]:
     if file.kind not in PLAIN:
         yield from rows(file, reading.keys, progress)
         return
@@ -123,8 +127,13 @@ def _rows(file: TextFile, reading: Reading, progress: Callable[[int], object]) -
         yield from read(stream, file)
 
 
-def _by_line(stream: io.TextIOBase, file: TextFile) -> Iterator[Row]:
+def _by_line(stream: io.TextIOBase, file: TextFile) -> Iterator[Row | str]:
+    """A line of ASCII comes as it is: it can have neither a mark nor broken bytes. A Row for each of a million titles
+    takes twice the time of all else."""
     for number, line in enumerate(lines(stream, file), 1):
+        if line.isascii():
+            yield line.removesuffix("\n").removesuffix("\r")
+            continue
         yield Row(number, {"text": line.lstrip("\ufeff")})  # files that were put together have a mark inside
 
 

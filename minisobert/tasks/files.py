@@ -21,6 +21,7 @@ T = TypeVar("T")
 DUMP = "dump"
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev"}
 SPLITS["test"] = "test"
+SUFFIXES = ["csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt", "conll", "7z", "xz", "gz", "zst", "bz2"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class File(TextFile):
 
     @property
     def stem(self) -> str:
-        kinds = "csv|tsv|jsonl|ndjson|json|parquet|txt|conll|7z|xz|gz|zst|bz2"
-        return re.sub(rf"(\.({kinds}))+$", "", Path(self.member).name or self.path.name, flags=re.I)
+        parts = (Path(self.member).name or self.path.name).split(".")
+        while len(parts) > 1 and parts[-1].lower() in SUFFIXES:
+            parts.pop()
+        return ".".join(parts)
 
     @property
     def split(self) -> str | None:

@@ -23,6 +23,8 @@ from minisobert.corpus.html import BLOCK, CELL, INLINE, LINE, comment_to_text, h
         ("<table><tr><th>a</th>\n<th>b</th></tr>\n<tr><td>1</td><td>2</td></tr></table>", "a | b\n1 | 2"),
         ("<h2>Title</h2>text<hr>end", "Title\n\ntext\n\nend"),
         ("<blockquote>\n<p>said</p>\n</blockquote>\n<p>so</p>", "said\n\nso"),
+        ("<p>a<!--><b>b</b><!--->c<!---->d</p>", "abcd"),
+        ('<p><a href="/?a&b">c</a> <a href="/?a&amp;b">d</a></p>', "c d"),
         ("a&nbsp;b  c", "a\u00a0b c"),
         ("", ""),
         ("  \n ", ""),
@@ -35,6 +37,12 @@ def test_markup_becomes_layout(source, text):
 def test_code_keeps_its_newlines_and_indentation():
     source = "<p>Try</p>\n<pre class='py'><code>\n  def f(a):\r\n\n      return  a &lt; 2\n</code></pre>\n<p>ok</p>"
     assert html_to_text(source) == "Try\n\n  def f(a):\n\n      return  a < 2\n\nok"
+
+
+def test_a_line_break_in_code_is_one():
+    """As in the first years' posts: 122 of the first 1,000 rows have code whose lines end so, and not otherwise."""
+    source = "<pre><code>int a;<br>int b;<br />  int c;<BR></code></pre>"
+    assert html_to_text(source) == "int a;\nint b;\n  int c;"
 
 
 def test_entities_are_decoded_once():

@@ -133,6 +133,8 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
     ("a.json", '[{"text": "caf\xe9"}]\n'.encode("latin-1"), "a.json:1: not UTF-8"),
     ("a.txt", "abc".encode("utf-16") + b"x", "is not UTF-16 .truncated data"),
     ("a.csv", b"id,body\n1,x\n", "has no column 'text'; its columns are id, body; name yours with --text-key"),
+    ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: a quote is missing or too many in its header"),
+    ("a.csv", b'"text\n1\n', "a.csv: a quote is missing or too many in its header"),
     ("a.jsonl", b'{"id": 1, "body": "x"}\n', "a.jsonl:1: it has no 'text', its keys are id, body; name yours with --t"),
     ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is a number, not text"),
     ("a.json", b'[{"text": "a"}, {"text": ', "a.json: value 2 is no JSON"),
