@@ -13,6 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
 
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from data.processes import in_order
 from data.spool import HELD_OUT, LEFT_OUT, SPOOL, TRAINING, Spool, remove, sides, size_of, texts_of
 from minisobert.cli import Parser, command, printable
 from minisobert.corpus import duplicates
+from minisobert.corpus.dump import Site
 from minisobert.corpus.packing import copies_in_epoch
 from minisobert.corpus.shards import write_meta
 from minisobert.corpus.sources import STDIN
@@ -101,6 +103,9 @@ def prepare(
         if "meta" in done.state:  # it was killed just before its end
             remove(temporary)
             return done.state["meta"]
+        workers = processes.count(workers)
+        if total_bytes is not None and not done.state:
+            _expect(sources, total_bytes, workers, temporary, unfinished)
         pool = stack.enter_context(processes.pool(workers, reading.look_for, texts))
         run = partial(in_order, pool)
         spool = Spool(temporary)
@@ -174,6 +179,37 @@ def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold:
         if keep:
             raise ValueError("--keep-duplicates and --near-duplicates contradict each other; leave one of them out")
         duplicates.shape(threshold)  # raises for one that cannot be looked for
+
+
+def _expect(sources, total: int, workers: int, temporary: Path, out: Path) -> None:
+    """Says what disk, memory and time the work will take. Raises ValueError where a disk has not that much room.
+
+    total: bytes, unpacked. The shares are those of real sites (benchmarks/results/scale.md; real code has fewer bytes a
+    token than made-up words): 100 bytes of XML become 65 of text, which go again, and up to 45 of tokens.
+    """
+    tables = (table for site in sources if isinstance(site, Site) for table in (site.posts, site.comments))
+    xml = sum(table.size for table in tables if table)
+    going, staying = 0.65 * total + 0.35 * (total - xml), 0.45 * total + 0.2 * (total - xml)
+    needs = [(temporary, going), (out, staying)]
+    if os.stat(temporary).st_dev == os.stat(out).st_dev:
+        needs = [(out, going + staying)]
+    for folder, size in needs:
+        if size > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"about {_bytes(size)} of disk will be needed in {folder.parent}, which has {_bytes(free)} free; "
+                "make room there or choose another --work or --out"
+            )
+    memory, minutes = 150e6 * (1 + workers) + total / 2_900 * 40, max(1, round(total / 5e6 / workers / 60))
+    time = f"{minutes / 60:,.0f} hours" if minutes > 120 else f"{minutes} minute{'s' * (minutes > 1)}"
+    print(
+        f"{_bytes(total)} to read: expect about {_bytes(going + staying)} of disk, {_bytes(memory)} of memory and "
+        f"{time} with {workers} process{'es' * (workers > 1)}",
+        file=sys.stderr,
+    )
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{max(1, round(number / 1e6))} MB"
 
 
 def _sides(spool: Spool, done: Journal, dropped: Counter, *how) -> np.ndarray:

@@ -19,11 +19,15 @@ _PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def count(workers: int | None) -> int:
+    """Of processes; by default one for each core that this process may use."""
+    return workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 @contextmanager
-def pool(workers: int | None, begin: Callable, *arguments) -> Iterator[ProcessPoolExecutor | None]:
-    """The processes, one for each core by default; None for a single one, where everything runs in this process.
-    begin(*arguments) is called in each of them first."""
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def pool(workers: int, begin: Callable, *arguments) -> Iterator[ProcessPoolExecutor | None]:
+    """The processes; None for a single one, where everything runs in this process. begin(*arguments) is called in each
+    of them first."""
     if workers == 1:
         begin(*arguments)
         yield None

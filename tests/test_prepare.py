@@ -726,3 +726,18 @@ def test_links_are_kept_where_asked_and_nothing_else_changes(site, tmp_path):
     assert [text.replace("[again](/q/1)", "again") for text in kept] == dropped != kept
     meta = [json.loads((tmp_path / links / "meta.json").read_text()) for links in ("drop", "keep")]
     assert ["links" in each for each in meta] == [False, True]
+
+
+def test_it_says_first_what_it_will_need_and_refuses_what_the_disk_cannot_hold(site, tmp_path, capsys, monkeypatch):
+    arguments = ["--input", site, "--workers", 1, "--vocab-size", 400]
+    errors = run(*arguments, "--out", tmp_path / "out", capsys=capsys)[2]
+    assert errors.startswith("1 MB to read: expect about 1 MB of disk, 300 MB of memory and 1 minute with 1 process")
+    size = sum(path.stat().st_size for path in site.iterdir())
+    usage = type("Usage", (), {"free": size})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    status, _, errors = run(*arguments, "--out", tmp_path / "more", "--work", tmp_path / "work", capsys=capsys)
+    assert status == 2
+    assert f"data.prepare: about 1 MB of disk will be needed in {tmp_path}, which has 1 MB free; make" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "site", "work"]
+    usage.free = 2 * size
+    assert run(*arguments, "--out", tmp_path / "more", capsys=capsys)[0] == 0
