@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from minisobert.corpus.tokenizer import MASK, Tokenizer, train
@@ -43,6 +44,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u258
 @example(" ")
 @example("")
 def test_any_text_gives_the_same_ids_and_comes_back(both, text):
+    assume(not re.search(r"\[(PAD|UNK|CLS|SEP|MASK)]", text))  # theirs reads the name of a special token as that token
     ours, theirs = both
     assert ids(theirs, text) == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
