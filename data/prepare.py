@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--work",
         metavar="DIR",
-        help="folder for temporary files, which may need twice the space of the text (default: beside --out)",
+        help="folder for temporary files, as large as all text together (default: beside --out)",
     )
     parser.add_argument(
         "--fresh",

@@ -56,7 +56,7 @@ def test_posts_and_comments_are_ordered_by_ids_of_their_own(dump):
 
 def test_texts_are_as_long_as_posts_are_and_look_like_them(dump, tmp_path):
     (site,), _ = sites([dump])
-    texts = [post.text() for post in posts(site, tmp_path, Counter())]
+    texts = [entry.post.text() for entry in posts(site, tmp_path, Counter())]
     assert 1_600 < np.mean([len(text) for text in texts]) < 2_100  # 527 tokens of 3.5 characters
     assert 5 < np.percentile([len(text) for text in texts], 95) / np.median([len(text) for text in texts]) < 7
     assert len(set(texts)) == POSTS
