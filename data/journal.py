@@ -79,6 +79,6 @@ def temporary(work: Path | None, out: Path, unfinished: Path) -> Iterator[Path]:
 
 def identity(path: str | Path) -> list:
     """Changes when a file, or one in a folder, is written to."""
-    files = sorted(path for path in Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [os.path.realpath(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
