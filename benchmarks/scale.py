@@ -24,15 +24,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine, parser, show
-from benchmarks.dumps import write_dump
+from benchmarks.dumps import COMMENTS, write_dump
 from benchmarks.sessions import Run, Session
 from minisobert.cli import table
+from minisobert.corpus.comments import RUN
 from minisobert.files import sha256
 
 WHOLE, WHOLE_COMMENTS = 60_000_000, 90_000_000  # stackoverflow.com
 VOCABULARY, TRAINING_POSTS = 30_000, 5_000  # of the tokenizer that all runs use
 SMALL = 3_000  # posts of the dump on which prepare is killed
 FOUND = ("results", "wrong results", "left-over files", "left-over processes", "failed runs")
+COMMENT_BYTES = 180  # of a comment's text, about
+ENTRY = 0.1  # seconds between two entries of the journal in the runs that are killed: how long they go on is short too
 MOST_FAILED = 10  # runs that fail, after which no more are killed
 
 
@@ -41,10 +44,13 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(folder.glob("*"))}
 
 
-def command(dump: Path, place: Path, tokenizer: Path | None, workers: int) -> list[str]:
+def command(dump: Path, place: Path, tokenizer: Path | None, workers: int, entry: float | None = None) -> list[str]:
+    """entry: seconds between two entries of the journal, if not as a user has them."""
+    often = f"import sys; from data import journal, prepare; journal.SECONDS = {entry}; sys.exit(prepare.main())"
+    program = ["-m", "data.prepare"] if entry is None else ["-c", often]
     how = ["--vocab-size", str(VOCABULARY)] if tokenizer is None else ["--tokenizer", str(tokenizer)]
     out = ["--input", str(dump), "--out", str(place / "out"), "--workers", str(workers)]
-    return [sys.executable, "-m", "data.prepare", *out, *how]
+    return [sys.executable, *program, *out, *how]
 
 
 def measure(words: Sequence[str], place: Path, cores: Sequence[int] = (), look: bool = True) -> Run:
@@ -96,9 +102,13 @@ def growth(sizes: Sequence[int], folder: Path, tokenizer: Path, workers: int) ->
         "time": ("hours", 3_600, [run.seconds for run in runs.values()]),
         "CPU time": ("hours", 3_600, [run.cpu for run in runs.values()]),
     }
+    # Until the comments fill a run, which is sorted in memory, memory grows with that run and not with the posts
+    full = [posts for posts in runs if posts * COMMENTS * COMMENT_BYTES >= RUN]
+    steady = len(full) if len(full) > 1 else len(runs)
     rows = []
     for name, (unit, divisor, values) in each.items():
-        slope, intercept = fit(list(runs), values)
+        points = steady if name == "memory" else len(runs)
+        slope, intercept = fit(list(runs)[-points:], values[-points:])
         small, size = ("µs", 1e6) if unit == "hours" else ("bytes", 1)
         base = f"{intercept:,.1f} s" if unit == "hours" else f"{intercept / 1e6:,.0f} MB"
         whole = (intercept + slope * WHOLE) / divisor
@@ -106,7 +116,9 @@ def growth(sizes: Sequence[int], folder: Path, tokenizer: Path, workers: int) ->
     return [
         *lines,
         f"The line through these by least squares, and what it says of {WHOLE / 1e6:.0f} million posts with "
-        f"{WHOLE_COMMENTS / 1e6:.0f} million comments:",
+        f"{WHOLE_COMMENTS / 1e6:.0f} million comments. That for memory begins at "
+        f"{list(runs)[-steady]:,} posts: {RUN / 1e6:.0f} MB of comments are sorted in memory at a time, and a smaller "
+        "dump does not fill them.",
         "",
         *table(["", "a post", "without any", "the whole dump"], rows),
         "",
@@ -190,13 +202,14 @@ def kill(words: Sequence[str], place: Path, kills: int, seed: int = 0) -> tuple[
 def killing(posts: int, folder: Path, tokenizer: Path, workers: int, kills: int) -> list[str]:
     dump, place = folder / "dump", folder / "place"
     write_dump(dump, posts)
-    undisturbed, found, bars = kill(command(dump, place, tokenizer, workers), place, kills)
+    undisturbed, found, bars = kill(command(dump, place, tokenizer, workers, ENTRY), place, kills)
     shutil.rmtree(dump)
     return [
         "## Kills",
         "",
         f"{bars.total()} times SIGKILL to the main process of a run over {posts:,} posts with {workers} workers, which "
-        f"takes {undisturbed.seconds:.1f} s undisturbed, at moments drawn evenly; then the same command again. By the "
+        f"takes {undisturbed.seconds:.1f} s undisturbed, at moments drawn evenly; then the same command again. The "
+        f"journal has an entry every {ENTRY:g} s, which is every 10 s otherwise. By the "
         f"last bar on the screen: {', '.join(f'{n} {name}' for name, n in bars.items())}.",
         "",
         *table([*found], [[f"{n:,}" for n in found.values()]]),
@@ -208,8 +221,9 @@ def main() -> None:
     made = parser("scale", __doc__)
     made.add_argument("--folder", type=Path, required=True, help="where the dumps and results are made, and removed")
     made.add_argument(
-        "--posts", type=int, nargs="+", default=[100_000, 300_000, 1_000_000], metavar="N",
-        help="sizes of the dumps; a million posts are 3 GB (default 100000 300000 1000000)",
+        "--posts", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000],
+        metavar="N", help="sizes of the dumps, which take 6.2 GB of disk for a million posts (default 100000 300000 "
+        "1000000 3000000)",
     )  # fmt: skip
     made.add_argument("--workers", type=int, default=2, metavar="N", help="processes of the growing runs (default 2)")
     made.add_argument("--repeats", type=int, default=3, metavar="N", help="runs with 1 and with 2 workers (default 3)")
@@ -232,7 +246,7 @@ def main() -> None:
         measure(command(folder / "dump", folder / "trained", None, options.workers), folder / "trained")
         shutil.rmtree(folder / "dump")
         tokenizer = folder / "trained" / "out"
-        lines += growth(options.posts, folder, tokenizer, options.workers)
+        lines += growth(sorted(options.posts), folder, tokenizer, options.workers)
         if options.repeats:
             lines += scaling(min(options.posts), folder, tokenizer, options.repeats)
         if options.kills:

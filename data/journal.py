@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minisobert.cli import printable
-from minisobert.files import flush, write_json
+from minisobert.files import flush, make_folder, write_json
 
 NAME = "journal.json"
 SECONDS = 10  # between two entries: what a kill can cost. An entry waits for the disk.
@@ -27,6 +27,7 @@ class Journal:
     def __init__(self, folder: Path, command: dict, fresh: bool):
         self.path, self._command = folder / NAME, json.loads(json.dumps(command))
         self.state: dict[str, Any] = {}
+        self.folders = {folder}  # where the files are that entries speak of
         self._last = time.monotonic()
         if not any(folder.iterdir()):
             return
@@ -37,15 +38,20 @@ class Journal:
             self.state = before["state"]
             print(printable(f"going on with {folder}, which an earlier run left unfinished"), file=sys.stderr)
             return
-        print(printable(f"starting over in {folder}, which another run left unfinished"), file=sys.stderr)
+        self.start_over("which another run left unfinished")
+
+    def start_over(self, reason: str) -> None:
+        folder, self.state = self.path.parent, {}
+        print(printable(f"starting over in {folder}, {reason}"), file=sys.stderr)
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def enter(self, name: str, state: Any) -> None:
-        """What `state` speaks of must be on the disk."""
+        """What is in the files that `state` speaks of must be on the disk; their names are brought there."""
+        for folder in self.folders:
+            flush(folder)
         self.state[name] = state
         write_json(self.path, {"command": self._command, "state": self.state})
-        flush(self.path.parent)
         self._last = time.monotonic()
 
     def now_and_then(self, name: str, state: Callable[[], Any]) -> None:
@@ -55,18 +61,20 @@ class Journal:
 
 
 @contextmanager
-def temporary(work: Path | None, out: Path, unfinished: Path) -> Iterator[Path]:
-    """The folder for what goes again: `unfinished` itself, or one in `work` that has its name from `out`. It vanishes
-    at the end, but stays after Ctrl-C and SIGTERM, as `unfinished` does."""
+def temporary(work: Path | None, out: Path, done: Journal) -> Iterator[Path]:
+    """The folder for what goes again: that of the journal, or one in `work` that has its name from `out`. It vanishes
+    at the end, but stays after Ctrl-C and SIGTERM, as that of the journal does."""
     if work is None:
-        yield unfinished
+        yield done.path.parent
         return
     place = os.path.realpath(out)
     folder = work / f".{Path(place).name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}.unfinished"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (unfinished / NAME).exists():
-        shutil.rmtree(folder)
-        folder.mkdir()
+    if done.state and not folder.exists() and "meta" not in done.state:
+        done.start_over(f"whose temporary files are no longer in {work}")
+    if not done.state:
+        shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    done.folders.add(folder)
     try:
         yield folder
     except KeyboardInterrupt:
@@ -75,6 +83,7 @@ def temporary(work: Path | None, out: Path, unfinished: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder)
+    flush(work)
 
 
 def identity(path: str | Path) -> list:

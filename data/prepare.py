@@ -99,7 +99,7 @@ def prepare(
         options = [*map(str, (*asked, near_duplicates, links, work, weights))]
         command = {"options": options, "files": [*map(journal.identity, files)]}
         done = Journal(unfinished, command, fresh or STDIN in inputs)
-        temporary = stack.enter_context(journal.temporary(work and Path(work), Path(out), unfinished))
+        temporary = stack.enter_context(journal.temporary(work and Path(work), Path(out), done))
         if "meta" in done.state:  # it was killed just before its end
             remove(temporary)
             return done.state["meta"]

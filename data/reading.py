@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from data.journal import Journal
 from data.spool import Spool
 from minisobert.corpus.dump import Site
 from minisobert.corpus.duplicates import digest
-from minisobert.corpus.posts import Part, Posts, posts, posts_in
+from minisobert.corpus.posts import COMMENTS, Part, Posts, posts, posts_in
 from minisobert.corpus.texts import Reading
 
 BATCH = 1_000_000  # characters that a process is given at a time
@@ -48,6 +49,9 @@ def read(
     def mark(source: int, inside: Callable[[], object]) -> None:
         done.now_and_then("read", lambda: state(source, inside()))
 
+    def pass_by(source: int) -> None:
+        done.enter("read", state(source + 1, None))
+
     def state(source: int, inside: object) -> dict:
         return {"source": source, "inside": inside, "spool": spool.flush(), "dropped": dict(dropped)}
 
@@ -56,11 +60,13 @@ def read(
             group = [(number, source) for number, source in group if number >= start["source"]]
             if is_site:
                 for number, site in group:
-                    inside = {"mark": partial(mark, number), "start": _inside(start, number)}
-                    how = {"run": run, "progress": progress, "find": find, **inside, **chosen}
-                    for entry in posts(site, spool.texts.parent, dropped, **how):
+                    entries = posts(
+                        site, spool.texts.parent, dropped, run=run, progress=progress, find=find,
+                        mark=partial(mark, number), start=_inside(start, number), ended=partial(pass_by, number),
+                        **chosen,
+                    )  # fmt: skip
+                    for entry in entries:
                         yield number, entry.post
-                    mark(number + 1, lambda: None)
             elif group:
                 first, last = group[0][0], group[-1][0]
                 at = _inside(start, first) or 0
@@ -71,11 +77,11 @@ def read(
                     at += len(batch)
                     mark(first, lambda at=at: at)
                 dropped.update(counts)
-                mark(last + 1, lambda: None)
+                pass_by(last)
 
     if start["source"] < len(sources):
         spool.write(_sound(found(), dropped), start["spool"])
-        done.enter("read", {"source": len(sources), "spool": [], "dropped": dict(dropped)})
+    shutil.rmtree(spool.texts.parent / COMMENTS, ignore_errors=True)  # where a run was killed just before it did that
 
 
 def _inside(start: dict, source: int):

@@ -102,6 +102,7 @@ def locked(path: Path, what: str | Path, keep: type[BaseException] | tuple = ())
             with suppress(OSError):  # the disk is full: then nobody is named
                 text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
                 os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
+                os.fsync(descriptor)  # or after a power cut nobody knows that whoever held it is gone
         yield holder if has_locks else ""
     except keep:
         kept = True
@@ -139,9 +140,8 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
 
     One that a killed process left is removed first, and a line on standard error says so. journal: the name of a file
     in the folder, if the block can go on with what such a process left. Then that is kept, also after Ctrl-C and
-    SIGTERM, and the file goes at the end. Raises ValueError where `out`
-    exists already (an empty folder is fine), cannot be made, or is being made by another process, and where the disk
-    gets full.
+    SIGTERM, and the file goes at the end. Raises ValueError where `out` exists already (an empty folder is fine),
+    cannot be made, or is being made by another process, and where the disk gets full.
     """
     out, place = Path(out), Path(os.path.realpath(out))  # the work is done beside the folder that a symlink stands for
     keep = KeyboardInterrupt if journal else ()
@@ -152,6 +152,7 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
             for parent in reversed([parent for parent in place.parents if not parent.exists()]):
                 parent.mkdir(exist_ok=True)
                 stack.callback(_remove_if_empty, parent)
+                flush(parent.parent)
             killed = stack.enter_context(locked(work.with_name(f"{work.name}.lock"), out, keep))
             _check_is_free(out, place)  # again: who had the lock until now may have made it
             if killed and journal and work.is_dir() and not work.is_symlink():
@@ -162,6 +163,7 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
             elif os.path.lexists(work):  # on a file system without locks it may well be in use
                 raise ValueError(f"{work} is in the way; remove it if no other process is writing there")
             work.mkdir(exist_ok=bool(journal))
+            flush(work.parent)
         except OSError as error:
             reason = f"{error.strerror}: {error.filename}" if error.filename else error
             raise ValueError(f"{out} cannot be made ({reason}); choose another --out") from None
@@ -172,6 +174,7 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
             if journal:
                 (work / journal).unlink(missing_ok=True)
             work.replace(place)
+            flush(place)
             flush(place.parent)
         except keep:
             raise

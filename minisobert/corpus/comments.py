@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minisobert.files import flush
+
 RUN = 1 << 26  # bytes of text
 _EACH = 1_024  # comments; of one in so many the post is kept in memory
 
@@ -53,10 +55,13 @@ class Runs:
         name = str(self.folder / str(self.runs))
         with open(f"{name}.text", "wb") as file:
             file.writelines(text[end - size : end] for end, size in zip(ends[order].tolist(), sizes[order].tolist()))
+            file.flush()
             os.fsync(file.fileno())
         with open(f"{name}.index", "wb") as file:  # (C, 2) int64: the post of each comment, and where its text ends
             file.write(np.stack([posts[order], np.cumsum(sizes[order])], axis=1).tobytes())
+            file.flush()
             os.fsync(file.fileno())
+        flush(self.folder)
         self.runs += 1
 
 

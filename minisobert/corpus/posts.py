@@ -26,6 +26,7 @@ from minisobert.corpus.rows import Rows, blocks, check_ended, rows_of
 
 KINDS = {"all": ("1", "2"), "questions": ("1",), "answers": ("2",)}
 PART = 1 << 20  # bytes of XML, about, that a process is given at a time
+COMMENTS = "comments"  # the folder that they are in meanwhile
 FABRICATED = 1_000_000_000  # the Ids of invented posts begin here; see `genuine`
 MALFORMED, OF_DROPPED = "malformed rows", "comments of dropped posts"  # reasons
 _BITS = 4_096  # ids of one entry of `_Ids`
@@ -109,7 +110,7 @@ def comments_in(part: Part) -> Comments:
         try:
             post = id_of(row["PostId"])
         except (KeyError, ValueError):
-            read.dropped["malformed rows"] += 1
+            read.dropped[MALFORMED] += 1
             continue
         if text := row.get("Text", ""):
             posts.append(post)
@@ -267,6 +268,7 @@ def posts(
     find: Callable = posts_in,
     mark: Callable[[Callable[[], dict]], object] = lambda state: None,
     start: dict | None = None,
+    ended: Callable[[], object] = lambda: None,
 ) -> Iterator[Entry]:
     """Every post of a site that is not left out, in the dump's order, with its comments.
 
@@ -275,11 +277,14 @@ def posts(
     with the number of bytes of XML read since it was last called. find: `posts_in`, or what calls it and does something
     more with the posts. mark: called now and then with a function that tells how far this has come, when all entries up
     to there were taken; start: what that function returned, and `dropped` is as it was then, to go on from there.
+    ended: called when all is read, before the comments are removed: from then on no start may be inside this site.
 
     Raises ValueError for a dump that is empty, truncated or declares entities.
     """
-    folder = Path(work) / "comments"
-    folder.mkdir(exist_ok=start is not None)
+    folder = Path(work) / COMMENTS
+    if not start:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        folder.mkdir()
     tally = Tally(site, folder, dropped)
     table, at = "comments" if site.comments else "posts", 0
     if start:
@@ -307,6 +312,7 @@ def posts(
             at += part.size
             mark(state)
         tally.end()
+        ended()
     except Exception:  # not after a signal, where `start` may follow
         shutil.rmtree(folder)
         raise

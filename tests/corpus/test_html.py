@@ -99,7 +99,7 @@ def shown(source: str) -> str:
     """What a reader sees, without spaces: what lies between tags and comments, each part decoded by itself."""
     found, text, at = "", "", 0
     while at < len(source):
-        comment = source.startswith("<!--", at) and source.find("-->", at + 4) + 3
+        comment = source.startswith("<!--", at) and source.find("-->", at + 2) + 3
         if end := comment if comment and comment > 2 else tag_ends(source, at):
             found, text, at = found + html.unescape(text), "", end
         else:

@@ -1,0 +1,107 @@
+"""A disk that loses with its power what was not flushed: `Disk` notes what was, `states` says what may be left."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+State = dict[str, bytes | None]  # what the files hold, by their paths; None for a folder
+
+
+class Disk:
+    """What of a folder has reached the disk: of each file what it held, and of each folder whose names it had, when it
+    was last flushed. A file or folder is known by its inode, which stays the same when it is renamed."""
+
+    def __init__(self, root: Path, monkeypatch):
+        self.root, self.files, self.folders, self.moments, self.pins = root, {}, {}, [], []
+        for path in (root, *root.rglob("*")):  # on the disk since long ago
+            descriptor = os.open(path, os.O_RDONLY)
+            self._flush(descriptor)
+            os.close(descriptor)
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._noting(name, getattr(os, name)))
+
+    def _noting(self, name: str, operation):
+        def noted(*args, **kwargs):
+            done = operation(*args, **kwargs)
+            if name == "fsync":
+                self._flush(*args)
+            self._note()
+            return done
+
+        return noted
+
+    def _flush(self, descriptor: int) -> None:
+        self.pins.append(os.dup(descriptor))  # so that its inode is nobody else's while this lives
+        found = os.fstat(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            self.folders[found.st_ino] = {each.name: (each.inode(), each.is_dir()) for each in os.scandir(descriptor)}
+        else:
+            self.files[found.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
+
+    def _note(self) -> None:
+        """What is there now, and what of it is on the disk."""
+        files, folders = {}, {}
+        for path in [self.root, *self.root.rglob("*")]:
+            inode = path.stat().st_ino
+            if path.is_dir():
+                folders[inode] = {each.name: (each.inode(), each.is_dir()) for each in os.scandir(path)}
+            else:
+                files[inode] = path.read_bytes()
+        self.moments.append((files, folders, dict(self.files), dict(self.folders)))
+
+    def close(self) -> None:
+        for descriptor in self.pins:
+            os.close(descriptor)
+
+
+def after_a_cut(moment, root: int, lucky_file, lucky_folder) -> State:
+    """The files and folders (None) that are there when the power is back. What of an inode was changed since it was
+    flushed is lost, unless it was lucky: of a file 0 says that all of that is lost, 1 a half and 2 nothing."""
+    files, folders, flushed_files, flushed_folders = moment
+    found = {}
+
+    def visit(path: str, inode: int) -> None:
+        names = folders if inode in folders and lucky_folder(inode) else flushed_folders
+        for name, (child, is_folder) in names.get(inode, {}).items():
+            if is_folder:
+                found[path + name] = None
+                visit(f"{path}{name}/", child)
+            else:
+                flushed = flushed_files.get(child, b"")
+                now = files.get(child, flushed)
+                part = now[: (len(flushed) + len(now)) // 2]
+                found[path + name] = flushed if now == flushed else (flushed, part, now)[lucky_file(child)]
+
+    visit("", root)
+    return found
+
+
+def states(disk: Disk, known: Callable[[set[str]], Any] = lambda names: None) -> Iterator[tuple[State, Any]]:
+    """Each that the disk may be in after a cut, once, and what is `known` from the names that were flushed then."""
+    seen, draw, root = set(), random.Random(0), disk.root.stat().st_ino
+    for moment in disk.moments:
+        certain = after_a_cut(moment, root, lambda _: 0, lambda _: False)
+        names = known({name for of_folder in moment[3].values() for name in of_folder})
+        others = [after_a_cut(moment, root, lambda _: 0, lambda _: True)]
+        for _ in range(2):
+            of_file, of_folder = defaultdict(partial(draw.randrange, 3)), defaultdict(partial(draw.randrange, 2))
+            others.append(after_a_cut(moment, root, of_file.__getitem__, of_folder.__getitem__))
+        for state in (certain, *others):
+            if (key := (names, *sorted((name, hash(data)) for name, data in state.items()))) not in seen:
+                seen.add(key)
+                yield state, names
+
+
+def restore(root: Path, state: State) -> None:
+    """The folder as it is after a cut."""
+    shutil.rmtree(root)
+    for name, data in {"": None, **state}.items():
+        (root / name).mkdir() if data is None else (root / name).write_bytes(data)
