@@ -1,9 +1,13 @@
-"""A disk that loses with its power what was not flushed: `Disk` notes what was, `states` says what may be left."""
+"""A disk that loses with its power what was not flushed: `Disk` notes what was, `states` says what may be left. And one
+that is full from some moment on."""
 
 from __future__ import annotations
 
+import builtins
+import errno
 import os
 import random
+import resource
 import shutil
 import stat
 from collections import defaultdict
@@ -105,3 +109,33 @@ def restore(root: Path, state: State) -> None:
     shutil.rmtree(root)
     for name, data in {"": None, **state}.items():
         (root / name).mkdir() if data is None else (root / name).write_bytes(data)
+
+
+class FullDisk:
+    """From the n-th write on, nothing can be written to any file behind its first bytes, and no name be given. Writes
+    are counted."""
+
+    def __init__(self, n: float, room: int, folder: Path, monkeypatch, before: Callable[[], object] = lambda: None):
+        """before: called when the disk gets full."""
+        self.n, self.room, self.folder, self.before, self.kinds = n, room, folder, before, []
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for module, name in ((builtins, "open"), (os, "pwrite"), (os, "mkdir"), (os, "replace")):
+            monkeypatch.setattr(module, name, self._counting(name, getattr(module, name)))
+
+    def _counting(self, name: str, operation):
+        def counted(*args, **kwargs):
+            here = name == "pwrite" or str(args[0]).startswith(str(self.folder))
+            if not here or (name == "open" and args[1:] in ((), ("rb",))):
+                return operation(*args, **kwargs)
+            self.kinds.append(name)
+            if len(self.kinds) == self.n:
+                self.before()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, self.limits[1]))
+            if len(self.kinds) >= self.n and name in ("mkdir", "replace"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+            return operation(*args, **kwargs)
+
+        return counted
+
+    def make_room(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)

@@ -1,4 +1,4 @@
-"""data.prepare after a power cut, and when what it had left was taken away."""
+"""data.prepare after a power cut, on a full disk, and when what it had left was taken away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from data import journal, prepare, reading
 from data.prepare import main
 from minisobert.corpus import comments, posts, rows
-from tests.disks import Disk, restore, states
+from tests.disks import Disk, FullDisk, restore, states
 
 POST = '<row Id="{0}" PostTypeId="1" Title="On {0}" Body="&lt;p&gt;What is {0} for?&lt;/p&gt;" />\n'
 
@@ -73,6 +73,30 @@ def test_whatever_was_not_flushed_is_lost_and_the_shards_are_the_same(command, t
             left.pop(Path(hidden), None)
         assert left == expected, state.keys()
     assert done and went_on > 20, (done, went_on)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_from_any_write_on_is_one_line_and_leaves_nothing(command, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "disk"
+    with monkeypatch.context() as patch:
+        disk = FullDisk(float("inf"), 0, root, patch)
+        assert main(command) == 0
+    expected, kinds = files(root), disk.kinds
+    assert len(kinds) > 30 and {*kinds} == {"open", "pwrite", "mkdir", "replace"}
+    for n in range(1, len(kinds) + 1):
+        shutil.rmtree(root)
+        root.mkdir()
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            disk = FullDisk(n, n % 2 * 100, root, patch)
+            ended = status(command)
+        disk.make_room()
+        *_, line = capsys.readouterr().err.splitlines()
+        assert ended == 2 and line.startswith("data.prepare: "), (n, kinds[n - 1], line)
+        assert "No space left on device" in line or "File too large" in line
+        assert not files(root)
+        assert main(command) == 0
+        assert files(root) == expected, (n, kinds[n - 1])
 
 
 def interrupt(*given):

@@ -7,7 +7,6 @@ import builtins
 import errno
 import os
 import re
-import resource
 import shutil
 import subprocess
 from collections import Counter
@@ -18,7 +17,7 @@ import pytest
 import train
 from minisobert.config import PRESETS, ModelConfig
 from minisobert.training import checkpoint
-from tests.disks import Disk, restore, states
+from tests.disks import Disk, FullDisk, restore, states
 from tests.runs import metrics, words
 
 TIMED = {"tokens_per_second", "dollars"}
@@ -79,36 +78,6 @@ def test_whatever_was_not_flushed_is_lost_and_the_run_goes_on_from_its_last_chec
     assert set(began) == ({2, 4} if resumed else {0, 2, 4}) and sum(began.values()) > 20, began
 
 
-class FullDisk:
-    """From the n-th write on, nothing can be written to any file behind its first bytes, and no name be given. Writes
-    are counted."""
-
-    def __init__(self, n: float, room: int, folder: Path, monkeypatch):
-        self.n, self.room, self.folder, self.kinds = n, room, folder, []
-        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        for module, name in ((builtins, "open"), (os, "pwrite"), (os, "mkdir"), (os, "replace")):
-            monkeypatch.setattr(module, name, self._counting(name, getattr(module, name)))
-
-    def _counting(self, name: str, operation):
-        def counted(*args, **kwargs):
-            here = name == "pwrite" or str(args[0]).startswith(str(self.folder))
-            if not here or (name == "open" and args[1:] in ((), ("rb",))):
-                return operation(*args, **kwargs)
-            self.kinds.append(name)
-            if len(self.kinds) == self.n:
-                self.saved = checkpoint.steps(self.folder / "checkpoints")
-                self.lines = (self.folder / "metrics.jsonl").read_bytes() if self.saved else b""
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, self.limits[1]))
-            if len(self.kinds) >= self.n and name in ("mkdir", "replace"):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
-            return operation(*args, **kwargs)
-
-        return counted
-
-    def make_room(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
-
-
 def status(argv: list[str]) -> int:
     try:
         return train.main(argv)
@@ -138,16 +107,22 @@ def test_a_disk_that_is_full_from_any_write_on_ends_the_run_and_with_room_it_goe
     for n in places:
         shutil.rmtree(out)
         capsys.readouterr()
+        saved, lines = [], []
+
+        def look(saved=saved, lines=lines):
+            saved += checkpoint.steps(out / "checkpoints")
+            lines += [(out / "metrics.jsonl").read_bytes()] if saved else []
+
         with monkeypatch.context() as patch:
-            disk = FullDisk(n, n % 2 * 100, out, patch)
+            disk = FullDisk(n, n % 2 * 100, out, patch, look)
             number = status(command(corpus, out))
         disk.make_room()
         check_one_line(capsys, number)
         for path in checkpoint.steps(out / "checkpoints"):
             checkpoint.verify(path)
-        assert disk.saved[-1:] <= checkpoint.steps(out / "checkpoints")[-1:]
-        if disk.saved:
-            assert (out / "metrics.jsonl").read_bytes().startswith(disk.lines)
+        assert saved[-1:] <= checkpoint.steps(out / "checkpoints")[-1:]
+        if saved:
+            assert (out / "metrics.jsonl").read_bytes().startswith(*lines)
         assert train.main(command(corpus, out)) == 0
         assert content(out) == expected, (n, kinds[n - 1])
 
