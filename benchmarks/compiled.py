@@ -64,12 +64,12 @@ def attention(dtype: str, width: int, dropout: float, window: int | None = None)
 windowed_attention = partial(attention, window=64)  # any number compiles to the same
 
 
-def add_norm(dtype: str, width: int, dropout: float) -> None:
+def add_norm(dtype: str, width: int, dropout: float, tokens: int = TOKENS) -> None:
     import torch
 
     from minisobert.ops.kernels.add_norm import add_norm
 
-    x, r = torch.zeros(2, TOKENS, width, dtype=getattr(torch, dtype), requires_grad=True)
+    x, r = torch.zeros(2, tokens, width, dtype=getattr(torch, dtype), requires_grad=True)
     b, w, c = torch.zeros(3, width, dtype=x.dtype)
     residual, normal = add_norm(x, b, r, w, c, 1e-5, mask(dropout, "ffn_output"))
     (residual + normal).sum().backward(retain_graph=True)

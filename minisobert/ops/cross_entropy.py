@@ -29,7 +29,8 @@ def cross_entropy_parts_reference(logits: Tensor, targets: Tensor, first: int = 
     column = targets - first
     here = (column >= 0) & (column < logits.shape[1])
     target = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    maximum = logits.amax(1)
+    # finite, so that a slice of the vocabulary that is all -inf adds exp(-inf) = 0 and not NaN
+    maximum = logits.amax(1).clamp(min=torch.finfo(torch.float32).min)
     return maximum, target.where(here, 0), (logits - maximum[:, None]).exp().sum(1)
 
 

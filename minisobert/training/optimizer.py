@@ -59,6 +59,9 @@ class Optimizer:
     ):
         """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were.
         momentum: Muon's; None: AdamW for all parameters."""
+        if dtype == torch.bfloat16:
+            # or cuBLAS may round partial sums to bf16 where it cuts a long one, as a weight's gradient over all tokens
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.mesh, self.sharded = mesh or Mesh(), sharded
         self.flat = flat = FlatParameters(model, dtype, self.mesh, sequence_parallel)
         owned = list(flat.owned(self.mesh.data_rank, self.mesh.data_parallel) if sharded else flat.owned(0, 1))

@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from against_reference import DOCUMENTS, assert_close, compare, mask, qkv, random, tolerance
 
 from minisobert import ops
-from minisobert.config import ModelConfig
+from minisobert.config import ModelConfig, TrainConfig
+from minisobert.corpus.loader import Rows
+from minisobert.corpus.shards import Shards
+from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID
 from minisobert.model import MaskedLM
 from minisobert.ops import (
     Documents,
@@ -26,11 +31,16 @@ from minisobert.ops import (
     rotary,
     rotation,
 )
+from minisobert.parallel.mesh import Mesh
+from minisobert.training.loop import Tally, train_step
+from minisobert.training.optimizer import Optimizer
+from minisobert.training.run import Progress
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("poisoned"),
 ]
+DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 P = [0.0, 0.1]
 POSTS = [0, 1, 130, 700, 2_048, 2_049, 3_000, 4_096]
@@ -75,6 +85,16 @@ def test_attention_in_windows(d, dtype, p):
 @pytest.mark.parametrize("window", [1, 5, 64, 1_000])
 def test_attention_in_windows_at_awkward_shapes(window, p):
     check_attention([0, 1, 64, 128, 193, 322, 622], 2, 64, torch.bfloat16, p, window)
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize(("heads", "d", "window"), [(12, 64, None), (16, 96, None), (12, 64, 64), (16, 64, 64)])
+def test_attention_at_the_shapes_of_training(heads, d, window, p):
+    """A micro-batch of base, large, modern-base and modern-large: 8 rows of 2,048, of documents as long as posts."""
+    lengths = np.random.default_rng(0).lognormal(5.5, 1, 200).astype(int).clip(3, 2_048)
+    ends = lengths.cumsum()
+    bounds = [0, *ends[ends < 16_384].tolist(), 16_384]
+    check_attention(bounds, heads, d, torch.bfloat16, p, window)
 
 
 def test_tiles_beyond_the_window_are_not_visited():
@@ -281,6 +301,71 @@ def test_no_operation_waits_for_the_device():
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def training(architecture: str, optimizer: str):
+    """A function that makes the next optimizer step of a small model in bf16, on documents of 1 to 600 tokens, and
+    returns what `train_step` says of it; and the model."""
+    sizes = {"ffn": 384, "architecture": "modernbert"} if architecture == "modernbert" else {"ffn": 1_024}
+    model_config = ModelConfig(layers=4, hidden=256, heads=4, vocabulary=8_064, positions=2_048, **sizes)
+    config = TrainConfig(
+        data="", out="", train_tokens=100 * 4_096, tokens_per_batch=4_096, micro_batch_rows=1, learning_rate=1e-3,
+        dropout=0.0 if architecture == "modernbert" else 0.1,
+    )  # fmt: skip
+    offsets = np.concatenate([[0], np.random.default_rng(0).integers(1, 600, 2_000).cumsum()])
+    tokens = np.random.default_rng(1).integers(FIRST_ORDINARY_ID, 8_064, offsets[-1], dtype=np.int32)
+    rows = Rows(Shards(Path(), {"vocab_size": 8_064}, tokens, offsets), range(2_000), 0, config.row_tokens)
+    mesh, progress = Mesh(device=torch.device(DEVICE)), Progress()
+    model = MaskedLM(model_config).initialise(0).to(DEVICE)
+    of_step = Optimizer(model, torch.bfloat16, (0.9, 0.95), 0.01, mesh, momentum=0.95 if optimizer == "muon" else None)
+    steps = iter(config.steps(1, 0))
+
+    def step():
+        following = next(steps)
+        last = following.first_row + following.rows
+        batches = [
+            rows.micro_batch(row, 1, following.mask_rate).to(mesh.device) for row in range(following.first_row, last)
+        ]
+        return train_step(model, of_step, batches, following, config, mesh, progress, Tally)
+
+    return step, model
+
+
+ARCHITECTURES = [("bert", "adamw"), ("bert", "muon"), ("modernbert", "adamw"), ("modernbert", "muon")]
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), ARCHITECTURES)
+def test_an_optimizer_step_waits_for_the_device_twice(architecture, optimizer, monkeypatch):
+    """For the gradient's norm and for the loss; anything else that the host reads would stop it in the middle."""
+    step, _ = training(architecture, optimizer)
+    step()  # compiles
+    read, item = [], torch.Tensor.item
+
+    def allowed(x):
+        torch.cuda.set_sync_debug_mode("default")
+        read.append(item(x))
+        torch.cuda.set_sync_debug_mode("error")
+        return read[-1]
+
+    monkeypatch.setattr(torch.Tensor, "item", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), ARCHITECTURES)
+def test_twenty_steps_repeat_bit_for_bit(architecture, optimizer):
+    def run():
+        step, model = training(architecture, optimizer)
+        figures = [step() for _ in range(20)]
+        return figures, {name: x.cpu() for name, x in model.state_dict().items()}
+
+    (figures, weights), (again, weights_again) = run(), run()
+    assert figures == again
+    assert all(torch.equal(x, weights_again[name]) for name, x in weights.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

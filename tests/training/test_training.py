@@ -129,6 +129,7 @@ def test_bf16_keeps_fp32_masters_so_that_small_steps_are_not_lost():
     moved = master - before
     torch.testing.assert_close(moved, torch.full_like(moved, -40e-4), rtol=1e-2, atol=0)
     assert torch.equal(model.weight, master.bfloat16())
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction  # nor are sums rounded on their way
 
 
 def test_the_norm_of_many_gradients_is_that_of_fp64():

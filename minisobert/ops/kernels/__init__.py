@@ -2,8 +2,8 @@
 
 Each file holds its kernels, one `autograd.Function` and the function that launches it. They run on CUDA tensors, or,
 where TRITON_INTERPRET=1 was set before the import, on CPU tensors in Triton's interpreter (fp32 and fp16 only: it
-computes bf16 wrongly). Arguments are checked before anything is launched, and nothing that lies on the device is read
-for it.
+computes bf16 wrongly, unless it is mended as in tests/bfloat16.py). Arguments are checked before anything is launched,
+and nothing that lies on the device is read for it.
 """
 
 from __future__ import annotations

@@ -50,10 +50,11 @@ RESIDENT_WARPS = 16
 #   ROWS                      rows of a tile
 #   NORM_BIAS, BIAS           whether norm_bias and bias were given
 #
-# Do not specialise on values that change between calls: each new value would trigger a recompile.
+# Do not specialise on values that change between calls, nor on where rstd begins, T numbers behind mean: each new value
+# would trigger a recompile.
 
 
-@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key"])
+@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
 def _forward(
     branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps, key, offset, rescale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -83,7 +84,7 @@ def _forward(
     tl.store(rstd + row, scale, row < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key"])
+@triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
 def _backward(
     d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
     rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,

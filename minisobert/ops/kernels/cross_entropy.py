@@ -27,13 +27,16 @@ TILE = 4_096, 8  # columns of a tile, warps: 16 elements a thread. Not tuned yet
 #   lse, d_loss                   (M,) fp32: log Σ exp(z) over all slices of a row; the gradient of its loss
 #   first                         id of the first column
 #   WIDTH, COLUMNS                n; columns of a tile
+#
+# target_logit and total lie M and 2 M numbers behind maximum: do not specialise on their alignment, which M changes.
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["target_logit", "total"])
 def _parts(logits, targets, maximum, target_logit, total, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * WIDTH
-    peak, running = -float("inf"), 0.0
+    # the lowest number but finite, so that a tile or slice that is all -inf adds exp(-inf) = 0 and not NaN
+    peak, running = -3.4028234663852886e38, 0.0
     for j in tl.range(0, WIDTH, COLUMNS):
         column = j + tl.arange(0, COLUMNS)
         x = tl.load(z + column, column < WIDTH, -float("inf")).to(tl.float32)

@@ -15,7 +15,7 @@ from minisobert.ops.kernels import attention as kernels
 from minisobert.ops.kernels.attention import attention
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
-DTYPES = [torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float32]
 P = [0.0, 0.3]
 LENGTHS = [0, 1, 64, 128, 193, 322, 622]  # documents of 1, 63, 64, 65, 129 and 300 tokens
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import product
 
 import pytest
 
-from benchmarks.compiled import CHIPS, JOBS, MATRIX_INSTRUCTION, SHARED_LIMIT, Compiled, compile_all, result
+from benchmarks.compiled import (
+    CHIPS,
+    JOBS,
+    MATRIX_INSTRUCTION,
+    SHARED_LIMIT,
+    Compiled,
+    _no_interpreter,
+    _without_launching,
+    add_norm,
+    compile_all,
+    result,
+)
 
 # Bytes. Tiles were chosen with Triton 3.9; before it, and setup.cfg allows 3.6, some kernels spill a few registers
 # (docs/kernels.md says which). That costs little time and changes no result.
@@ -43,3 +56,27 @@ def test_attention_in_half_precision_uses_each_chips_matrix_instructions(compile
     expected = {*product(matrix, CHIPS, (32, 64, 96, 128)), *product(windows, CHIPS, (64,))}
     assert {(c.kernel, c.chip, c.width) for c in half} == expected
     assert [c for c in half if c.matrix != (MATRIX_INSTRUCTION[c.chip],)] == []
+
+
+def _compiled_for(sizes) -> dict[str, int]:
+    """Of each kernel how many were compiled for these numbers of rows."""
+    import torch
+
+    from minisobert.ops.kernels.cross_entropy import cross_entropy
+
+    found: dict[str, set[str]] = {}
+    for rows in sizes:
+        with _without_launching(90) as compiled:
+            add_norm("bfloat16", 768, 0.1, rows)
+            x = torch.zeros(rows, 3_072, dtype=torch.bfloat16, requires_grad=True)
+            cross_entropy(x * 1, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+        for kernel in compiled:
+            found.setdefault(f"{kernel.src.fn.__module__} {kernel.metadata.name}", set()).add(kernel.hash)
+    return {name: len(hashes) for name, hashes in found.items()}
+
+
+def test_no_kernel_is_compiled_again_for_another_number_of_rows():
+    """Arrays of T or M numbers that share memory begin where that number says."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _no_interpreter) as pool:
+        found = pool.submit(_compiled_for, range(101, 105)).result()
+    assert len(found) == 4 and set(found.values()) == {1, 2}, found

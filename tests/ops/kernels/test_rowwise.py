@@ -12,6 +12,7 @@ from minisobert.ops import (
     Dropout,
     add_norm_reference,
     bias_gelu_reference,
+    cross_entropy_parts_reference,
     cross_entropy_reference,
     drop_reference,
     gated_gelu_reference,
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # sigmoid(-large) is 1 / inf
 ]
-DTYPES = [torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float32]
 
 
 def norm_inputs(tokens: int, width: int, dtype: torch.dtype):
@@ -181,6 +182,21 @@ def test_parts_of_two_slices_of_the_vocabulary_make_the_whole_loss():
     expected.backward(upstream.double())
     ours = torch.cat([losses.cross_entropy_gradient(z, targets, lse, upstream, first) for first, z in slices], 1)
     assert_close(ours, exact.grad, "gradient", tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("first", [4_096, 4_999])
+def test_cross_entropy_where_whole_tiles_of_the_vocabulary_are_ruled_out(first):
+    """-inf for all logits before `first`, as a mask of part of the vocabulary makes them."""
+    logits = random(3, 5_000, dtype=torch.float32)
+    logits[:, :first] = -torch.inf
+    targets = torch.tensor([first, 4_999, 4_999])
+    compare(lambda x: cross_entropy(x * 1, targets), lambda x: cross_entropy_reference(x, targets), (logits,))
+    slices = [(0, logits[:, :4_096].contiguous()), (4_096, logits[:, 4_096:].contiguous())]
+    for parts in (losses.cross_entropy_parts, cross_entropy_parts_reference):  # of a rank that has none of the others
+        (m, t, s), (n, u, r) = (parts(z, targets, begin) for begin, z in slices)
+        largest = torch.maximum(m, n)
+        loss = largest + (s * (m - largest).exp() + r * (n - largest).exp()).log() - t - u
+        assert_close(loss, cross_entropy_reference(logits.double(), targets), "loss", tolerance(torch.float32))
 
 
 def test_cross_entropy_of_large_logits_and_of_none():
