@@ -1,15 +1,20 @@
 """Dropout whose mask is a hash of where an element stands, not a draw from a generator.
 
-    y = x * keep / (1 - p)        keep[i, j] = (lowbias32(row_hash[i] ^ column_hash[j]) >> 16) >= round(p * 65,536)
+    y = x * keep / (1 - p)         keep[i, j] = row_hash[i] * column_hash[j] >= round(p * 65,536) * 2**16 - 2**31
 
-    row_hash[i]    = lowbias32(lowbias32(i) ^ key)           i: index of the token in the global batch
-    column_hash[j] = lowbias32(j)                            j: feature, or head * 2**24 + index of the key's token
+    row_hash[i]    = lowbias32(lowbias32(i) ^ key) | 1       i: index of the token in the global batch
+    column_hash[j] = lowbias32(j) | 1                        j: feature, or head * 2**24 + index of the key's token
     key            = a hash of (seed, step, layer, site)
 
-The mask of an element therefore depends neither on the layout (which rank, which micro-batch) nor on the order in which
-masks are made, and a backward pass can make it again instead of storing it. The threshold is a multiple of 2**16, so p
-is kept to 1/65,536, and the hash's last xor-shift, which changes low bits alone, need not be computed. Its first one,
-x ^ (x >> 16), is linear in xor: the methods that hash rows and columns take it there, and not once per element.
+The product is that of signed 32-bit integers, which wraps. The mask of an element therefore depends neither on the
+layout (which rank, which micro-batch) nor on the order in which masks are made, and a backward pass can make it again
+instead of storing it. p is kept to 1/65,536.
+
+One multiplication per element is what attention can afford, and it is enough, because both factors are hashes. A random
+odd number times a fixed one is a random odd number, so every row and every column drops at the rate p. Two rows r and s
+meet a column c as r c and s c, which depend on each other through r / s alone; unless that is a fraction of small
+numbers, which for hashes it is not, such pairs fill the square evenly (Knuth, volume 2, 3.3.4, the spectral test). The
+tests look for what would show otherwise: pairs of rows and of columns, rectangles, and the largest singular value.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from minisobert import hashing
 from minisobert.config import MOST_TOKENS
 from minisobert.ops import dispatch
 
+MASKS = 2  # version of the formula above: a run goes on with the one that it began with, or not at all
 SITES = ("embedding", "attention", "attention_output", "ffn_output")
 
 
@@ -59,7 +65,7 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """p in 65,536ths: a hash whose upper 16 bits are below it is dropped."""
+        """p in 65,536ths: the lowest so many of the values that 16 bits can have are dropped."""
         return min(round(self.p * 65_536), 65_535)
 
     @property
@@ -69,22 +75,21 @@ class Dropout:
     def row_hash(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int32, for the tokens [start, stop) of those at hand."""
         index = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
-        return _xor_shift_16(_lowbias32(_lowbias32(_int32(index)) ^ self.keys))
+        return _lowbias32(_lowbias32(_int32(index)) ^ self.keys) | 1
 
     def column_hash(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int32, for the features [start, stop)."""
-        return _xor_shift_16(_lowbias32(_int32(torch.arange(start, stop, device=self.keys.device))))
+        return _lowbias32(_int32(torch.arange(start, stop, device=self.keys.device))) | 1
 
     def key_hash(self, heads: int, start: int, stop: int) -> Tensor:
         """(heads, stop - start) int32, for the keys of the tokens [start, stop) of those at hand."""
         head = torch.arange(self.head_offset, self.head_offset + heads, device=self.keys.device)
         token = torch.arange(start + self.token_offset, stop + self.token_offset, device=self.keys.device)
-        return _xor_shift_16(_lowbias32(_int32(head[:, None] * MOST_TOKENS + token)))
+        return _lowbias32(_int32(head[:, None] * MOST_TOKENS + token)) | 1
 
     def keeps(self, row_hash: Tensor, column_hash: Tensor) -> Tensor:
         """True where an element is kept; the two hashes are broadcast against each other."""
-        # as unsigned integers, hash >= threshold << 16; flipping the sign bit of both makes that a signed comparison
-        return _mix(row_hash ^ column_hash).bitwise_xor_(-(1 << 31)) >= (self.threshold << 16) - (1 << 31)
+        return row_hash * column_hash >= (self.threshold << 16) - (1 << 31)
 
 
 def drop_reference(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -110,21 +115,10 @@ def _int32(x: Tensor) -> Tensor:
     return x.to(torch.int32)
 
 
-# `hashing.lowbias32` once more, on int32 tensors: several times faster on a CPU than int64, where attention needs one
-# hash per head and pair of tokens. Products wrap; an arithmetic right shift needs its sign bits cut off.
-
-
-def _xor_shift_16(x: Tensor) -> Tensor:
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """What lies between the first and the last step of lowbias32, in place."""
-    x *= 0x7FEB352D
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= 0x846CA68B - (1 << 32)
-    return x
-
-
 def _lowbias32(x: Tensor) -> Tensor:
-    return _xor_shift_16(_mix(_xor_shift_16(x)))
+    """`hashing.lowbias32` on int32 tensors: products wrap; an arithmetic right shift needs its sign bits cut off."""
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * (0x846CA68B - (1 << 32))
+    return x ^ (x >> 16 & 0xFFFF)

@@ -32,6 +32,7 @@ from minisobert.files import (
     write_whole,
 )
 from minisobert.model import MaskedLM
+from minisobert.ops.dropout import MASKS
 from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint, events, meter
 from minisobert.training.optimizer import Optimizer
@@ -66,6 +67,8 @@ class Run:
         settings = dataclasses.asdict(config)
         layout = {name: settings.pop(name) for name in config.resumable_fields()}
         self.identity = {"train": settings, "model": dataclasses.asdict(model_config), "data": shards.fingerprint}
+        if config.dropout:
+            self.identity["masks"] = MASKS
         if init:
             self.identity["init"] = init.identity()
         tokenizer = shards.meta["files"][shards.tokenizer_file.name]["sha256"]
@@ -97,6 +100,8 @@ class Run:
             )
         defaults = dataclasses.asdict(TrainConfig(preset=run["train"]["preset"]))
         run["train"] = {**{name: defaults[name] for name in self.identity["train"]}, **run["train"]}
+        if run["train"]["dropout"]:
+            run.setdefault("masks", 1)
         run["model"] = {**{f.name: f.default for f in dataclasses.fields(ModelConfig)}, **run.get("model", {})}
         return run
 
@@ -115,6 +120,11 @@ class Run:
                 raise ValueError(f"{here} with {flag(name)} {old}, given is {value}; give the same, {otherwise}")
         if before.get("init") != self.identity.get("init"):
             raise ValueError(f"{here} that began with other weights than those of --init; give the same, {otherwise}")
+        if before.get("masks") != self.identity.get("masks"):
+            raise ValueError(
+                f"{here} whose dropout masks this version of minisobert makes in another way, so that it cannot go on "
+                f"as it would have; give the run as --init to a new one, or {otherwise}"
+            )
         if before.get("data") != self.identity["data"]:
             raise ValueError(f"{here} on other data than {self.config.data}; give the same --data, {otherwise}")
         if before != self.identity:

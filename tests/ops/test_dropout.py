@@ -49,8 +49,13 @@ def test_the_mask_is_the_published_hash_bit_for_bit():
     for i in range(8):
         row = lowbias32_of_the_publication(lowbias32_of_the_publication(1_000 + i) ^ key)
         for j in range(5):
-            bits = lowbias32_of_the_publication(row ^ lowbias32_of_the_publication(j))
-            assert dropped[i, j] == (bits < round(P * 65_536) << 16)
+            assert dropped[i, j] == is_dropped(row, lowbias32_of_the_publication(j))
+
+
+def is_dropped(row: int, column: int) -> bool:
+    product = (row | 1) * (column | 1) % 2**32
+    signed = product - 2**32 if product >= 2**31 else product
+    return signed < round(P * 65_536) * 2**16 - 2**31
 
 
 def test_head_and_key_token_select_the_attention_mask_bit_for_bit():
@@ -58,8 +63,8 @@ def test_head_and_key_token_select_the_attention_mask_bit_for_bit():
     key = int(Dropout.for_step(P, 1, 0, layers=3).at(1, "attention").keys) % 2**32
     hashed = lowbias32_of_the_publication
     for head, query, token in np.ndindex(3, 4, 4):
-        bits = hashed(hashed(hashed(70 + query) ^ key) ^ hashed((5 + head) * 2**24 + 70 + token))
-        assert dropped[head, query, token] == (bits < round(P * 65_536) << 16)
+        row, column = hashed(hashed(70 + query) ^ key), hashed((5 + head) * 2**24 + 70 + token)
+        assert dropped[head, query, token] == is_dropped(row, column)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
@@ -106,6 +111,52 @@ def test_masks_are_independent_along_every_coordinate():
     for axis in (0, 1):
         z = (mask.mean(axis) - P) / math.sqrt(P * (1 - P) / 512)
         assert np.abs(z).max() < 5
+
+
+def structure(dropped: np.ndarray, p: float) -> dict[str, float]:
+    """Of an (n, n) mask, in standard errors: rates of rows and columns, correlations of all pairs of rows, of columns
+    and of the corners of rectangles; and its largest singular value over that of independent elements."""
+    n, generator = len(dropped), np.random.default_rng(0)
+    z = (dropped - p) / math.sqrt(p * (1 - p))
+    rows, columns = z @ z.T / math.sqrt(n), z.T @ z / math.sqrt(n)
+    np.fill_diagonal(rows, 0), np.fill_diagonal(columns, 0)
+    (i, k), (j, l) = generator.integers(0, n, (2, 2, 1_000_000))
+    apart = (i != k) & (j != l)
+    corners = (z[i, j] * z[k, l] * z[i, l] * z[k, j])[apart]
+    return {
+        "rate of a row": np.abs(z.sum(1)).max() / math.sqrt(n),
+        "rate of a column": np.abs(z.sum(0)).max() / math.sqrt(n),
+        "spread of pairs of rows": rows.std(),
+        "spread of pairs of columns": columns.std(),
+        "pair of rows": np.abs(rows).max(),
+        "pair of columns": np.abs(columns).max(),
+        "rectangles": abs(corners.mean()) * math.sqrt(len(corners)),
+        "singular value": np.linalg.norm(z, 2) / (2 * math.sqrt(n)),
+    }
+
+
+# the largest of a million pairs, of which those of small rates have long tails; what hashing once less gives is above
+ALLOWED = {
+    "rate of a row": 5, "rate of a column": 5, "spread of pairs of rows": 1.01, "spread of pairs of columns": 1.01,
+    "pair of rows": 7.5, "pair of columns": 7.5, "rectangles": 4.5, "singular value": 1.03,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_a_mask_has_no_more_structure_than_independent_draws(p):
+    def mask(step: int, head: int, n: int = 1_024) -> np.ndarray:
+        dropout = dataclasses.replace(Dropout.for_step(p, 1, step, layers=1).at(0, "attention"), head_offset=head)
+        return ~dropout.keeps(dropout.row_hash(0, n)[:, None], dropout.key_hash(1, 0, n)[0]).numpy()
+
+    for step, head in ((0, 0), (1, 5), (77, 11)):
+        found = structure(mask(step, head), p)
+        assert {name: value for name, value in found.items() if not value < ALLOWED[name]} == {}
+    # two masks that are too simple: a sum in place of the product, and factors that are no hashes
+    n = np.arange(1_024, dtype=np.uint32)
+    hashes = lowbias32(n), lowbias32(n + np.uint32(1 << 24))
+    for bits in (hashes[0][:, None] + hashes[1], (2 * n[:, None] + 1) * (hashes[1] | np.uint32(1))):
+        found = structure(bits < p * 2**32, p)
+        assert any(value > 2 * ALLOWED[name] for name, value in found.items()), found
 
 
 def test_a_part_of_the_batch_has_its_part_of_the_mask():

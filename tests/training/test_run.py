@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_a_run_with_an_option_that_this_version_does_not_know_is_refused(make_ru
     save(run.folder, {**run.identity, "train": {**run.identity["train"], "mixup": 0.5}})
     with pytest.raises(ValueError, match="holds a run by another version of minisobert"):
         make_run()
+
+
+def test_a_run_whose_masks_were_made_in_another_way_is_refused_and_one_without_dropout_goes_on(make_run):
+    run = make_run(dropout=0.1)
+    before = {name: value for name, value in run.identity.items() if name != "masks"}  # as version 0.1.0 wrote it
+    save(run.folder, before)
+    with pytest.raises(
+        ValueError, match=r"dropout masks .* give the run as --init to a new one, or choose another --out"
+    ):
+        make_run(dropout=0.1)
+    shutil.rmtree(run.folder / "checkpoints")
+    save(run.folder, {**before, "train": {**before["train"], "dropout": 0.0}})
+    assert make_run(dropout=0.0).resumes_from
 
 
 def test_metrics_hold_null_where_a_figure_is_not_finite(make_run):

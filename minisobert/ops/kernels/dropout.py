@@ -19,46 +19,30 @@ TILE = 2_048, 4  # elements, warps. By arithmetic, not tuned yet: 16 elements a 
 
 
 @triton.jit
-def _xor_shift_16(x):
+def _lowbias32(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
-def _mix(x):
-    """What lies between the first and the last step of lowbias32."""
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x
-
-
-@triton.jit
-def _lowbias32(x):
-    return _xor_shift_16(_mix(_xor_shift_16(x)))
-
-
-@triton.jit
 def row_hash(token, key):
-    """token: indices in the global batch; key: pointer to the key of the site. As `column_hash`, one step further."""
-    return _xor_shift_16(_lowbias32(_lowbias32(token.to(tl.uint32)) ^ tl.load(key).to(tl.uint32, bitcast=True)))
+    """token: indices in the global batch; key: pointer to the key of the site."""
+    return _lowbias32(_lowbias32(token.to(tl.uint32)) ^ tl.load(key).to(tl.uint32, bitcast=True)) | 1
 
 
 @triton.jit
 def column_hash(column):
-    """column: features; or, in attention, head * 2**24 + token of the key.
-
-    The first step that lowbias32(row ^ column) will take is linear in xor: it is taken here, once per row and column.
-    """
-    return _xor_shift_16(_lowbias32(column.to(tl.uint32)))
+    """column: features; or, in attention, head * 2**24 + token of the key."""
+    return _lowbias32(column.to(tl.uint32)) | 1
 
 
 @triton.jit
 def keep(row, column, THRESHOLD: tl.constexpr):
-    """True where an element stays. row, column: hashes that broadcast against each other.
-
-    lowbias32 without its last step, which changes low bits alone where THRESHOLD has none.
-    """
-    return _mix(row ^ column) >= THRESHOLD
+    """True where an element stays. row, column: hashes, uint32, that broadcast against each other."""
+    return (row * column).to(tl.int32, bitcast=True) >= THRESHOLD - 2**31
 
 
 def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int, int, float]:
