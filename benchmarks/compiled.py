@@ -55,10 +55,10 @@ def attention(dtype: str, width: int, dropout: float, window: int | None = None)
     import torch
 
     from minisobert.ops import Documents
-    from minisobert.ops.kernels.attention import attention
+    from minisobert.ops.kernels.attention import self_attention
 
-    q, k, v = torch.zeros(TOKENS, 2, 3, width, dtype=getattr(torch, dtype), requires_grad=True).unbind(2)
-    attention(q, k, v, Documents.from_bounds([0, TOKENS]), mask(dropout, "attention"), window).sum().backward()
+    qkv = torch.zeros(TOKENS, 2, 3, width, dtype=getattr(torch, dtype), requires_grad=True)
+    self_attention(qkv, Documents.from_bounds([0, TOKENS]), mask(dropout, "attention"), window).sum().backward()
 
 
 windowed_attention = partial(attention, window=64)  # any number compiles to the same

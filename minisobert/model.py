@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisobert.config import ModelConfig
-from minisobert.ops import Documents, Dropout, add_norm, attention, bias_gelu, drop, gated_gelu, rotary, rotation
+from minisobert.ops import Documents, Dropout, add_norm, bias_gelu, drop, gated_gelu, rotary, rotation, self_attention
 
 
 class Linear(nn.Linear):
@@ -89,8 +89,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         qkv = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width))  # (T, H, 3, d)
         qkv = rotary(qkv, rotations[self.rope_base]) if rotations else qkv
-        q, k, v = qkv.unbind(2)  # each (T, H, d)
-        context = attention(q, k, v, documents, dropout_at("attention"), self.window).flatten(1)  # (T, h)
+        context = self_attention(qkv, documents, dropout_at("attention"), self.window).flatten(1)  # (T, h)
         residual, normed = _add_norm(
             self.attention_output, context, residual, self.ffn_norm, dropout_at("attention_output")
         )

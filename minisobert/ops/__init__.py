@@ -1,7 +1,13 @@
 """The operations that an encoder spends its time in, one file each: the formula, plain PyTorch, the public function."""
 
 from minisobert.ops.add_norm import add_norm, add_norm_reference
-from minisobert.ops.attention import Documents, attention, attention_reference
+from minisobert.ops.attention import (
+    Documents,
+    attention,
+    attention_reference,
+    self_attention,
+    self_attention_reference,
+)
 from minisobert.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from minisobert.ops.cross_entropy import (
     cross_entropy,
@@ -37,4 +43,6 @@ __all__ = [
     "rotary",
     "rotary_reference",
     "rotation",
+    "self_attention",
+    "self_attention_reference",
 ]

@@ -141,6 +141,12 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
     return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
+def self_attention_reference(
+    qkv: Tensor, documents: Documents, dropout: Dropout | None = None, window: int | None = None
+) -> Tensor:
+    return attention_reference(*qkv.unbind(2), documents, dropout, window)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -160,11 +166,29 @@ def attention(
         raise ValueError(f"q, k, v have the shapes {shapes}; all must be the same (tokens, heads, head width)")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be of one floating dtype")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None")
-    if len(q) != documents.tokens:
-        raise ValueError(f"q has {len(q):,} tokens, documents {documents.tokens:,}; they must be of the same tokens")
+    _check(len(q), documents, window)
     implementation = attention_reference
     if dispatch.takes_kernel(q):
         from minisobert.ops.kernels.attention import attention as implementation
     return implementation(q, k, v, documents, dropout, window)
+
+
+def self_attention(
+    qkv: Tensor, documents: Documents, dropout: Dropout | None = None, window: int | None = None
+) -> Tensor:
+    """`attention` of queries, keys and values that are one tensor (T, H, 3, d); on a GPU its gradient is written as
+    one, where three would have to be put together. Returns (T, H, d). Raises ValueError on other shapes."""
+    if qkv.dim() != 4 or qkv.shape[2] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv is {tuple(qkv.shape)} {qkv.dtype}; it must be floating, (tokens, heads, 3, head width)")
+    _check(len(qkv), documents, window)
+    implementation = self_attention_reference
+    if dispatch.takes_kernel(qkv):
+        from minisobert.ops.kernels.attention import self_attention as implementation
+    return implementation(qkv, documents, dropout, window)
+
+
+def _check(tokens: int, documents: Documents, window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
+    if tokens != documents.tokens:
+        raise ValueError(f"q has {tokens:,} tokens, documents {documents.tokens:,}; they must be of the same tokens")

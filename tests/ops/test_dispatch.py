@@ -25,6 +25,7 @@ ARGUMENTS = {
     "cross_entropy_gradient": (X, TARGETS, PER_TOKEN, PER_TOKEN),
     "drop": (X, None),
     "gated_gelu": (X,),
+    "self_attention": (torch.zeros(3, 1, 3, 8), Documents.from_bounds([0, 3])),
     "rotary": (torch.zeros(3, 1, 3, 8), torch.zeros(2, 3, 4)),
 }
 

@@ -27,15 +27,32 @@ from minisobert.config import MOST_TOKENS
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import attention_tiles as tiles
 from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
+from minisobert.ops.kernels.attention_parts import (
+    across,
+    add_product,
+    bounds,
+    from_row,
+    line,
+    lines,
+    load,
+    sees,
+    store,
+    stretches,
+    uint32,
+    zeros,
+)
 from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
-WIDTHS = (32, 64, 96, 128)  # 96 runs as 128, the columns behind it zero
+# width of a head: those of the two tiles that it is
+PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0)}
 
 # What the kernels take. T tokens, H heads, d head width; strides count elements. A tile is (queries, keys).
 #   q, k, v, out, do           (T, H, d): the inputs, the result and its gradient; of one dtype, the last stride is 1
-#   dq, dk, dv                 (T, H, d): the gradients of q, k and v, with the strides of out
-#   q_t, k_t, v_t, out_t       strides from one token to the next; out's are do's too
-#   q_h, k_h, v_h, out_h       strides from one head to the next
+#   dq, dk, dv                 (T, H, d): the gradients of q, k and v
+#   q_t, k_t, v_t              strides from one token to the next
+#   out_t, grad_t              likewise; those of out are do's too, those of grad are dq's, dk's and dv's
+#   q_h, k_h, v_h              strides from one head to the next
+#   out_h, grad_h              likewise
 #   lse, delta                 (H, T) fp32: log2 Σ exp2(scale q·k) and rowsum(dO ∘ O) (1-p) of each query
 #   start, stop                (T,) int32: the bounds of each token's document
 #   row_hashes, key_hashes     (T,) and (H, T) int32: of queries and of keys, for the mask; None without dropout
@@ -43,249 +60,200 @@ WIDTHS = (32, 64, 96, 128)  # 96 runs as 128, the columns behind it zero
 #   window                     how far from a query its keys may be. None is compiled in and leaves no code behind;
 #                              a number is read at run time, for the cost of a register, and one kernel serves them all
 #   rescale, factor            1/(1-p); 1/((1-p) sqrt(d))
-#   D, BLOCK_D, QUERIES, KEYS  d and the power of two that it is padded to; the rows of a tile of each side
+#   D, REST                    the widths of the two parts of a head, see attention_parts.py
+#   q_rest, k_rest, v_rest     the second part of a tile of q, whose first is called q, and so on
+#   out_rest, do_rest          likewise
+#   dq_rest, dk_rest, dv_rest  likewise
+#   QUERIES, KEYS              the rows of a tile of each side
 #   THRESHOLD, PRECISION       p in 2**32ths, 0 for a kernel without dropout; of products: "ieee" for fp32, or "tf32"
 #   begin, end, row, column    of each row that a loop holds: the bounds of what it sees; its hash
 #   key_hash, MASKED           key_hashes of one head; whether a row held may not see some token in [lo, hi)
 
 
 @triton.jit
-def _tile(x, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
-    """x[row : row + ROWS], (ROWS, BLOCK_D); stride: of rows. Columns from D on are 0, and CHECKED rows from stop on."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    # 64 bits for where the tile begins: T * stride passes 2**31 at 0.9 million tokens of the base model's qkv
-    at = x + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    if CHECKED and D != BLOCK_D:
-        return tl.load(at, (rows[:, None] < stop - row) & (columns[None, :] < D), 0.0)
-    if CHECKED:
-        return tl.load(at, rows[:, None] < stop - row, 0.0)
-    if D != BLOCK_D:
-        return tl.load(at, columns[None, :] < D, 0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _store(x, value, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x[row : row + ROWS] = value, (ROWS, BLOCK_D), less rows from stop on and columns from D on; stride: of rows."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    at = x + tl.cast(row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    tl.store(at, value.to(x.dtype.element_ty), (rows[:, None] < stop - row) & (columns[None, :] < D))
-
-
-@triton.jit
-def _stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: tl.constexpr):
-    """(lo, full, rest, hi), the edges of three stretches. What the HELD rows from `first` on may see is [lo, hi), and
-    [full, rest) is whole steps of VISITED in which every row sees everything. Without a window [lo, full) is empty."""
-    last = tl.minimum(first + HELD, tokens) - 1
-    lo, hi = tl.load(start + first), tl.load(stop + last)
-    one_document = tl.load(start + last) == lo
-    if window is None:
-        full, rest = lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo)
-    else:
-        begin, end = tl.maximum(lo, last - window), tl.minimum(hi, first + window + 1)  # what first and last both see
-        lo, hi = tl.maximum(lo, first - window), tl.minimum(hi, last + window + 1)
-        full = lo + tl.cdiv(begin - lo, VISITED) * VISITED
-        # without a whole step in the middle all is the last stretch, the only one that need not be whole steps
-        some = one_document & (full + VISITED <= end)
-        full, rest = tl.where(some, full, lo), tl.where(some, full + (end - full) // VISITED * VISITED, lo)
-    return lo, full, rest, hi
-
-
-@triton.jit
-def _bounds(start, stop, rows, tokens, window):
-    """Of each of the rows the bounds of what it sees; an empty range behind the last token."""
-    begin, end = tl.load(start + rows, rows < tokens, 0), tl.load(stop + rows, rows < tokens, 0)
-    if window is not None:
-        begin, end = tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1)
-    return begin, end
-
-
-@triton.jit
-def _uint32(x):
-    return x.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def _attend(
-    out, total, peak, q, begin, end, row, k, v, key_hash, lo, hi, k_t, v_t, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    out, out_rest, total, peak, q, q_rest, begin, end, row, k, v, key_hash, lo, hi, k_t, v_t, scale,
+    D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (Milakov and Gimelshein 2018) over the keys [lo, hi). Of each query: out, Σ p v; total, Σ p;
     peak, the largest scaled score so far, to which both are relative."""
     for n in tl.range(lo, hi, KEYS):
-        keys = n + tl.arange(0, KEYS)
-        kn = _tile(k, n, hi, k_t, KEYS, D, BLOCK_D, MASKED)
-        score = tl.dot(q, tl.trans(kn), input_precision=PRECISION)
+        kn, kn_rest = load(k, n, hi, k_t, KEYS, D, REST, MASKED)
+        score = across(q, q_rest, kn, kn_rest, REST, PRECISION)
         if MASKED:
-            seen = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-            score = tl.where(seen, score, float("-inf"))
+            score = tl.where(sees(begin, end, n + tl.arange(0, KEYS)), score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1) * scale)
         p = tl.exp2(score * scale - higher[:, None])
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 1)
         if THRESHOLD:
-            column = _uint32(tl.load(key_hash + keys, keys < hi, 0))
-            p = tl.where(keep(row[:, None], column[None, :], THRESHOLD), p, 0.0)
-        vn = _tile(v, n, hi, v_t, KEYS, D, BLOCK_D, MASKED)
-        out = tl.dot(p.to(vn.dtype), vn, out * shrink[:, None], input_precision=PRECISION)
+            column = uint32(line(key_hash, n, hi, KEYS, MASKED))
+            p = tl.where(keep(row[:, None], column[None, :], THRESHOLD), p, scale * 0.0)
+        vn, vn_rest = load(v, n, hi, v_t, KEYS, D, REST, MASKED)
+        out, out_rest = add_product(out * shrink[:, None], out_rest * shrink[:, None], p, vn, vn_rest, REST, PRECISION)
         peak = higher
-    return out, total, peak
+    return out, out_rest, total, peak
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _forward(
     q, k, v, out, lse, start, stop, row_hashes, key_hashes, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, rescale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
-    edges = _stretches(start, stop, first, tokens, window, QUERIES, KEYS)
-    begin, end = _bounds(start, stop, queries, tokens, window)
-    qm = _tile(q + head * q_h, first, tokens, q_t, QUERIES, D, BLOCK_D, True)
-    row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
+    edges = stretches(start, stop, first, tokens, window, QUERIES, KEYS)
+    begin, end = bounds(start, stop, queries, tokens, window)
+    qm, qm_rest = load(q + head * q_h, first, tokens, q_t, QUERIES, D, REST, True)
+    row = uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
     key_hash = key_hashes + head * tokens if THRESHOLD else None
-    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    acc, acc_rest = zeros(QUERIES, D, REST)
     total = tl.zeros([QUERIES], tl.float32)
     # below all scores, but finite: where a query sees nothing in the first tiles, -inf - -inf would be NaN
     peak = tl.full([QUERIES], -1e38, tl.float32)
     for i in tl.static_range(1 if window is None else 0, 3):
-        acc, total, peak = _attend(
-            acc, total, peak, qm, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
+        acc, acc_rest, total, peak = _attend(
+            acc, acc_rest, total, peak, qm, qm_rest, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
             edges[i], edges[i + 1], k_t, v_t, scale,
-            D, BLOCK_D, KEYS, i != 1, THRESHOLD, PRECISION,
+            D, REST, KEYS, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
     total = tl.where(queries < tokens, total, 1.0)
-    acc *= (rescale / total)[:, None]
-    _store(out + head * out_h, acc, first, tokens, out_t, QUERIES, D, BLOCK_D)
+    factor = (rescale / total)[:, None]
+    store(out + head * out_h, acc * factor, acc_rest * factor, first, tokens, out_t, QUERIES, D, REST)
     tl.store(lse + head * tokens + queries, peak + tl.log2(total), queries < tokens)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _delta(
-    out, grad, delta, tokens, out_t, out_h, keep_rate, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr
+    out, grad, delta, tokens, out_t, out_h, keep_rate, D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr
 ):
     """delta = rowsum(dO ∘ O) keep_rate, where keep_rate is 1-p. grad: dO, with the strides of out."""
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
-    o = _tile(out + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True).to(tl.float32)
-    do = _tile(grad + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True).to(tl.float32)
-    tl.store(delta + head * tokens + queries, tl.sum(o * do, 1) * keep_rate, queries < tokens)
+    o, o_rest = load(out + head * out_h, first, tokens, out_t, QUERIES, D, REST, True)
+    do, do_rest = load(grad + head * out_h, first, tokens, out_t, QUERIES, D, REST, True)
+    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if REST:
+        total += tl.sum(o_rest.to(tl.float32) * do_rest.to(tl.float32), 1)
+    tl.store(delta + head * tokens + queries, total * keep_rate, queries < tokens)
 
 
 # In both gradients 1/(1-p) is a factor of the whole sum, applied once at the end: the loops work with
 # dS (1-p) = P ∘ (keep ∘ dO Vᵀ - delta), where delta carries (1-p) already.
+#
+# Where p is dropped, a zero stands that the compiler cannot know, scale * 0.0. With a known one it rounds to bf16 first
+# and selects among 16-bit halves afterwards, which it has to take apart for that.
 
 
 @triton.jit
 def _visit_keys(
-    dq, q, do, lse, delta, begin, end, row, k, v, key_hash, lo, hi, k_t, v_t, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    dq, dq_rest, q, q_rest, do, do_rest, lse, delta, begin, end, row, k, v, key_hash, lo, hi, k_t, v_t, scale,
+    D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += Σ over the keys [lo, hi) of dS k."""
+    k, v = from_row(k, lo, k_t), from_row(v, lo, v_t)
     for n in tl.range(lo, hi, KEYS):
-        keys = n + tl.arange(0, KEYS)
-        kn = _tile(k, n, hi, k_t, KEYS, D, BLOCK_D, MASKED)
-        vn = _tile(v, n, hi, v_t, KEYS, D, BLOCK_D, MASKED)
-        p = tl.exp2(tl.dot(q, tl.trans(kn), input_precision=PRECISION) * scale - lse[:, None])
+        kn, kn_rest = load(k, 0, hi - n, k_t, KEYS, D, REST, MASKED)
+        vn, vn_rest = load(v, 0, hi - n, v_t, KEYS, D, REST, MASKED)
+        p = tl.exp2(across(q, q_rest, kn, kn_rest, REST, PRECISION) * scale - lse[:, None])
         if MASKED:
-            seen = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
-            p = tl.where(seen, p, 0.0)
-        dp = tl.dot(do, tl.trans(vn), input_precision=PRECISION)
+            p = tl.where(sees(begin, end, n + tl.arange(0, KEYS)), p, 0.0)
+        dp = across(do, do_rest, vn, vn_rest, REST, PRECISION)
         if THRESHOLD:
-            column = _uint32(tl.load(key_hash + keys, keys < hi, 0))
+            column = uint32(line(key_hash, n, hi, KEYS, MASKED))
             dp = tl.where(keep(row[:, None], column[None, :], THRESHOLD), dp, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(kn.dtype), kn, dq, input_precision=PRECISION)
-    return dq
+        dq, dq_rest = add_product(dq, dq_rest, ds, kn, kn_rest, REST, PRECISION)
+        k, v = from_row(k, KEYS, k_t), from_row(v, KEYS, v_t)
+    return dq, dq_rest
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _query_gradient(
     q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
-    q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor,
+    D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
-    edges = _stretches(start, stop, first, tokens, window, QUERIES, KEYS)
-    begin, end = _bounds(start, stop, queries, tokens, window)
-    qm = _tile(q + head * q_h, first, tokens, q_t, QUERIES, D, BLOCK_D, True)
-    dom = _tile(do + head * out_h, first, tokens, out_t, QUERIES, D, BLOCK_D, True)
+    edges = stretches(start, stop, first, tokens, window, QUERIES, KEYS)
+    begin, end = bounds(start, stop, queries, tokens, window)
+    qm, qm_rest = load(q + head * q_h, first, tokens, q_t, QUERIES, D, REST, True)
+    dom, dom_rest = load(do + head * out_h, first, tokens, out_t, QUERIES, D, REST, True)
     lse_m = tl.load(lse + head * tokens + queries, queries < tokens, 0.0)
     delta_m = tl.load(delta + head * tokens + queries, queries < tokens, 0.0)
-    row = _uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
+    row = uint32(tl.load(row_hashes + queries, queries < tokens, 0)) if THRESHOLD else None
     key_hash = key_hashes + head * tokens if THRESHOLD else None
-    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    acc, acc_rest = zeros(QUERIES, D, REST)
     for i in tl.static_range(1 if window is None else 0, 3):
-        acc = _visit_keys(
-            acc, qm, dom, lse_m, delta_m, begin, end, row, k + head * k_h, v + head * v_h, key_hash,
-            edges[i], edges[i + 1], k_t, v_t, scale,
-            D, BLOCK_D, KEYS, i != 1, THRESHOLD, PRECISION,
+        acc, acc_rest = _visit_keys(
+            acc, acc_rest, qm, qm_rest, dom, dom_rest, lse_m, delta_m, begin, end, row,
+            k + head * k_h, v + head * v_h, key_hash, edges[i], edges[i + 1], k_t, v_t, scale,
+            D, REST, KEYS, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
-    _store(dq + head * out_h, acc * factor, first, tokens, out_t, QUERIES, D, BLOCK_D)
+    store(dq + head * grad_h, acc * factor, acc_rest * factor, first, tokens, grad_t, QUERIES, D, REST)
 
 
 @triton.jit
 def _visit_queries(
-    dk, dv, k, v, begin, end, column, q, do, lse, delta, row_hashes, lo, hi, q_t, out_t, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, begin, end, column, q, do, lse, delta, row_hashes,
+    lo, hi, q_t, out_t, scale,
+    D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr,
     MASKED: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += Σ over the queries [lo, hi) of dSᵀ q; dv += Σ (P ∘ keep)ᵀ dO. All tiles are (keys, queries) here."""
+    q, do = from_row(q, lo, q_t), from_row(do, lo, out_t)
     for m in tl.range(lo, hi, QUERIES):
-        queries = m + tl.arange(0, QUERIES)
-        qm = _tile(q, m, hi, q_t, QUERIES, D, BLOCK_D, MASKED)
-        dom = _tile(do, m, hi, out_t, QUERIES, D, BLOCK_D, MASKED)
-        if MASKED:
-            lse_m, delta_m = tl.load(lse + queries, queries < hi, 0.0), tl.load(delta + queries, queries < hi, 0.0)
-        else:
-            lse_m, delta_m = tl.load(lse + queries), tl.load(delta + queries)
-        p = tl.exp2(tl.dot(k, tl.trans(qm), input_precision=PRECISION) * scale - lse_m[None, :])
+        qm, qm_rest = load(q, 0, hi - m, q_t, QUERIES, D, REST, MASKED)
+        dom, dom_rest = load(do, 0, hi - m, out_t, QUERIES, D, REST, MASKED)
+        lse_m, delta_m = lines(lse, delta, m, hi, QUERIES, MASKED)
+        p = tl.exp2(across(k, k_rest, qm, qm_rest, REST, PRECISION) * scale - lse_m[None, :])
         if MASKED:  # a query sees a key where the key sees the query
-            seen = (queries[None, :] >= begin[:, None]) & (queries[None, :] < end[:, None])
-            p = tl.where(seen, p, 0.0)
-        dp = tl.dot(v, tl.trans(dom), input_precision=PRECISION)
-        kept = p
+            p = tl.where(sees(begin, end, m + tl.arange(0, QUERIES)), p, 0.0)
+        dp = across(v, v_rest, dom, dom_rest, REST, PRECISION)
         if THRESHOLD:
-            row = _uint32(tl.load(row_hashes + queries, queries < hi, 0))
-            stays = keep(row[None, :], column[:, None], THRESHOLD)
-            kept, dp = tl.where(stays, p, 0.0), tl.where(stays, dp, 0.0)
-        dv = tl.dot(kept.to(dom.dtype), dom, dv, input_precision=PRECISION)
-        ds = p * (dp - delta_m[None, :])
-        dk = tl.dot(ds.to(qm.dtype), qm, dk, input_precision=PRECISION)
-    return dk, dv
+            row = uint32(line(row_hashes, m, hi, QUERIES, MASKED))
+            kept = tl.where(keep(row[None, :], column[:, None], THRESHOLD), p, scale * 0.0)
+            ds = kept * dp - p * delta_m[None, :]  # one selection less than P ∘ (keep ∘ dP - delta)
+        else:
+            kept, ds = p, p * (dp - delta_m[None, :])
+        dv, dv_rest = add_product(dv, dv_rest, kept, dom, dom_rest, REST, PRECISION)
+        dk, dk_rest = add_product(dk, dk_rest, ds, qm, qm_rest, REST, PRECISION)
+        q, do = from_row(q, QUERIES, q_t), from_row(do, QUERIES, out_t)
+    return dk, dk_rest, dv, dv_rest
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _key_gradient(
     q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
-    q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, factor, rescale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor, rescale,
+    D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     keys = first + tl.arange(0, KEYS)
-    edges = _stretches(start, stop, first, tokens, window, KEYS, QUERIES)
-    begin, end = _bounds(start, stop, keys, tokens, window)
-    kn = _tile(k + head * k_h, first, tokens, k_t, KEYS, D, BLOCK_D, True)
-    vn = _tile(v + head * v_h, first, tokens, v_t, KEYS, D, BLOCK_D, True)
+    edges = stretches(start, stop, first, tokens, window, KEYS, QUERIES)
+    begin, end = bounds(start, stop, keys, tokens, window)
+    kn, kn_rest = load(k + head * k_h, first, tokens, k_t, KEYS, D, REST, True)
+    vn, vn_rest = load(v + head * v_h, first, tokens, v_t, KEYS, D, REST, True)
     q, do = q + head * q_h, do + head * out_h
     lse, delta = lse + head * tokens, delta + head * tokens
-    column = _uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0)) if THRESHOLD else None
-    dk_n, dv_n = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+    column = uint32(tl.load(key_hashes + head * tokens + keys, keys < tokens, 0)) if THRESHOLD else None
+    dk_n, dk_rest = zeros(KEYS, D, REST)
+    dv_n, dv_rest = zeros(KEYS, D, REST)
     for i in tl.static_range(1 if window is None else 0, 3):
-        dk_n, dv_n = _visit_queries(
-            dk_n, dv_n, kn, vn, begin, end, column, q, do, lse, delta, row_hashes,
+        dk_n, dk_rest, dv_n, dv_rest = _visit_queries(
+            dk_n, dk_rest, dv_n, dv_rest, kn, kn_rest, vn, vn_rest, begin, end, column, q, do, lse, delta, row_hashes,
             edges[i], edges[i + 1], q_t, out_t, scale,
-            D, BLOCK_D, QUERIES, i != 1, THRESHOLD, PRECISION,
+            D, REST, QUERIES, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
-    _store(dk + head * out_h, dk_n * factor, first, tokens, out_t, KEYS, D, BLOCK_D)
-    _store(dv + head * out_h, dv_n * rescale, first, tokens, out_t, KEYS, D, BLOCK_D)
+    store(dk + head * grad_h, dk_n * factor, dk_rest * factor, first, tokens, grad_t, KEYS, D, REST)
+    store(dv + head * grad_h, dv_n * rescale, dv_rest * rescale, first, tokens, grad_t, KEYS, D, REST)
 
 
 @triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
@@ -302,8 +270,12 @@ def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.con
 
 
 class _Attention(torch.autograd.Function):
+    """Of q, k and v, or of the one tensor that holds them, whose gradient is then written as one and not stacked."""
+
     @staticmethod
-    def forward(ctx, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None) -> Tensor:
+    def forward(ctx, qkv, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None) -> Tensor:
+        if qkv is not None:
+            q, k, v = qkv.unbind(2)
         tokens, heads, d = q.shape
         key, token_offset, threshold, rescale = settings(dropout, q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -325,7 +297,7 @@ class _Attention(torch.autograd.Function):
                 **meta,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, start, stop, rows, keys)
-        ctx.threshold, ctx.rescale, ctx.window = threshold, rescale, window
+        ctx.packed, ctx.threshold, ctx.rescale, ctx.window = qkv is not None, threshold, rescale, window
         return out
 
     @staticmethod
@@ -333,16 +305,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do: Tensor):
         q, k, v, out, lse, start, stop, rows, keys = ctx.saved_tensors
         tokens, heads, d = q.shape
-        do = do.contiguous()
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (out, out, out, lse))
+        do, delta = do.contiguous(), torch.empty_like(lse)
+        grads = torch.empty(tokens, heads, 3, d, dtype=q.dtype, device=q.device)
+        dq, dk, dv = grads.unbind(2)
         scale, factor = math.log2(math.e) / math.sqrt(d), ctx.rescale / math.sqrt(d)
-        strides = _strides(q, k, v, out)
+        strides = _strides(q, k, v, out, dq)
         with on_device(q):
             elements, warps = tiles.DELTA
-            padded = triton.next_power_of_2(d)
-            block = elements // padded
+            block = elements // triton.next_power_of_2(d)
             _delta[triton.cdiv(tokens, block), heads](
-                out, do, delta, tokens, *strides[-2:], 1 / ctx.rescale, d, padded, block, **options(warps)
+                out, do, delta, tokens, *_strides(out), 1 / ctx.rescale, *PARTS[d], block, **options(warps)
             )
             table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
             grid, meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
@@ -350,12 +322,13 @@ class _Attention(torch.autograd.Function):
                 q, k, v, do, dk, dv, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
                 scale, factor, ctx.rescale, **meta,
             )  # fmt: skip
-            grid, meta = _launch(tiles.QUERY_GRADIENT, q, ctx.threshold)
+            table = tiles.QUERY_GRADIENT_WINDOW if ctx.window else tiles.QUERY_GRADIENT
+            grid, meta = _launch(table, q, ctx.threshold)
             _query_gradient[grid](
                 q, k, v, do, dq, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
                 scale, factor, **meta,
             )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return *((grads, None, None, None) if ctx.packed else (None, dq, dk, dv)), None, None, None, None
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -366,10 +339,9 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _launch(table: dict, q: Tensor, threshold: int, held: str = "QUERIES", visited: str = "KEYS"):
     """The grid and the compile-time arguments of a kernel that holds tiles of one side and visits the other."""
     tokens, heads, d = q.shape
-    padded = triton.next_power_of_2(d)
-    rows, steps, warps, stages = table[q.element_size(), padded][chip_family(q.device)]
+    rows, steps, warps, stages = table[q.element_size(), d][chip_family(q.device)]
     return (triton.cdiv(tokens, rows), heads), {
-        "D": d, "BLOCK_D": padded, held: rows, visited: steps, "THRESHOLD": threshold,
+        "D": PARTS[d][0], "REST": PARTS[d][1], held: rows, visited: steps, "THRESHOLD": threshold,
         # exact products in fp32, at a tenth of the speed: who asks for fp32 wants it for comparisons
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         **options(warps, stages),
@@ -384,14 +356,24 @@ def attention(
     dropout: Dropout | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """As `ops.attention`. q, k, v: (T, H, d), d in WIDTHS; strides may be any but the last, which is 1.
+    """As `ops.attention`. q, k, v: (T, H, d), d in PARTS; strides may be any but the last, which is 1.
 
     Raises ValueError on another dtype, device, layout or width.
     """
     check(q=q, k=k, v=v)
+    return _apply(None, q, k, v, documents, dropout, window)
+
+
+def self_attention(qkv: Tensor, documents, dropout: Dropout | None = None, window: int | None = None) -> Tensor:
+    """As `ops.self_attention`. qkv: (T, H, 3, d), d in PARTS; strides as for `attention`, which raises likewise."""
+    check(qkv=qkv)
+    return _apply(qkv, *qkv.detach().unbind(2), documents, dropout, window)
+
+
+def _apply(qkv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, documents, dropout, window: int | None) -> Tensor:
     check_device(q=q, **{"documents.start": documents.start, "documents.stop": documents.stop})
-    if q.shape[2] not in WIDTHS:
-        raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, WIDTHS))} wide")
+    if q.shape[2] not in PARTS:
+        raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, PARTS))} wide")
     if window is not None:
         window = min(window, len(q))  # a larger one sees no more, and position + window must fit 31 bits
-    return _Attention.apply(q, k, v, documents.start, documents.stop, dropout, window)
+    return _Attention.apply(qkv, q, k, v, documents.start, documents.stop, dropout, window)

@@ -8,11 +8,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from against_reference import DOCUMENTS, TOO_SMALL, attention_by_mask, compare, interpreted, mask, qkv
+from against_reference import DOCUMENTS, TOO_SMALL, attention_by_mask, compare, interpreted, mask, qkv, random
 
 from minisobert.ops import Documents, Dropout, attention_reference
 from minisobert.ops.kernels import attention as kernels
-from minisobert.ops.kernels.attention import attention
+from minisobert.ops.kernels import attention_parts
+from minisobert.ops.kernels.attention import attention, self_attention
 
 pytestmark = [interpreted, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -61,7 +62,7 @@ def test_windows(window, bounds, dtype, p):
 
 @triton.jit
 def _edges(start, stop, edges, tokens, window, HELD: tl.constexpr, VISITED: tl.constexpr):
-    found = kernels._stretches(start, stop, tl.program_id(0) * HELD, tokens, window, HELD, VISITED)
+    found = attention_parts.stretches(start, stop, tl.program_id(0) * HELD, tokens, window, HELD, VISITED)
     for i in tl.static_range(4):
         tl.store(edges + tl.program_id(0) * 4 + i, found[i])
 
@@ -102,8 +103,8 @@ def test_tiles_beyond_the_window_are_not_visited():
 
 
 def test_a_window_larger_than_every_document_is_none():
-    parts, documents = qkv([0, 100, 300], 1, 64, torch.float16)
-    dropout = mask(0.3, "attention")  # with dropout tiles are the same too, and so are the bits
+    parts, documents = qkv([0, 100, 300], 1, 32, torch.float16)  # whose tiles are the same, and so are the bits
+    dropout = mask(0.3, "attention")
     for window in (199, 2**31 - 1):
         assert torch.equal(attention(*parts, documents, dropout, window), attention(*parts, documents, dropout))
 
@@ -114,6 +115,20 @@ def test_a_window_larger_than_every_document_is_none():
 def test_head_widths(d, dtype, p):
     parts, documents = qkv([0, 40, 41, 150], 2, d, dtype)
     check(parts, documents, mask(p, "attention"))
+
+
+@pytest.mark.parametrize(("d", "p", "window"), [(64, 0.3, None), (96, 0.0, None), (32, 0.0, 20)])
+def test_one_tensor_of_all_three_gives_the_same_bits_and_its_gradient_as_one(d, p, window):
+    parts, documents = qkv([0, 40, 150], 2, d, torch.bfloat16)
+    dropout = mask(p, "attention")
+    whole = torch.stack(parts, 2).requires_grad_()
+    leaves = [x.detach().requires_grad_() for x in parts]
+    out, expected = self_attention(whole, documents, dropout, window), attention(*leaves, documents, dropout, window)
+    upstream = random(*out.shape, dtype=out.dtype)
+    expected_gradients = torch.autograd.grad(expected, leaves, upstream)
+    (gradient,) = torch.autograd.grad(out, whole, upstream)
+    assert torch.equal(out, expected) and gradient.is_contiguous()
+    assert torch.equal(gradient, torch.stack(expected_gradients, 2))
 
 
 def test_queries_keys_and_values_may_have_strides_of_their_own():
@@ -210,7 +225,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     (q, k, v), documents = qkv([0, 192], 1, 64, torch.float16)
     partial, rest = qkv([0, 190], 1, 64, torch.float16)
     expected, expected_partial = attention(q, k, v, documents), attention(*partial, rest)
-    monkeypatch.setattr(kernels, "_bounds", lambda start, stop, rows, tokens, window: (rows, rows))
+    monkeypatch.setattr(kernels, "bounds", lambda start, stop, rows, tokens, window: (rows, rows))
     assert torch.equal(attention(q, k, v, documents), expected)
     assert not torch.equal(attention(*partial, rest), expected_partial)
 

@@ -1,0 +1,150 @@
+"""What attention's kernels are made of: tiles, products of tiles, and which tiles of the other side a tile visits.
+
+Heads are 32, 64, 96 or 128 wide, and tiles have powers of two of columns. So a tile of 96 is two, of 64 and of 32, and
+a product over the width is the sum of two: a quarter less work than with one tile of 128. REST is the width of the
+second, 0 where there is none; then the first stands for it, and it leaves no code behind.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What the functions take:
+#   ROWS, D, REST      rows of a tile, and the widths of its two parts
+#   x_rest, y_rest     the second parts of tiles whose first are x and y
+#   PRECISION          of products: "ieee" for fp32, or "tf32"
+#   start, stop        (T,) int32: the bounds of each token's document
+#   tokens, window     T; how far from a token those may be that it sees, or None
+
+
+@triton.jit
+def from_row(x, row, stride):
+    """The pointer to x[row]. Loops take it along, which is fewer instructions than multiplying each time."""
+    # 64 bits: T * stride passes 2**31 at 0.9 million tokens of the base model's qkv
+    return x + tl.cast(row, tl.int64) * stride
+
+
+@triton.jit
+def _tile(x, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, CHECKED: tl.constexpr):
+    """x[row : row + ROWS], (ROWS, D); stride: from row to row. CHECKED: rows from stop on are 0."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    at = from_row(x, row, stride) + (rows[:, None] * stride + columns[None, :])
+    if CHECKED:
+        return tl.load(at, rows[:, None] < stop - row, 0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def load(x, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, CHECKED: tl.constexpr):
+    """Both parts of x[row : row + ROWS], (ROWS, D) and (ROWS, REST). stride, stop, CHECKED: see `_tile`."""
+    first = _tile(x, row, stop, stride, ROWS, D, CHECKED)
+    if REST:
+        return first, _tile(x + D, row, stop, stride, ROWS, REST, CHECKED)
+    else:  # not compiled where REST is not 0, as it would be behind a return
+        return first, first
+
+
+@triton.jit
+def _store_part(x, value, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr):
+    """x[row : row + ROWS] = value, (ROWS, D), less rows from stop on; stride: from row to row."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    at = from_row(x, row, stride) + (rows[:, None] * stride + columns[None, :])
+    tl.store(at, value.to(x.dtype.element_ty), rows[:, None] < stop - row)
+
+
+@triton.jit
+def store(x, value, rest, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr):
+    """x[row : row + ROWS] = value (ROWS, D) and rest (ROWS, REST), less rows from stop on; stride: from row to row."""
+    _store_part(x, value, row, stop, stride, ROWS, D)
+    if REST:
+        _store_part(x + D, rest, row, stop, stride, ROWS, REST)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr):
+    """Both parts of a sum."""
+    first = tl.zeros([ROWS, D], tl.float32)
+    if REST:
+        return first, tl.zeros([ROWS, REST], tl.float32)
+    else:
+        return first, first
+
+
+@triton.jit
+def across(x, x_rest, y, y_rest, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """x yᵀ: of each row of x with each row of y the product over the width."""
+    product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if REST:
+        product = tl.dot(x_rest, tl.trans(y_rest), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(total, total_rest, x, y, y_rest, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """Both parts of total + x y, where total_rest is the second. x: weights of the rows of y, rounded to its type."""
+    x = x.to(y.dtype)
+    total = tl.dot(x, y, total, input_precision=PRECISION)
+    if REST:
+        return total, tl.dot(x, y_rest, total_rest, input_precision=PRECISION)
+    else:
+        return total, total
+
+
+@triton.jit
+def uint32(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def line(x, first, stop, COUNT: tl.constexpr, CHECKED: tl.constexpr):
+    """x[first : first + COUNT]; CHECKED: 0 from stop on."""
+    return lines(x, x, first, stop, COUNT, CHECKED)[0]
+
+
+@triton.jit
+def lines(x, y, first, stop, COUNT: tl.constexpr, CHECKED: tl.constexpr):
+    """x[first : first + COUNT] and the same of y, loaded as the columns of one tensor; CHECKED: 0 from stop on.
+
+    Triton takes a load of fewer numbers than a program has threads for a cheap one, and has every thread that uses a
+    number load it: 16 copies by each of 128 threads, where 64 numbers go along the rows of a tile.
+    """
+    index = (first + tl.arange(0, COUNT))[:, None]
+    at = tl.where(tl.arange(0, 2)[None, :] == 0, x, y) + index
+    if CHECKED:
+        return tl.split(tl.load(at, index < stop, 0))
+    return tl.split(tl.load(at))
+
+
+@triton.jit
+def stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: tl.constexpr):
+    """(lo, full, rest, hi), the edges of three stretches. What the HELD rows from `first` on may see is [lo, hi), and
+    [full, rest) is whole steps of VISITED in which every row sees everything. Without a window [lo, full) is empty."""
+    last = tl.minimum(first + HELD, tokens) - 1
+    lo, hi = tl.load(start + first), tl.load(stop + last)
+    one_document = tl.load(start + last) == lo
+    if window is None:
+        full, rest = lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo)
+    else:
+        begin, end = tl.maximum(lo, last - window), tl.minimum(hi, first + window + 1)  # what first and last both see
+        lo, hi = tl.maximum(lo, first - window), tl.minimum(hi, last + window + 1)
+        full = lo + tl.cdiv(begin - lo, VISITED) * VISITED
+        # without a whole step in the middle all is the last stretch, the only one that need not be whole steps
+        some = one_document & (full + VISITED <= end)
+        full, rest = tl.where(some, full, lo), tl.where(some, full + (end - full) // VISITED * VISITED, lo)
+    return lo, full, rest, hi
+
+
+@triton.jit
+def bounds(start, stop, rows, tokens, window):
+    """Of each of the rows the bounds of what it sees; an empty range behind the last token."""
+    begin, end = tl.load(start + rows, rows < tokens, 0), tl.load(stop + rows, rows < tokens, 0)
+    if window is not None:
+        begin, end = tl.maximum(begin, rows - window), tl.minimum(end, rows + window + 1)
+    return begin, end
+
+
+@triton.jit
+def sees(begin, end, index):
+    """(rows, columns): whether each row, which sees [begin, end), sees the tokens `index`."""
+    return (index[None, :] >= begin[:, None]) & (index[None, :] < end[:, None])
