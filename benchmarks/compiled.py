@@ -1,6 +1,7 @@
 """Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled`.
 
-Five minutes on two cores. The result has registers, spills and shared memory of each.
+Ten minutes on two cores. The result has registers, spills and shared memory of each. `--count`: a minute, for the
+instructions in the loops of those that an H100 runs in training.
 
 The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
 told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
@@ -11,18 +12,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 
 from benchmarks import parser, show
+from benchmarks.instructions import per_element, per_score, tool, visits
 from minisobert.cli import table
 
 CHIPS = (80, 90, 100)
@@ -191,14 +190,7 @@ def _without_launching(chip: int) -> Iterator[list]:
 
 
 def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Compiled:
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        words = [str(tool), "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    usage = tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     meta = kernel.metadata
     name = f"{kernel.src.fn.__module__.split('.')[-1]} {meta.name.strip('_')}".replace("_", " ")
@@ -243,9 +235,86 @@ def result(compiled: list[Compiled]) -> list[str]:
     ]
 
 
+# What is counted: sm_90 in bf16, at the widths of base and large, and of the modern presets
+COUNTED = [
+    *((attention, "bfloat16", 90, width, p) for width in (64, 96) for p in (0.0, 0.1)),
+    (windowed_attention, "bfloat16", 90, 64, 0.0),
+    *((add_norm, "bfloat16", 90, width, p) for width in (768, 1_536) for p in (0.0, 0.1)),
+    (others, "bfloat16", 90, 3_072, 0.0),
+    (modern, "bfloat16", 90, 768, 0.0),
+]
+GOALS = {  # instructions per score of the first loop, set before the kernels were changed; (kernel, width, dropout)
+    ("attention key gradient", 64, 0.0): 8.8,
+    ("attention key gradient", 64, 0.1): 17.3,
+    ("attention forward", 64, 0.1): 15.5,
+    ("attention query gradient", 64, 0.1): 14.3,
+}
+
+
+def _count(job) -> list[list[str]]:
+    """A row for each kernel of a job."""
+    operation, dtype, chip, width, dropout = job
+    with _without_launching(chip) as compiled:
+        operation(dtype, width, dropout)
+    rows = {}
+    for kernel in compiled:
+        c = _describe(kernel, dtype, width, dropout, chip)
+        sizes = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+        threads, cubin, columns = 32 * c.warps, kernel.asm["cubin"], sizes.get("COLUMNS", sizes.get("BLOCK"))
+        goal = GOALS.get((c.kernel, width, dropout))
+        if "QUERIES" in sizes and "KEYS" in sizes:
+            is_key = c.kernel.startswith("attention key")
+            held, visited = (sizes[name] for name in (("KEYS", "QUERIES") if is_key else ("QUERIES", "KEYS")))
+            whole, masked = (lambda counts: (counts[0], counts[-1]))(per_score(cubin, threads, held * visited))
+            window = 64 if c.kernel.endswith("window") else None
+            of_posts = visits(_posts(), held, visited, window)
+            mean = (of_posts["whole"] * whole + of_posts["masked"] * masked) / of_posts["seen"]
+            counts = [f"{whole:.2f}", f"{masked:.2f}", f"{mean:.2f}", f"{goal:g}" if goal else ""]
+            tile = f"{held} × {visited}"
+        elif columns and c.kernel.split()[0] not in ("attention", "rotary"):
+            elements = sizes.get("ROWS", 1) * columns
+            counts, tile = [f"{per_element(cubin, threads, elements):.1f}", "", "", ""], f"{elements:,}"
+        else:
+            continue
+        tile = f"{tile}, {c.warps}, {c.stages}"
+        rows[c.kernel] = [c.kernel, f"{width:,}", f"{dropout:g}", tile, str(c.registers), *counts]
+    return list(rows.values())
+
+
+@cache
+def _posts():
+    """Bounds of the documents in 200 packed rows of posts."""
+    from benchmarks.gpu.setting import REAL, _micro_batch
+
+    return _micro_batch("posts", 200, REAL.row_tokens, REAL.vocabulary, 0).documents.bounds.numpy()
+
+
+def counted() -> list[str]:
+    """Markdown: a line per kernel."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _no_interpreter) as pool:
+        rows = [row for rows in pool.map(_count, COUNTED) for row in rows]
+    return [
+        "# Instructions in the kernels' loops",
+        "",
+        f"`python -m benchmarks.compiled --count`, Triton {version('triton')}, sm_90, bf16. Of attention per score: in "
+        "tiles that are seen whole, in masked ones, and on packed posts per score of tokens that see each other, with "
+        "what is computed in vain; of the others per element. The goals were set before the kernels were changed.",
+        "",
+        *table(
+            ["kernel", "width", "dropout", "tile, warps, stages", "registers", "whole", "masked", "on posts", "goal"],
+            rows,
+        ),
+    ]
+
+
 def main() -> None:
-    options = parser("compiled", __doc__).parse_args()
-    show(result(compile_all()), "compiled", options.write)
+    made = parser("compiled", __doc__)
+    made.add_argument("--count", action="store_true", help="count the instructions of the loops instead")
+    options = made.parse_args()
+    if options.count:
+        show(counted(), f"instructions-{version('triton')}", options.write)
+    else:
+        show(result(compile_all()), "compiled", options.write)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,6 @@ all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_reduce(x: Tensor, mesh: Mesh) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=mesh.tensor_group)
-    return x
-
-
 def all_gather(x: Tensor, mesh: Mesh) -> Tensor:
     """(n, …) of each rank → (tensor_parallel · n, …)."""
     out = x.new_empty((mesh.tensor_parallel * len(x), *x.shape[1:]))
@@ -50,10 +44,6 @@ def own_slice(x: Tensor, mesh: Mesh) -> Tensor:
     return x.chunk(mesh.tensor_parallel)[mesh.tensor_rank]
 
 
-def identity(x: Tensor, mesh: Mesh) -> Tensor:
-    return x.view_as(x)
-
-
 class _Pair(torch.autograd.Function):
     """`forward`(x) whose gradient is `backward`(gradient)."""
 
@@ -67,8 +57,21 @@ class _Pair(torch.autograd.Function):
         return ctx.conjugate(gradient, ctx.mesh), None, None, None
 
 
+class _ReduceInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=mesh.tensor_group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
 def reduce_from_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
-    return _Pair.apply(x, mesh, all_reduce, identity)
+    """x is overwritten, and is returned: it is what a layer has just made, and nobody else's."""
+    return _ReduceInPlace.apply(x, mesh)
 
 
 def reduce_scatter_to_sequence_parallel(x: Tensor, mesh: Mesh) -> Tensor:

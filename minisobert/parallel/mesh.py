@@ -227,12 +227,17 @@ def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
 
 
 def _with_groups(mesh: Mesh, timeout: float) -> Mesh:
-    """All ranks make all groups, in one order."""
+    """All ranks make all groups, in one order, but for one that all ranks are in: each takes memory on the device."""
     ranks = torch.arange(mesh.world).view(mesh.data_parallel, mesh.tensor_parallel)
     wait = timedelta(seconds=patience(timeout))
     device_wait = timedelta(seconds=2 * timeout) if mesh.device.type == "cuda" else wait
-    data = [dist.new_group(column, timeout=device_wait) for column in ranks.T.tolist()]
-    tensor = [dist.new_group(row, timeout=device_wait) for row in ranks.tolist()]
+    data, tensor = (
+        [
+            dist.new_group(group, timeout=device_wait) if len(group) < mesh.world else dist.group.WORLD
+            for group in groups
+        ]
+        for groups in (ranks.T.tolist(), ranks.tolist())
+    )
     hosts = dist.new_group(backend="gloo", timeout=wait)
     return replace(mesh, data_group=data[mesh.tensor_rank], tensor_group=tensor[mesh.data_rank], hosts=hosts)
 

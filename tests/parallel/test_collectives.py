@@ -60,7 +60,7 @@ def each_pair(mesh: Mesh) -> None:
     common = part(99)
 
     x = parts[mesh.tensor_rank].clone().requires_grad_()
-    y = reduce_from_tensor_parallel(x, mesh)
+    y = reduce_from_tensor_parallel(x * 1, mesh)  # which it overwrites
     y.backward(common)
     torch.testing.assert_close(y, sum(parts))
     torch.testing.assert_close(x.grad, common)

@@ -26,7 +26,7 @@ WIDTHS = range(128, 8_192 + 1)
 # padded width: (rows of a tile, warps forward, warps backward). 16 elements a thread, in half precision two loads of 16
 # bytes from each input; 8 or 32 where 16 would spill. Tuned on no GPU yet.
 TILES = {
-    128: (16, 4, 4), 256: (4, 2, 2), 512: (4, 4, 4), 1_024: (2, 4, 4), 2_048: (2, 8, 8), 4_096: (1, 16, 8),
+    128: (16, 4, 4), 256: (4, 2, 2), 512: (4, 4, 8), 1_024: (2, 4, 4), 2_048: (2, 8, 8), 4_096: (1, 16, 8),
     8_192: (1, 8, 16),
 }  # fmt: skip
 WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into registers: torch makes that of bias
@@ -84,12 +84,18 @@ def _forward(
     tl.store(rstd + row, scale, row < tokens)
 
 
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
 @triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
 def _backward(
     d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
     rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
     NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    EARLY: tl.constexpr = BLOCK <= WIDE
     column = tl.arange(0, BLOCK)
     features = column < WIDTH
     # as wide as the tile, so that rows are added up across threads only once, at the end
@@ -106,11 +112,14 @@ def _backward(
         mu = tl.load(mean + row, row < tokens, 0.0)[:, None]
         scale = tl.load(rstd + row, row < tokens, 0.0)[:, None]
         dn = tl.load(d_normal + base + at, inside, 0.0).to(tl.float32)
-        unit = (tl.load(new_residual + base + at, inside, 0.0).to(tl.float32) - mu) * scale
+        r = tl.load(new_residual + base + at, inside, 0.0).to(tl.float32)
+        if EARLY and d_new_residual is not None:  # with the other loads, and not behind the sums that wait for them
+            d = tl.load(d_new_residual + base + at, inside, 0.0)
+        unit = (r - mu) * scale
         # loaded anew each time, from the cache: registers are what limits how many programs run side by side
         g = dn * tl.load(weight + column, features, 0.0).to(tl.float32)[None, :]
-        mean_g = tl.sum(g, 1)[:, None] / WIDTH
-        mean_gu = tl.sum(g * unit, 1)[:, None] / WIDTH
+        sum_g, sum_gu = tl.reduce((g, g * unit), 1, _add_pairs)
+        mean_g, mean_gu = sum_g[:, None] / WIDTH, sum_gu[:, None] / WIDTH
         if BLOCK > WIDE:  # the more so here: read once more, from the cache, rather than keep
             dn = tl.load(d_normal + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
             r = tl.load(new_residual + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
@@ -119,9 +128,13 @@ def _backward(
         dw += dn * unit
         if NORM_BIAS:
             dc += dn
-        d = (g - mean_g - unit * mean_gu) * scale
-        if d_new_residual is not None:
-            d += tl.load(d_new_residual + base + at, inside, 0.0).to(tl.float32)
+        dx = (g - mean_g - unit * mean_gu) * scale
+        if d_new_residual is None:
+            d = dx
+        elif EARLY:
+            d = dx + d.to(tl.float32)
+        else:
+            d = dx + tl.load(d_new_residual + base + at, inside, 0.0).to(tl.float32)
         tl.store(d_residual + base + at, d.to(d_residual.dtype.element_ty), inside)
         if THRESHOLD:
             stays = keep(row_hash(row + offset, key)[:, None], column_hash(column)[None, :], THRESHOLD)

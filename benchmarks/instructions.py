@@ -1,0 +1,84 @@
+"""What the loops of compiled kernels take, counted in their machine code: for `python -m benchmarks.compiled --count`.
+
+A multiprocessor issues 128 instructions of threads a clock, whatever they do; so where no memory is waited for, their
+number per score of attention, or per element of a tensor, says how fast a kernel can be. Counted are the innermost
+loops of what ptxas made, all instructions in them, times the threads of a program, over what one turn computes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
+PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
+
+
+def tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of the CUDA tools that Triton brings along says of a compiled kernel."""
+    import triton.backends.nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        words = [str(Path(triton.backends.nvidia.__file__).parent / "bin" / name), *options, file.name]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, text) of each, in order."""
+    return [(int(at, 16), text) for at, text in INSTRUCTION.findall(tool("cuobjdump", cubin, "-sass"))]
+
+
+def loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The innermost loops: what lies between the target of a jump backwards and the jump."""
+    jumps = [(int(found[1], 16), at) for at, text in code if (found := BRANCH.search(text))]
+    jumps = sorted((to, at) for to, at in jumps if to < at)
+    inner = [(a, b) for a, b in jumps if not any((c, d) != (a, b) and a <= c and d <= b for c, d in jumps)]
+    return [[text for at, text in code if a <= at <= b] for a, b in inner]
+
+
+def per_score(cubin: bytes, threads: int, scores: int) -> list[float]:
+    """Of attention's loops instructions per score, the fewest first: of tiles that are seen whole, then masked ones."""
+    bodies = [body for body in loops(instructions(cubin)) if any(map(PRODUCT.search, body))]
+    return sorted(len(body) * threads / scores for body in bodies)
+
+
+def per_element(cubin: bytes, threads: int, elements: int) -> float:
+    """Of a kernel that goes over tiles of so many elements, in a loop or once."""
+    code = instructions(cubin)
+    bodies = loops(code) or [[text for _, text in code if not text.startswith("NOP")]]
+    return max(map(len, bodies)) * threads / elements
+
+
+def visits(bounds: np.ndarray, held: int, visited: int, window: int | None = None) -> dict[str, int]:
+    """Scores of one head over documents: those in tiles that are seen whole and in masked ones, as the kernels visit
+    them; those of whichever rows and tokens some row of a tile sees; and those of pairs that see each other.
+
+    bounds: (D+1,); held, visited: rows that a program holds and tokens that it visits at a time.
+    """
+    tokens = int(bounds[-1])
+    far = tokens if window is None else window
+    start, stop = (np.repeat(side, np.diff(bounds)) for side in (bounds[:-1], bounds[1:]))
+    at = np.arange(tokens)
+    pairs = np.minimum(stop, at + far + 1) - np.maximum(start, at - far)
+    first = np.arange(0, tokens, held)
+    last = np.minimum(first + held, tokens) - 1
+    one = start[last] == start[first]
+    begin, end = np.maximum(start[first], last - far), np.minimum(stop[last], first + far + 1)  # what all rows see
+    lo, hi = np.maximum(start[first], first - far), np.minimum(stop[last], last + far + 1)
+    full = lo + -(-(begin - lo) // visited) * visited
+    whole = np.where(one, np.maximum(end - full, 0) // visited, 0)
+    full = np.where(whole > 0, full, hi)  # without a whole tile all are masked, counted from lo
+    masked = -(-(full - lo) // visited) + np.where(whole > 0, -(-(hi - full - whole * visited) // visited), 0)
+    return {
+        "whole": int(whole.sum()) * held * visited,
+        "masked": int(masked.sum()) * held * visited,
+        "in reach": int(((hi - lo) * (last + 1 - first)).sum()),
+        "seen": int(pairs.sum()),
+    }
