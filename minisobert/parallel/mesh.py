@@ -187,6 +187,10 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
 
 def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
     rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if tensor_parallel > 1:
+        # the device then begins what it is given in the order of the calls: an all-reduce before the product that is to
+        # hide it, and not behind. Read when the device is first used
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else CPU
     if cuda:

@@ -42,6 +42,7 @@ def on_ranks(check, log: Path, ranks: int, *arguments) -> None:
 def _checked(check, tensor_parallel, *arguments) -> int:
     try:
         with mesh.start(tensor_parallel, timeout=60) as here:
+            assert tensor_parallel == 1 or os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
             check(here, *arguments)
     except Exception:
         traceback.print_exc()
