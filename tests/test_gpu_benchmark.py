@@ -23,6 +23,7 @@ from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import DRY, Goal
 from benchmarks.gpu.setting import DTYPE, LENGTHS, TOY
 from benchmarks.gpu.timing import Disagreement, check
+from minisobert.ops.kernels import attention_tiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +40,15 @@ def call(monkeypatch, out: Path, *words: str) -> int:
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *words])
     return gpu.main()
+
+
+@pytest.mark.parametrize("kernel", attention.TILES)
+def test_the_first_tile_that_is_timed_is_the_one_that_ships_and_it_ships_afterwards(kernel, monkeypatch):
+    table, seen = getattr(attention_tiles, attention.TABLES[kernel]), []
+    monkeypatch.setattr(attention, "measure", lambda *_: seen.append(table[2, 64][1]))
+    for tile in attention.TILES[kernel]:
+        attention.measure_tile(TOY, kernel, tile)
+    assert tuple(seen) == attention.TILES[kernel] and table[2, 64][1] == seen[0]
 
 
 @pytest.mark.slow

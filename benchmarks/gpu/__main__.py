@@ -58,17 +58,19 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
         ("bias_gelu", rowwise.measure_gelu, ffn, ("minisobert", "eager", "compiled")),
         ("cross_entropy", rowwise.measure_cross_entropy, rowwise.CROSS_ENTROPIES),
         ("training", training.measure, presets, LENGTHS, DROPOUTS, ("minisobert", *training.PEERS)),
+        ("rows", training.measure_few, setting.few_rows, DROPOUTS),
         ("profile", training.profile),
         ("ceilings/gemm", rowwise.measure_gemm, presets, rowwise.PRODUCTS),
     ]
+    table += [("tiles", attention.measure_tile, (kernel,), tiles) for kernel, tiles in attention.TILES.items()]
     measurements = []
     for stage, measure, *parts in table:
         for arguments in product(*parts):
             if stage == "attention" and not attention.takes(*arguments[1:]):
                 continue
             name = "/".join(map(str, (stage, *arguments)))
-            ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile"))
-            if stage in ("training", "profile"):
+            ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile", "rows", "tiles"))
+            if stage in ("training", "rows", "profile"):
                 needs = 15 if ours else COMPILED_MODEL
             else:
                 needs = COMPILED if name.endswith("flex") or "compiled" in name else 4

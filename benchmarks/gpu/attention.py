@@ -23,7 +23,14 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.setting import DTYPE, Setting
 from minisobert import ops
 from minisobert.ops import Dropout
+from minisobert.ops.kernels import attention_tiles
 
+TILES = {  # d = 64, dropout 0.1: (rows held, tokens visited, warps, stages) that no count of instructions rules out
+    "forward": ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
+    "key gradient": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 3)),
+    "query gradient": ((128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)),
+}
+TABLES = {"forward": "FORWARD_DROPOUT", "key gradient": "KEY_GRADIENT", "query gradient": "QUERY_GRADIENT"}
 BACKWARD = 2.5  # backward's products for each of forward's: q kᵀ again, dP, dV, dQ and dK for two
 
 
@@ -103,6 +110,17 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 def takes(lengths: str, dropout: float, name: str) -> bool:
     """Whether an implementation can be asked for this at all."""
     return lengths == "rows" if name == "sdpa-flash" else not dropout or name not in ("varlen", "flex")
+
+
+def measure_tile(setting: Setting, kernel: str, tile: tuple[int, int, int, int]) -> dict:
+    """On posts, with this tile for one kernel and the others as they ship."""
+    table = getattr(attention_tiles, TABLES[kernel])
+    shipped = table[2, 64]
+    table[2, 64] = [tile] * 3
+    try:
+        return measure(setting, 64, "posts", 0.1, "minisobert")
+    finally:
+        table[2, 64] = shipped
 
 
 def measure(setting: Setting, width: int, lengths: str, dropout: float, name: str) -> dict:

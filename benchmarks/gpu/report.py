@@ -176,6 +176,14 @@ def _measured(records: Records) -> Iterator[str]:
         "forward ms": "forward_seconds", "forward TFLOP/s": "forward_tflops", "backward ms": "backward_seconds",
         "backward TFLOP/s": "backward_tflops", "build ms": "build_seconds", "differs": "difference",
     }, records.results("attention").items())  # fmt: skip
+    yield from _section(
+        "Tiles of attention",
+        "d = 64, posts, dropout 0.1: one kernel with another tile (rows held, tokens visited, warps, stages), the rest "
+        "as they ship. The first of each kernel ships on sm_90.",
+        ["kernel", "tile"],
+        {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
+        records.results("tiles").items(),
+    )
     yield from _section("What memory bounds", rowwise.__doc__, ["", "width", "dropout", ""], {
         "forward ms": "forward_seconds", "forward of copy": "forward_share", "backward ms": "backward_seconds",
         "backward of copy": "backward_share", "differs": "difference",
@@ -186,6 +194,18 @@ def _measured(records: Records) -> Iterator[str]:
         "micro-batch": "micro_batch_tokens", "ms": "micro_batch_seconds", "tokens/s": "micro_batch_tokens_per_second",
         "times as fast": "times", "padding": "padding_share", "peak GB": "peak_bytes", "differs": "difference",
     }, in_training(records))  # fmt: skip
+    yield from _section(
+        "Rows of a micro-batch",
+        "base on posts: where tokens a second fall, the device waits for the host.",
+        ["rows", "dropout"],
+        {
+            "step, tokens/s": "tokens_per_second",
+            "MFU": "mfu",
+            "micro-batch ms": "micro_batch_seconds",
+            "peak GB": "peak_bytes",
+        },
+        records.results("rows").items(),
+    )
     profile = records.get("profile")
     what = "torch's operations on the CPU" if records.dry else "kernels"
     yield from _section(

@@ -34,6 +34,7 @@ class Setting:
     copy_bytes: int
     tokens_per_batch: int
     models: dict[str, tuple[ModelConfig, int, int]]  # and its micro-batches: rows of ours, documents of the peers'
+    few_rows: tuple[int, ...]  # of smaller micro-batches of base: where do kernels wait for the host?
 
     @property
     def dry(self) -> bool:
@@ -75,6 +76,7 @@ REAL = Setting(
     copy_bytes=1 << 32,
     tokens_per_batch=524_288,
     models={"base": (PRESETS["base"], 32, 16), "large": (PRESETS["large"], 16, 8)},
+    few_rows=(4, 8, 16),
 )
 _toy_model = ModelConfig(layers=2, hidden=64, heads=2, ffn=256, vocabulary=256, positions=256)
 TOY = Setting(
@@ -87,4 +89,5 @@ TOY = Setting(
     copy_bytes=1 << 20,
     tokens_per_batch=2_048,
     models={"base": (_toy_model, 2, 2), "large": (replace(_toy_model, hidden=96, ffn=384), 2, 2)},
+    few_rows=(1,),
 )

@@ -104,6 +104,13 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     }
 
 
+def measure_few(setting: Setting, rows: int, dropout: float) -> dict:
+    """base on posts with so many rows a micro-batch."""
+    config, _, documents = setting.models["base"]
+    models = {**setting.models, "base": (config, rows, documents)}
+    return measure(dataclasses.replace(setting, models=models), "base", "posts", dropout, "minisobert")
+
+
 def profile(setting: Setting) -> dict:
     """Where a micro-batch's time goes: the kernels that take most of it (on a CPU: torch's operations)."""
     ours = Ours(setting, "base", "posts", 0.0)
