@@ -51,6 +51,14 @@ def test_the_first_tile_that_is_timed_is_the_one_that_ships_and_it_ships_afterwa
     assert tuple(seen) == attention.TILES[kernel] and table[2, 64][1] == seen[0]
 
 
+def test_a_machine_for_measuring_needs_no_library_of_the_data_path():
+    needed = "import sys; sys.modules |= dict.fromkeys(['sentencepiece', 'py7zr', 'tokenizers']); import {}"
+    for module in ("benchmarks.gpu.__main__", "conftest"):  # that of tests/gpu
+        command = [sys.executable, "-c", needed.format(module)]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
 @pytest.mark.slow
 def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, monkeypatch, capfd):
     before = sorted(RESULTS.rglob("*"))

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 FIRST_ORDINARY_ID = 5  # below: the special pieces, which no text encodes to
@@ -59,6 +58,8 @@ def train(texts: Iterable[str], vocab_size: int, coverage: float = 0.9998) -> by
     too short for so many pieces gives fewer. Raises ValueError where `vocab_size` is too small to hold the special
     pieces, the bytes and those characters, and where there is no text.
     """
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -117,6 +118,8 @@ class Tokenizer:
     file_name = "tokenizer.model"
 
     def __init__(self, model: str | Path | bytes):
+        import sentencepiece  # not above: a machine on which kernels are measured need not have it
+
         name = "this" if isinstance(model, bytes) else str(model)
         self.content = model if isinstance(model, bytes) else Path(model).read_bytes()
         try:
