@@ -1,7 +1,7 @@
 """Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled`.
 
-Ten minutes on two cores. The result has registers, spills and shared memory of each. `--count`: a minute, for the
-instructions in the loops of those that an H100 runs in training.
+Ten minutes on two cores. The result has registers, spills and shared memory of each. `--count`: half a
+minute, for the instructions in the loops of those that an H100 runs in training.
 
 The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
 told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
