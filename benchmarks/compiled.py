@@ -50,17 +50,22 @@ class Compiled:
     matrix: tuple[str, ...]  # its matrix instructions, of whichever chip
 
 
-def attention(dtype: str, width: int, dropout: float, window: int | None = None) -> None:
+def attention(dtype: str, width: int, dropout: float, window: int | None = None, rotary: bool = False) -> None:
+    """With a bias, as in megatron-bert; or with rotary positions, as in modernbert."""
     import torch
 
     from minisobert.ops import Documents
     from minisobert.ops.kernels.attention import self_attention
 
-    qkv = torch.zeros(TOKENS, 2, 3, width, dtype=getattr(torch, dtype), requires_grad=True)
-    self_attention(qkv, Documents.from_bounds([0, TOKENS]), mask(dropout, "attention"), window).sum().backward()
+    leaf = torch.zeros(TOKENS, 2, 3, width, dtype=getattr(torch, dtype), requires_grad=True)
+    documents, step = Documents.from_bounds([0, TOKENS]), mask(dropout, "attention")
+    rotation = torch.zeros(2, TOKENS, width // 2) if rotary else None
+    bias = None if rotary else torch.zeros(6 * width, dtype=leaf.dtype, requires_grad=True)
+    self_attention(leaf * 1, documents, step, window, rotation, bias).sum().backward()
 
 
-windowed_attention = partial(attention, window=64)  # any number compiles to the same
+rotary_attention = partial(attention, rotary=True)
+windowed_attention = partial(rotary_attention, window=64)  # any number compiles to the same
 
 
 def add_norm(dtype: str, width: int, dropout: float, tokens: int = TOKENS) -> None:
@@ -123,9 +128,9 @@ def mask(dropout: float, site: str):
 JOBS = [
     *((attention, dtype, chip, width, p) for width, dtype, chip, p in
       product((128, 96, 64, 32), reversed(DTYPES), reversed(CHIPS), (0.1, 0.0))),
-    # in windows heads are 64 wide in every preset; fp16 compiles to what bf16 does, and this takes minutes
-    *((windowed_attention, dtype, chip, 64, p) for dtype, chip, p in
-      product(("bfloat16", "float32"), reversed(CHIPS), (0.1, 0.0))),
+    # modern heads are 64 wide in every preset; fp16 compiles to what bf16 does, and this takes minutes
+    *((operation, dtype, chip, 64, p) for operation, dtype, chip, p in
+      product((rotary_attention, windowed_attention), ("bfloat16", "float32"), reversed(CHIPS), (0.1, 0.0))),
     *((add_norm, dtype, chip, width, p) for dtype, chip, width, p in product(DTYPES, CHIPS, NORM_WIDTHS, (0.0, 0.1))),
     *((others, dtype, chip, 3_072, 0.0) for dtype, chip in product(DTYPES, CHIPS)),
     *((modern, dtype, chip, width, p) for dtype, chip, width, p in
@@ -197,6 +202,8 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if constants.get("TANH"):
         name += ", tanh"
+    if "rotation" in set(kernel.src.fn.arg_names) - set(constants):
+        name += ", rotary"
     if "window" in set(kernel.src.fn.arg_names) - set(constants):
         name += ", window"
     if "d_new_residual" in constants:  # None
@@ -238,6 +245,7 @@ def result(compiled: list[Compiled]) -> list[str]:
 # What is counted: sm_90 in bf16, at the widths of base and large, and of the modern presets
 COUNTED = [
     *((attention, "bfloat16", 90, width, p) for width in (64, 96) for p in (0.0, 0.1)),
+    (rotary_attention, "bfloat16", 90, 64, 0.0),
     (windowed_attention, "bfloat16", 90, 64, 0.0),
     *((add_norm, "bfloat16", 90, width, p) for width in (768, 1_536) for p in (0.0, 0.1)),
     (others, "bfloat16", 90, 3_072, 0.0),
@@ -271,7 +279,7 @@ def _count(job) -> list[list[str]]:
             mean = (of_posts["whole"] * whole + of_posts["masked"] * masked) / of_posts["seen"]
             counts = [f"{whole:.2f}", f"{masked:.2f}", f"{mean:.2f}", f"{goal:g}" if goal else ""]
             tile = f"{held} × {visited}"
-        elif columns and c.kernel.split()[0] not in ("attention", "rotary"):
+        elif columns and c.kernel.split()[0] not in ("attention", "rotary") and "hashes" not in c.kernel:
             elements = sizes.get("ROWS", 1) * columns
             counts, tile = [f"{per_element(cubin, threads, elements):.1f}", "", "", ""], f"{elements:,}"
         else:
@@ -292,7 +300,8 @@ def _posts():
 def counted() -> list[str]:
     """Markdown: a line per kernel."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _no_interpreter) as pool:
-        rows = [row for rows in pool.map(_count, COUNTED) for row in rows]
+        # once each: the forward does not know of rotary positions
+        rows = list(dict.fromkeys(tuple(row) for rows in pool.map(_count, COUNTED) for row in rows))
     return [
         "# Instructions in the kernels' loops",
         "",

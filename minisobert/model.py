@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisobert.config import ModelConfig
-from minisobert.ops import Documents, Dropout, add_norm, bias_gelu, drop, gated_gelu, rotary, rotation, self_attention
+from minisobert.ops import Documents, Dropout, add_norm, bias_gelu, drop, gated_gelu, rotation, self_attention
 
 
 class Linear(nn.Linear):
@@ -34,6 +34,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+
+class QKVLinear(nn.Linear):
+    """x Wᵀ + b, where b gets its gradient from the `self_attention` behind it, which has the sum at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.detach())
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
@@ -69,7 +76,7 @@ class Block(nn.Module):
         # modernbert's embeddings are normalised already when they come to the first block
         self.attention_norm = nn.Identity() if config.is_modern and layer == 0 else layer_norm(config)
         # One matrix for query, key and value; its 3h outputs are (H, 3, d), so that a slice of them is whole heads.
-        self.qkv = nn.Linear(h, 3 * h, biases)
+        self.qkv = QKVLinear(h, 3 * h, biases)
         self.attention_output = Linear(h, h, biases)
         self.ffn_norm = layer_norm(config)
         if config.is_modern:
@@ -88,8 +95,9 @@ class Block(nn.Module):
         dropout_at,  # site → Dropout | None
     ) -> tuple[Tensor, Tensor]:
         qkv = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width))  # (T, H, 3, d)
-        qkv = rotary(qkv, rotations[self.rope_base]) if rotations else qkv
-        context = self_attention(qkv, documents, dropout_at("attention"), self.window).flatten(1)  # (T, h)
+        rotation = rotations.get(self.rope_base)
+        dropout = dropout_at("attention")
+        context = self_attention(qkv, documents, dropout, self.window, rotation, self.qkv.bias).flatten(1)  # (T, h)
         residual, normed = _add_norm(
             self.attention_output, context, residual, self.ffn_norm, dropout_at("attention_output")
         )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minisobert.ops import dispatch
 from minisobert.ops.dropout import Dropout
+from minisobert.ops.rotary import check_shapes, rotary_reference
 
 BLOCK = 1 << 20  # probabilities at a time, 4 MB in fp32
 LEAST_BLOCK = 64  # queries of a block where there is a window: fewer are slower, more waste products on what none sees
@@ -141,9 +142,30 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
     return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
+class _WithBias(torch.autograd.Function):
+    """qkv as it is; its gradient, and that of the bias that it holds already."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, bias: Tensor) -> Tensor:
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, grad.flatten(1).sum(0)
+
+
 def self_attention_reference(
-    qkv: Tensor, documents: Documents, dropout: Dropout | None = None, window: int | None = None
+    qkv: Tensor,
+    documents: Documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+    rotation: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
+    if bias is not None:
+        qkv = _WithBias.apply(qkv, bias)
+    if rotation is not None:
+        qkv = rotary_reference(qkv, rotation)
     return attention_reference(*qkv.unbind(2), documents, dropout, window)
 
 
@@ -174,17 +196,33 @@ def attention(
 
 
 def self_attention(
-    qkv: Tensor, documents: Documents, dropout: Dropout | None = None, window: int | None = None
+    qkv: Tensor,
+    documents: Documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+    rotation: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention` of queries, keys and values that are one tensor (T, H, 3, d); on a GPU its gradient is written as
-    one, where three would have to be put together. Returns (T, H, d). Raises ValueError on other shapes."""
+    """`attention` of queries, keys and values that are one tensor (T, H, 3, d), with what surrounds it in a block.
+    Returns (T, H, d). Raises ValueError on other shapes.
+
+    rotation: (2, T, d/2) by `ops.rotation`; queries and keys are turned by it first, on a GPU in the memory of qkv.
+    bias: (3 H d,), which qkv holds already, added without a gradient (`bias.detach()`); it gets its gradient here.
+
+    On a GPU this saves passes over memory: the gradient is written as one tensor, turned back and added up for the bias
+    while it is at hand.
+    """
     if qkv.dim() != 4 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv is {tuple(qkv.shape)} {qkv.dtype}; it must be floating, (tokens, heads, 3, head width)")
     _check(len(qkv), documents, window)
+    if rotation is not None:
+        check_shapes(qkv, rotation)
+    if bias is not None and bias.shape != (features := qkv[0].numel(),):
+        raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({features},), one for each feature of qkv")
     implementation = self_attention_reference
     if dispatch.takes_kernel(qkv):
         from minisobert.ops.kernels.attention import self_attention as implementation
-    return implementation(qkv, documents, dropout, window)
+    return implementation(qkv, documents, dropout, window, rotation, bias)
 
 
 def _check(tokens: int, documents: Documents, window: int | None) -> None:

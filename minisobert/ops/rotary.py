@@ -38,17 +38,21 @@ def rotary_reference(qkv: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([turned.to(qkv.dtype), v], 2)
 
 
-def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
-    """Turns q and k. qkv: (T, H, 3, d), of one floating dtype; rotation: (2, T, d/2), by `rotation`.
-
-    Returns (T, H, 3, d); on a GPU it is the memory of qkv. Raises ValueError on other shapes.
-    """
+def check_shapes(qkv: Tensor, rotation: Tensor) -> None:
     tokens, _, three, width = qkv.shape if qkv.dim() == 4 else (0, 0, 0, 0)
     if three != 3 or width % 2 or rotation.shape != (2, tokens, width // 2):
         raise ValueError(
             f"qkv is {tuple(qkv.shape)}, rotation {tuple(rotation.shape)}; they must be (tokens, heads, 3, an even "
             "head width) and (2, tokens, half the head width)"
         )
+
+
+def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """Turns q and k. qkv: (T, H, 3, d), of one floating dtype; rotation: (2, T, d/2), by `rotation`.
+
+    Returns (T, H, 3, d); on a GPU it is the memory of qkv. Raises ValueError on other shapes.
+    """
+    check_shapes(qkv, rotation)
     implementation = rotary_reference
     if dispatch.takes_kernel(qkv):
         from minisobert.ops.kernels.rotary import rotary as implementation

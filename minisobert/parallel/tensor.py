@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisobert import ops
-from minisobert.model import Decoder, Linear, MaskedLM
+from minisobert.model import Decoder, Linear, MaskedLM, QKVLinear
 from minisobert.parallel import splits
 from minisobert.parallel.collectives import (
     all_gather,
@@ -39,7 +39,7 @@ class _ColumnProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh, by_tokens: bool) -> Tensor:
         # what is kept is the rank's own share of the tokens: the whole is gathered once more in the backward
         ctx.save_for_backward(x, weight)
-        ctx.mesh, ctx.by_tokens, ctx.has_bias = mesh, by_tokens, bias is not None
+        ctx.mesh, ctx.by_tokens = mesh, by_tokens
         return F.linear(all_gather(x, mesh) if by_tokens else x, weight, bias)
 
     @staticmethod
@@ -57,7 +57,7 @@ class _ColumnProduct(torch.autograd.Function):
             dx = dy @ weight
             under_way = dist.all_reduce(dx, group=group, async_op=True)
         dw = dy.T @ x
-        db = dy.sum(0) if ctx.has_bias else None
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None
         under_way.wait()
         return dx, dw, db, None, None
 
@@ -68,11 +68,11 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, whole: nn.Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
         self.mesh, self.by_tokens = mesh, by_tokens
-        self.adds_bias = not isinstance(whole, Linear)
+        self.adds_bias = isinstance(whole, QKVLinear)
         self.weight, self.bias = own["weight"], own.get("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.adds_bias else None
+        bias = self.bias.detach() if self.adds_bias and self.bias is not None else None
         return _ColumnProduct.apply(x, self.weight, bias, self.mesh, self.by_tokens)
 
 
@@ -120,7 +120,7 @@ class VocabularyParallelDecoder(nn.Module):
 
 
 PARALLEL = {
-    ("column", nn.Linear): ColumnParallelLinear,
+    ("column", QKVLinear): ColumnParallelLinear,
     ("column", Linear): ColumnParallelLinear,
     ("gated", Linear): ColumnParallelLinear,
     ("row", Linear): RowParallelLinear,

@@ -30,8 +30,10 @@ from minisobert.ops import (
     gated_gelu,
     rotary,
     rotation,
+    self_attention,
 )
 from minisobert.parallel.mesh import Mesh
+from minisobert.training import checkpoint
 from minisobert.training.loop import Tally, train_step
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress
@@ -95,6 +97,30 @@ def test_attention_at_the_shapes_of_training(heads, d, window, p):
     ends = lengths.cumsum()
     bounds = [0, *ends[ends < 16_384].tolist(), 16_384]
     check_attention(bounds, heads, d, torch.bfloat16, p, window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("d", "p", "window", "has_rotation"),
+    [(64, 0.1, None, False), (96, 0.1, None, False), (64, 0.0, None, True), (64, 0.0, 64, True), (96, 0.0, None, True)],
+)
+def test_what_surrounds_attention_in_a_block(d, p, window, has_rotation, dtype):
+    """With a bias that qkv holds, or rotary positions, whose queries and keys are rounded once more."""
+    parts, documents = qkv(POSTS, 3, d, dtype, "cuda")
+    dropout, turn = mask(p, "attention", "cuda"), rotation(torch.arange(4_096, device="cuda") % 700, d, 10_000.0)
+    if has_rotation:
+        compare(
+            lambda x: self_attention(x * 1, documents, dropout, window, turn),
+            lambda x: ops.self_attention_reference(x, documents, dropout, window, turn),
+            (torch.stack(parts, 2),),
+            allowed=3 * tolerance(dtype),
+        )
+    else:
+        compare(
+            lambda x, b: self_attention(x * 1, documents, dropout, window, bias=b),
+            lambda x, b: ops.self_attention_reference(x, documents, dropout, window, bias=b),
+            (torch.stack(parts, 2), random(9 * d, dtype=dtype, device="cuda")),
+        )
 
 
 def test_tiles_beyond_the_window_are_not_visited():
@@ -268,18 +294,26 @@ def test_masks_are_those_of_a_cpu_bit_for_bit():
 def all_operations(dtype: torch.dtype):
     """A function that runs each forward and backward, on 4,096 tokens of 768, and returns all that came out."""
     (q, k, v), documents = qkv(POSTS, 12, 64, dtype, "cuda")
-    inputs = [q, k, v, *norm_inputs(4_096, 768, dtype), random(600, 5_003, dtype=dtype, device="cuda")]
+    inputs = [
+        q,
+        k,
+        v,
+        random(3 * 768, dtype=dtype, device="cuda"),
+        *norm_inputs(4_096, 768, dtype),
+        random(600, 5_003, dtype=dtype, device="cuda"),
+    ]
     targets, turn = torch.arange(600, device="cuda"), rotation(torch.arange(4_096, device="cuda"), 64, 10_000.0)
     dropouts = [mask(0.1, site, "cuda") for site in ("attention", "ffn_output", "embedding")]
 
     def run():
-        q, k, v, x, b, r, w, c, logits = leaves = [x.detach().requires_grad_() for x in inputs]
+        q, k, v, bias, x, b, r, w, c, logits = leaves = [x.detach().requires_grad_() for x in inputs]
         context = attention(q, k, v, documents, dropouts[0])
         near = attention(q, k, v, documents, dropouts[0], 64)
         residual, normal = add_norm(x, b, r, w, c, 1e-5, dropouts[1])
         results = [context, near, residual, bias_gelu(normal, b), drop(x, dropouts[2])]
         results += [cross_entropy(logits * 1, targets), gated_gelu(x)]
         results += [rotary(torch.stack([q, k, v], 2), turn), *add_norm(x, None, r, w, None, 1e-5)]
+        results += [self_attention(torch.stack([q, k, v], 2), documents, dropouts[0], 64, turn, bias)]
         return [*results, *torch.autograd.grad([y.float().square().sum() for y in results], leaves)]
 
     return run
@@ -366,6 +400,21 @@ def test_twenty_steps_repeat_bit_for_bit(architecture, optimizer):
     (figures, weights), (again, weights_again) = run(), run()
     assert figures == again
     assert all(torch.equal(x, weights_again[name]) for name, x in weights.items())
+
+
+def test_a_checkpoint_comes_through_pinned_memory_and_is_what_the_device_held(tmp_path):
+    weight = torch.randn(1_000_003, device=DEVICE)
+    saver, expected = checkpoint.Saver(tmp_path, 2, Mesh(device=torch.device(DEVICE))), []
+    state = {"progress": {"step": 1}, "run": {}}
+    for step in (1, 2):
+        state["progress"]["step"] = step
+        slices = [checkpoint.Slice("model", "w", weight, [(0, 0, len(weight))])]
+        expected.append(weight.cpu())
+        saver.start(step, {"model": {"w": tuple(weight.shape)}, "optimizer": {}}, slices, state)
+        weight += 1  # at once: the snapshot must be complete
+        saver.wait()
+        assert torch.equal(checkpoint.read(saver.last)["model"]["w"], expected[-1])
+    assert all(memory.is_pinned() for memory in saver._memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

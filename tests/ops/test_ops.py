@@ -22,6 +22,7 @@ from minisobert.ops import (
     gated_gelu,
     rotary,
     rotation,
+    self_attention,
 )
 
 
@@ -46,6 +47,22 @@ def test_attention_document_by_document_and_in_windows_equals_one_masked_matrix(
         torch.autograd.grad(ours, (q, k, v), into), torch.autograd.grad(expected, (q, k, v), into)
     ):
         torch.testing.assert_close(ours_grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_self_attention_turns_and_gives_a_bias_that_is_in_qkv_its_gradient():
+    """Beside a bias that is added here, by plain autograd; and the result is that of the three ops one by one."""
+    x, bias, turning = random(13, 2, 3, 8), random(48, seed=1), rotation(torch.arange(13) % 7, 8, 100.0)
+    into = random(13, 2, 8, seed=2).detach()
+    held = x + bias.detach().view(2, 3, 8)
+    ours = self_attention(held, DOCUMENTS, DROPOUT, 3, turning, bias)
+    expected = attention(*rotary(x + bias.view(2, 3, 8), turning).unbind(2), DOCUMENTS, DROPOUT, 3)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, (x, bias), into), torch.autograd.grad(expected, (x, bias), into)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"bias is \(47,\); it must be \(48,\), one for each feature of qkv"):
+        self_attention(held, DOCUMENTS, bias=bias[1:])
+    with pytest.raises(ValueError, match=r"qkv is \(13, 2, 3, 8\), rotation \(2, 13, 3\)"):
+        self_attention(held, DOCUMENTS, rotation=turning[..., :3])
 
 
 class Largest(TorchDispatchMode):

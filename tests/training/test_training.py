@@ -236,6 +236,9 @@ def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path
     go_on.set()
     saver.wait()
     assert checkpoint.read(saver.last)["model"]["w"].tolist() == [0, 0, 0]
+    saver.start(2, shapes, [checkpoint.Slice("model", "w", w, [(0, 0, 3)])], state_of(2))  # in the same memory
+    saver.wait()
+    assert checkpoint.read(saver.last)["model"]["w"].tolist() == [1, 1, 1]
 
 
 class Killed(BaseException):

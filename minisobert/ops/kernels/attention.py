@@ -23,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minisobert.config import MOST_TOKENS
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import attention_tiles as tiles
-from minisobert.ops.kernels import check, check_device, chip_family, on_device, options
+from minisobert.ops.kernels import check, check_device, chip_family, on_device, options, rotary
 from minisobert.ops.kernels.attention_parts import (
     across,
     add_product,
@@ -37,11 +36,12 @@ from minisobert.ops.kernels.attention_parts import (
     load,
     sees,
     store,
+    store_gradient,
     stretches,
     uint32,
     zeros,
 )
-from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
+from minisobert.ops.kernels.dropout import attention_hashes, keep, settings
 
 # width of a head: those of the two tiles that it is
 PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0)}
@@ -57,6 +57,8 @@ PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0)}
 #   start, stop                (T,) int32: the bounds of each token's document
 #   row_hashes, key_hashes     (T,) and (H, T) int32: of queries and of keys, for the mask; None without dropout
 #   tokens, scale              T; log2(e) / sqrt(d), by which a score becomes an exponent of 2
+#   rotation, sums             what turns the gradients of q and k back; where their sums over tokens go:
+#                              see attention_parts.py
 #   window                     how far from a query its keys may be. None is compiled in and leaves no code behind;
 #                              a number is read at run time, for the cost of a register, and one kernel serves them all
 #   rescale, factor            1/(1-p); 1/((1-p) sqrt(d))
@@ -174,7 +176,7 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _query_gradient(
-    q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
+    q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, rotation, sums, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor,
     D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
@@ -196,7 +198,8 @@ def _query_gradient(
             k + head * k_h, v + head * v_h, key_hash, edges[i], edges[i + 1], k_t, v_t, scale,
             D, REST, KEYS, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
-    store(dq + head * grad_h, acc * factor, acc_rest * factor, first, tokens, grad_t, QUERIES, D, REST)
+    acc, acc_rest = acc * factor, acc_rest * factor
+    store_gradient(dq + head * grad_h, acc, acc_rest, rotation, sums, 0, first, tokens, grad_t, QUERIES, D, REST)
 
 
 @triton.jit
@@ -230,7 +233,7 @@ def _visit_queries(
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _key_gradient(
-    q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, tokens, window,
+    q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, rotation, sums, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor, rescale,
     D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
@@ -252,83 +255,75 @@ def _key_gradient(
             edges[i], edges[i + 1], q_t, out_t, scale,
             D, REST, QUERIES, i != 1, THRESHOLD, PRECISION,
         )  # fmt: skip
-    store(dk + head * grad_h, dk_n * factor, dk_rest * factor, first, tokens, grad_t, KEYS, D, REST)
-    store(dv + head * grad_h, dv_n * rescale, dv_rest * rescale, first, tokens, grad_t, KEYS, D, REST)
-
-
-@triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
-def _hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes row_hashes to rows and key_hashes to keys, once per call: a visit that hashed its rows and columns itself
-    would pay as much again as half of `keep`. key: pointer to the mask's. token_offset, head_offset: of the first token
-    and head in the global batch. PER_HEAD: numbers that a head takes. BLOCK: tokens of a program."""
-    token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    column = column_hash((head + head_offset).to(tl.uint32) * PER_HEAD + (token + token_offset).to(tl.uint32))
-    tl.store(keys + head * tokens + token, column.to(tl.int32, bitcast=True), token < tokens)
-    if head == 0:
-        row = row_hash(token + token_offset, key)
-        tl.store(rows + token, row.to(tl.int32, bitcast=True), token < tokens)
+    dk_n, dk_rest, dv_n, dv_rest = dk_n * factor, dk_rest * factor, dv_n * rescale, dv_rest * rescale
+    store_gradient(dk + head * grad_h, dk_n, dk_rest, rotation, sums, 1, first, tokens, grad_t, KEYS, D, REST)
+    store_gradient(dv + head * grad_h, dv_n, dv_rest, None, sums, 2, first, tokens, grad_t, KEYS, D, REST)
 
 
 class _Attention(torch.autograd.Function):
     """Of q, k and v, or of the one tensor that holds them, whose gradient is then written as one and not stacked."""
 
     @staticmethod
-    def forward(ctx, qkv, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None) -> Tensor:
+    def forward(ctx, qkv, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None,
+                rotation: Tensor | None, bias: Tensor | None) -> Tensor:  # fmt: skip
+        if rotation is not None:
+            rotary.turn(qkv, qkv, rotation, len(qkv[0]))
+            if not qkv.is_inference():
+                torch.autograd.graph.increment_version(qkv)  # tells whoever kept what was there for a backward
         if qkv is not None:
             q, k, v = qkv.unbind(2)
         tokens, heads, d = q.shape
-        key, token_offset, threshold, rescale = settings(dropout, q)
+        *_, threshold, rescale = settings(dropout, q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-        rows = keys = None
+        rows, keys = attention_hashes(dropout, q)
+        table = tiles.FORWARD_WINDOW if window else tiles.FORWARD_DROPOUT if threshold else tiles.FORWARD
+        grid, meta = _launch(table, q, threshold)
+        scale = math.log2(math.e) / math.sqrt(d)
         with on_device(q):
-            if threshold:
-                rows = torch.empty(tokens, dtype=torch.int32, device=q.device)
-                keys = torch.empty(heads, tokens, dtype=torch.int32, device=q.device)
-                block, warps = tiles.HASHES
-                _hashes[triton.cdiv(tokens, block), heads](
-                    rows, keys, key, token_offset, dropout.head_offset, tokens, MOST_TOKENS, block, **options(warps)
-                )
-            table = tiles.FORWARD_WINDOW if window else tiles.FORWARD_DROPOUT if threshold else tiles.FORWARD
-            grid, meta = _launch(table, q, threshold)
-            scale = math.log2(math.e) / math.sqrt(d)
             _forward[grid](
                 q, k, v, out, lse, start, stop, rows, keys, tokens, window, *_strides(q, k, v, out), scale, rescale,
                 **meta,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, start, stop, rows, keys)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop, rows, keys, rotation)
         ctx.packed, ctx.threshold, ctx.rescale, ctx.window = qkv is not None, threshold, rescale, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor):
-        q, k, v, out, lse, start, stop, rows, keys = ctx.saved_tensors
+        q, k, v, out, lse, start, stop, rows, keys, rotation = ctx.saved_tensors
         tokens, heads, d = q.shape
         do, delta = do.contiguous(), torch.empty_like(lse)
         grads = torch.empty(tokens, heads, 3, d, dtype=q.dtype, device=q.device)
         dq, dk, dv = grads.unbind(2)
+        table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
+        key_grid, key_meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
+        table = tiles.QUERY_GRADIENT_WINDOW if ctx.window else tiles.QUERY_GRADIENT
+        query_grid, query_meta = _launch(table, q, ctx.threshold)
+        # a head of two parts is turned back by itself: the two of a pair are not in one part
+        apart = rotation is not None and PARTS[d][1] > 0
+        sums = None
+        if ctx.needs_input_grad[-1] and not apart:
+            shape = max(key_grid[0], query_grid[0]), heads, 3, d
+            sums = torch.zeros(shape, dtype=torch.float32, device=q.device)  # tiles that only one kernel has add 0
         scale, factor = math.log2(math.e) / math.sqrt(d), ctx.rescale / math.sqrt(d)
         strides = _strides(q, k, v, out, dq)
+        shared = lse, delta, start, stop, rows, keys, None if apart else rotation, sums, tokens, ctx.window, *strides
         with on_device(q):
             elements, warps = tiles.DELTA
             block = elements // triton.next_power_of_2(d)
             _delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *_strides(out), 1 / ctx.rescale, *PARTS[d], block, **options(warps)
             )
-            table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
-            grid, meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
-            _key_gradient[grid](
-                q, k, v, do, dk, dv, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
-                scale, factor, ctx.rescale, **meta,
-            )  # fmt: skip
-            table = tiles.QUERY_GRADIENT_WINDOW if ctx.window else tiles.QUERY_GRADIENT
-            grid, meta = _launch(table, q, ctx.threshold)
-            _query_gradient[grid](
-                q, k, v, do, dq, lse, delta, start, stop, rows, keys, tokens, ctx.window, *strides,
-                scale, factor, **meta,
-            )  # fmt: skip
-        return *((grads, None, None, None) if ctx.packed else (None, dq, dk, dv)), None, None, None, None
+            _key_gradient[key_grid](q, k, v, do, dk, dv, *shared, scale, factor, ctx.rescale, **key_meta)
+            _query_gradient[query_grid](q, k, v, do, dq, *shared, scale, factor, **query_meta)
+        if apart:
+            rotary.turn(grads, grads, rotation, heads, back=True)
+        bias = None
+        if ctx.needs_input_grad[-1]:
+            bias = (grads if sums is None else sums).sum(0).flatten().to(q.dtype)
+        return *((grads, None, None, None) if ctx.packed else (None, dq, dk, dv)), *[None] * 5, bias
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -364,16 +359,28 @@ def attention(
     return _apply(None, q, k, v, documents, dropout, window)
 
 
-def self_attention(qkv: Tensor, documents, dropout: Dropout | None = None, window: int | None = None) -> Tensor:
-    """As `ops.self_attention`. qkv: (T, H, 3, d), d in PARTS; strides as for `attention`, which raises likewise."""
-    check(qkv=qkv)
-    return _apply(qkv, *qkv.detach().unbind(2), documents, dropout, window)
+def self_attention(
+    qkv: Tensor,
+    documents,
+    dropout: Dropout | None = None,
+    window: int | None = None,
+    rotation: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """As `ops.self_attention`. qkv: (T, H, 3, d), d in PARTS; contiguous where there is a rotation, otherwise with
+    strides as for `attention`, which raises likewise."""
+    check(qkv=qkv, bias=bias)
+    if rotation is not None:
+        rotary.check_rotation(qkv, rotation)
+        if qkv.is_leaf and qkv.requires_grad:
+            raise ValueError("qkv is a parameter, which rotary positions would overwrite; give a copy (qkv.clone())")
+    return _apply(qkv, *qkv.detach().unbind(2), documents, dropout, window, rotation, bias)
 
 
-def _apply(qkv: Tensor | None, q: Tensor, k: Tensor, v: Tensor, documents, dropout, window: int | None) -> Tensor:
+def _apply(qkv, q, k, v, documents, dropout, window: int | None, rotation=None, bias=None) -> Tensor:
     check_device(q=q, **{"documents.start": documents.start, "documents.stop": documents.stop})
     if q.shape[2] not in PARTS:
         raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, PARTS))} wide")
     if window is not None:
         window = min(window, len(q))  # a larger one sees no more, and position + window must fit 31 bits
-    return _Attention.apply(qkv, q, k, v, documents.start, documents.stop, dropout, window)
+    return _Attention.apply(qkv, q, k, v, documents.start, documents.stop, dropout, window, rotation, bias)

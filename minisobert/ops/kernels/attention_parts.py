@@ -16,6 +16,7 @@ import triton.language as tl
 #   PRECISION          of products: "ieee" for fp32, or "tf32"
 #   start, stop        (T,) int32: the bounds of each token's document
 #   tokens, window     T; how far from a token those may be that it sees, or None
+#   rotation, sums     (2, T, d/2) fp32: cos and sin of rotary positions; (tiles, H, 3, d) fp32; each may be None
 
 
 @triton.jit
@@ -59,6 +60,45 @@ def store(x, value, rest, row, stop, stride, ROWS: tl.constexpr, D: tl.constexpr
     _store_part(x, value, row, stop, stride, ROWS, D)
     if REST:
         _store_part(x + D, rest, row, stop, stride, ROWS, REST)
+
+
+@triton.jit
+def _turned_back(x, rotation, row, tokens, ROWS: tl.constexpr, D: tl.constexpr):
+    """x, (ROWS, D), whose columns i and i + D/2 are pairs, each turned back by the angle of its row and its own."""
+    HALF: tl.constexpr = D // 2
+    rows, pairs = row + tl.arange(0, ROWS), tl.arange(0, HALF)
+    at = rotation + tl.cast(rows, tl.int64)[:, None] * HALF + pairs[None, :]
+    cos = tl.load(at, rows[:, None] < tokens, 0.0)
+    sin = tl.load(at + tl.cast(tokens, tl.int64) * HALF, rows[:, None] < tokens, 0.0)
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    turned = tl.join(a * cos + b * sin, b * cos - a * sin)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, D))
+
+
+@triton.jit
+def _store_sums(sums, x, row, tokens, ROWS: tl.constexpr, D: tl.constexpr):
+    """sums[:D] = the columns of x added up, (ROWS, D) whose first row is token `row`, without those behind the last."""
+    inside = row + tl.arange(0, ROWS) < tokens
+    tl.store(sums + tl.arange(0, D), tl.sum(tl.where(inside[:, None], x, 0.0), 0))
+
+
+@triton.jit
+def store_gradient(
+    x, value, rest, rotation, sums, which: tl.constexpr, row, tokens, stride,
+    ROWS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """`store` of a gradient of q, k or v (which: 0, 1, 2), with the same x, value, rest, row and stride. Where there is
+    a rotation, it is turned back, which needs REST to be 0; where there are sums, its columns added up go to
+    sums[program of axis 0, program of axis 1, which]."""
+    if rotation is not None:
+        value = _turned_back(value, rotation, row, tokens, ROWS, D)
+    store(x, value, rest, row, tokens, stride, ROWS, D, REST)
+    if sums is not None:
+        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        sums += (program * 3 + which) * (D + REST)
+        _store_sums(sums, value, row, tokens, ROWS, D)
+        if REST:
+            _store_sums(sums + D, rest, row, tokens, ROWS, REST)
 
 
 @triton.jit

@@ -44,4 +44,4 @@ KEY_GRADIENT = {
     (4, 128): [(32, 16, 8, 2)] * 3,
 }
 KEY_GRADIENT_WINDOW = {**KEY_GRADIENT, (2, 64): [(128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2)]}
-DELTA, HASHES = (2_048, 4), (1_024, 4)  # elements, warps
+DELTA = 2_048, 4  # elements, warps

@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minisobert.config import MOST_TOKENS
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
+HASHES = 1_024, 4  # tokens, warps
 TILE = 2_048, 4  # elements, warps. By arithmetic, not tuned yet: 16 elements a thread fill its loads of 16 bytes
 
 
@@ -55,6 +57,39 @@ def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int,
         raise ValueError(f"dropout.keys is {tuple(keys.shape)} {keys.dtype}; dropout.at(layer, site) holds one int32")
     check_device(input=like, **{"dropout.keys": keys})
     return keys, dropout.token_offset, dropout.threshold << 16, dropout.scale
+
+
+@triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
+def _attention_hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """rows: (T,), hashes of queries; keys: (H, T), of keys; key: pointer to the mask's. token_offset, head_offset: of
+    the first token and head in the global batch. tokens: T. PER_HEAD: numbers that a head takes. BLOCK: tokens of a
+    program."""
+    token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    column = column_hash((head + head_offset).to(tl.uint32) * PER_HEAD + (token + token_offset).to(tl.uint32))
+    tl.store(keys + head * tokens + token, column.to(tl.int32, bitcast=True), token < tokens)
+    if head == 0:
+        row = row_hash(token + token_offset, key)
+        tl.store(rows + token, row.to(tl.int32, bitcast=True), token < tokens)
+
+
+def attention_hashes(dropout: Dropout | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of q's mask, (T, H, d): the hashes of queries (T,) and of keys (H, T), int32; None where all stay.
+
+    Made once a call: a visit of attention that hashed its rows and columns itself would pay as much again as half of
+    `keep`.
+    """
+    key, token_offset, threshold, _ = settings(dropout, q)
+    if not threshold:
+        return None, None
+    tokens, heads, _ = q.shape
+    rows = torch.empty(tokens, dtype=torch.int32, device=q.device)
+    keys = torch.empty(heads, tokens, dtype=torch.int32, device=q.device)
+    block, warps = HASHES
+    offsets = token_offset, dropout.head_offset
+    grid = (triton.cdiv(tokens, block), heads)
+    with on_device(q):
+        _attention_hashes[grid](rows, keys, key, *offsets, tokens, MOST_TOKENS, block, **options(warps))
+    return rows, keys
 
 
 # What the kernel takes. T tokens, h features.

@@ -69,7 +69,7 @@ class _Rotary(torch.autograd.Function):
         ctx.mark_dirty(x)
         ctx.save_for_backward(rotation)
         ctx.heads = heads
-        return _launch(x, x, rotation, heads, backward=False)
+        return turn(x, x, rotation, heads)
 
     @staticmethod
     @once_differentiable
@@ -77,10 +77,12 @@ class _Rotary(torch.autograd.Function):
         (rotation,) = ctx.saved_tensors
         grad = grad.contiguous()
         # not in place: behind a sum autograd hands the same memory to every summand, and a hook may have kept it
-        return _launch(grad, torch.empty_like(grad), rotation, ctx.heads, backward=True), None, None
+        return turn(grad, torch.empty_like(grad), rotation, ctx.heads, back=True), None, None
 
 
-def _launch(x: Tensor, out: Tensor, rotation: Tensor, heads: int, backward: bool) -> Tensor:
+def turn(x: Tensor, out: Tensor, rotation: Tensor, heads: int, back: bool = False) -> Tensor:
+    """Writes to out, (T, H, 3, d) as x or x itself, the turned queries and keys of x. Forward, values are left out: out
+    is x. back: turns them back, and writes all three."""
     _, tokens, half = rotation.shape
     pairs, warps = TILE
     block = triton.next_power_of_2(half)
@@ -88,8 +90,16 @@ def _launch(x: Tensor, out: Tensor, rotation: Tensor, heads: int, backward: bool
     with on_device(x):
         if tokens:
             grid = (triton.cdiv(tokens, rows) * heads,)
-            _turn[grid](x, out, rotation, tokens, heads, 2 * half, rows, block, backward, **options(warps))
+            _turn[grid](x, out, rotation, tokens, heads, 2 * half, rows, block, back, **options(warps))
     return out
+
+
+def check_rotation(qkv: Tensor, rotation: Tensor) -> None:
+    """Raises ValueError where rotation is not fp32, on another device, or one of the two not contiguous."""
+    if rotation.dtype != torch.float32:
+        raise ValueError(f"rotation is {rotation.dtype}; it must be torch.float32")
+    check_device(qkv=qkv, rotation=rotation)
+    check_contiguous(qkv=qkv, rotation=rotation)
 
 
 def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
@@ -98,10 +108,7 @@ def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
     Raises ValueError on another dtype, device or layout.
     """
     check(qkv=qkv)
-    if rotation.dtype != torch.float32:
-        raise ValueError(f"rotation is {rotation.dtype}; it must be torch.float32")
-    check_device(qkv=qkv, rotation=rotation)
-    check_contiguous(qkv=qkv, rotation=rotation)
+    check_rotation(qkv, rotation)
     # qkv is a view of what a linear returned. Changing a view in place is allowed, but its backward copies the whole
     # gradient four times (CopySlices, AsStrided). Changing the base, which is the same memory, copies nothing, and
     # autograd sees to it that whoever still uses qkv gets the right gradient.

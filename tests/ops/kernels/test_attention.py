@@ -8,9 +8,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from against_reference import DOCUMENTS, TOO_SMALL, attention_by_mask, compare, interpreted, mask, qkv, random
+from against_reference import (
+    DOCUMENTS,
+    TOO_SMALL,
+    attention_by_mask,
+    compare,
+    interpreted,
+    mask,
+    qkv,
+    random,
+    tolerance,
+)
 
-from minisobert.ops import Documents, Dropout, attention_reference
+from minisobert.ops import Documents, Dropout, attention_reference, rotary_reference, rotation
 from minisobert.ops.kernels import attention as kernels
 from minisobert.ops.kernels import attention_parts
 from minisobert.ops.kernels.attention import attention, self_attention
@@ -129,6 +139,59 @@ def test_one_tensor_of_all_three_gives_the_same_bits_and_its_gradient_as_one(d, 
     (gradient,) = torch.autograd.grad(out, whole, upstream)
     assert torch.equal(out, expected) and gradient.is_contiguous()
     assert torch.equal(gradient, torch.stack(expected_gradients, 2))
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "p", "window", "has_rotation", "has_bias"),
+    [
+        (64, torch.bfloat16, 0.3, None, False, True),
+        (64, torch.bfloat16, 0.0, 20, True, False),
+        (32, torch.float32, 0.0, None, True, True),
+        (96, torch.bfloat16, 0.0, None, False, True),
+        (96, torch.float32, 0.3, None, True, True),
+        (128, torch.float16, 0.3, None, True, False),
+    ],
+    ids=str,
+)
+def test_what_surrounds_attention_in_a_block(d, dtype, p, window, has_rotation, has_bias):
+    """Against plain functions in fp64, whose autograd knows nothing of fusion."""
+    parts, documents = qkv([0, 40, 41, 150], 2, d, dtype)  # 150: the last tile has rows that are no tokens
+    dropout, turn = mask(p, "attention"), rotation(torch.arange(150) % 41, d, 10_000.0)
+    bias = random(6 * d, dtype=dtype, seed=3)
+
+    def kernel(x, b):  # the bias is in x already, and gets its gradient
+        y = x + b.detach().view(2, 3, d)
+        return self_attention(y, documents, dropout, window, turn if has_rotation else None, b if has_bias else None)
+
+    def plain(x, b):
+        y = x + b.view(2, 3, d)
+        y = y + (y.to(dtype) - y).detach()  # rounded as the kernel's input is, which is no error of the kernel
+        y = rotary_reference(y, turn) if has_rotation else y
+        return attention_by_mask(*y.unbind(2), documents, dropout, window)
+
+    whole, allowed = torch.stack(parts, 2), 3 * tolerance(dtype)  # turned queries and keys are rounded once more
+    if has_bias:
+        compare(kernel, plain, (whole, bias), allowed)
+    else:
+        compare(lambda x: kernel(x, bias), lambda x: plain(x, bias.double()), (whole,), allowed)
+
+
+def test_rotary_positions_overwrite_qkv_and_whoever_needs_it_is_told():
+    parts, documents = qkv([0, 40, 150], 2, 64, torch.float32)
+    turn = rotation(torch.arange(150), 64, 10_000.0)
+    x = torch.stack(parts, 2)
+    expected = rotary_reference(x, turn)
+    leaf = x.clone().requires_grad_()
+    whole = leaf * 1
+    squares = whole.square().sum()  # keeps whole for its backward
+    self_attention(whole, documents, rotation=turn).sum().backward()
+    assert torch.allclose(whole, expected, atol=1e-5) and leaf.grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+    with pytest.raises(ValueError, match="qkv is a parameter, which rotary positions would overwrite"):
+        self_attention(leaf, documents, rotation=turn)
+    with torch.inference_mode():
+        self_attention(x.clone(), documents, rotation=turn)
 
 
 def test_queries_keys_and_values_may_have_strides_of_their_own():
