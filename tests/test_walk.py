@@ -1,6 +1,8 @@
 """docs/walk.md is true: below each block is what the block prints, and the names it links to are where it says.
 
-    python -m tests.test_walk      runs the blocks of docs/walk.md and writes their outputs into the page
+When an output is meant to change, this runs the blocks and writes what they print into the page:
+
+    python -m tests.test_walk
 """
 
 from __future__ import annotations
