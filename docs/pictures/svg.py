@@ -20,7 +20,7 @@ COLORS = {
     "gradient": (("#ffdcc4", "#bf5310"), ("#552a12", "#f39a5c")),
     "communication": (("#ead4f0", "#84399a"), ("#43244f", "#cf94de")),
     "disk": (("#f4ecd4", "#84702f"), ("#37301a", "#cdb266")),  # what lies on disk
-    "op": (("#f1f3f5", "#7d8590"), ("#1f252d", "#7d8590")),  # what computes without weights of its own, and padding
+    "op": (("#e6eaee", "#7d8590"), ("#29313b", "#7d8590")),  # what computes without weights of its own, and padding
     "panel": (("#fafbfc", "#dfe3e8"), ("#11161d", "#2b323b")),
 }
 INKS = {"ground": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"), "muted": ("#57606a", "#9ea7b1")}
