@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("minisobert/**/*.py")])
+FOLDERS = ("*.py", "data/*.py", "docs/pictures/*.py", "minisobert/**/*.py")
+SOURCES = sorted(path for folder in FOLDERS for path in ROOT.glob(folder))
 
 
 def links(page: Path) -> set[Path]:
