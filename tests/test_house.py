@@ -49,7 +49,7 @@ LAYERS = [  # each may import itself and what stands below it
     r"minisobert\.ops\b",
     r"minisobert\.corpus\b",
     r"minisobert\.config\b",
-    r"minisobert\.(cli|files|hashing)\b",
+    r"minisobert\.(cli|commands|files|hashing)\b",
 ]
 
 

@@ -24,8 +24,12 @@ MARK = "†"  # of a model whose figures were published elsewhere
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line and exit status 2."""
-    parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS", help="folder of results")
+    about = "Published figures of the same tasks stand beside them, marked as such."
+    example = "python -m minisobert.finetuning.compare results/ner-base results/ner-random"
+    parser = Parser(NAME, about, example, allow_abbrev=False)
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RESULTS", help="folder that finetune.py or finetuning.chat wrote"
+    )
     folders = parser.parse_args(argv).folders
     try:
         print(printable("\n".join(lines(folders))))

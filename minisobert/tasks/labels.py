@@ -29,11 +29,11 @@ from minisobert.tasks.files import DUMP, SPLITS, File, examples_of, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
 LABEL = Option(
-    "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
+    "for labels: column of the class (default: label); for tags: number of the tag's column, from 1 (default: last)", ""
 )
 TEXT = Option(
-    "for labels and --predict, columns that make up a text (default text); for pairs, the column of the query and that "
-    "of what it is to find, or one that is cut in two",
+    "for labels, and for prediction: columns that make up a text (default: text); for pairs: the column of the query "
+    "and the column of what it should find, or one column whose texts are cut in two",
     (),
 )
 ADVICE = "name yours with --text, --label and --split"
@@ -226,9 +226,9 @@ TASK = Task(
     options={
         "text": TEXT,
         "label": LABEL,
-        "several": Option("for labels, any number of classes a text: lists, or with ; between"),
-        "number": Option("for labels, predict the number in the column --label, not a class"),
-        "split": Option("for labels, column that says train, dev or test", ""),
+        "several": Option("for labels: a text has any number of classes, in a list or separated by ;"),
+        "number": Option("for labels: predict the number in the column --label instead of a class"),
+        "split": Option("for labels: column that says of each text whether it is train, dev or test", ""),
     },
     own_classes=True,
 )
