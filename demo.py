@@ -18,7 +18,6 @@ from data import prepare, stdlib
 from data.inputs import check
 from minisobert import inference
 from minisobert.cli import Parser, command, fail
-from minisobert.commands import typed
 from minisobert.config import PRESETS, RECIPES, TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import Shards, open_shards
@@ -39,7 +38,7 @@ GREEN, RED, END = "\033[32m", "\033[31m", "\033[0m"
 
 def main(argv: list[str] | None = None) -> None:
     about = f"Everything that it makes is in {OUT}. An earlier demo is kept, under another name."
-    parser = Parser("demo.py", about, EXAMPLES, usage=f"{typed('demo.py')} [DUMP]")
+    parser = Parser("demo.py", about, EXAMPLES, usages=["[DUMP]"])
     parser.add_argument(
         "dump", nargs="*", type=Path, metavar="DUMP",
         help="text to train on: a Stack Exchange dump, or any other input of data.prepare (default: the Python "

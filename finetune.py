@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from minisobert.cli import command, parse, printable
-from minisobert.commands import typed
 from minisobert.files import new_folder
 from minisobert.finetuning import apply, evaluation, report
 from minisobert.finetuning.config import FineTuneConfig, config_class
@@ -44,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line on standard error and exit status 2, Ctrl-C in 130."""
     config = parse(
         config_class(), argv, prog="finetune.py", description=ABOUT, examples=EXAMPLES,
-        usage=f"{typed('finetune.py')} --task NAME --model MODEL --data PATH … --out DIR [options]\n"
-        f"       {typed('finetune.py')} --predict FILE --model RESULT [options]",
+        usages=[
+            "--task NAME --model MODEL --data PATH … --out DIR [options]", "--predict FILE --model RESULT [options]",
+        ],
     )  # fmt: skip
     if config.predict:
         apply.apply(config.model, config.predict, config.out, config.text)

@@ -100,15 +100,16 @@ class Parser(argparse.ArgumentParser):
     option that was probably meant.
 
     prog: the command as commands.py names it; its sentence there begins the description, and `description` goes on.
-    examples: the last part of --help, command lines as a user types them. usage: if none, it shows what must be given.
+    examples: the last part of --help, command lines as a user types them. usages: what to type after the command; if
+    none, what must be given.
     """
 
-    def __init__(self, prog: str | None = None, description: str = "", examples: str = "", **more):
+    def __init__(self, prog: str | None = None, description: str = "", examples: str = "", usages=(), **more):
         super().__init__(
             prog, description=" ".join(filter(None, [sentence(prog), description])), formatter_class=_Help,
             add_help=False, **more,
         )  # fmt: skip
-        self.examples = examples.strip()
+        self.examples, self.usages = examples.strip(), usages
         self._positionals.title = "arguments"
         self.register("type", int, _integer)
         self.register("type", float, _number)
@@ -116,23 +117,24 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        self.usage = self.usage or self._what_must_be_given()
+        lines, width = [], self._get_formatter()._width
+        for usage in self.usages or [self._what_must_be_given()]:
+            unbroken = re.sub(r" (?=[A-Z…])", "\xa0", f"{typed(self.prog)} {usage}")  # an option and its value
+            lines += textwrap.wrap(
+                unbroken, width, initial_indent=" " * 7, subsequent_indent=" " * 11, break_on_hyphens=False
+            )
+        self.usage = "\n".join(lines).strip().replace("\xa0", " ").replace("%", "%%")
         heading = "examples" if re.search(r"[^\\]\n", self.examples) else "example"  # one may go on after a \
         examples = f"\n{heading}:\n{textwrap.indent(self.examples, '  ')}\n" if self.examples else ""
         return super().format_help() + examples
 
     def _what_must_be_given(self) -> str:
-        """A usage line without the options that may be left out."""
         formatter, given = self._get_formatter(), []
         for action in sorted(self._actions, key=lambda action: bool(action.option_strings)):
             if action.required or not action.option_strings:
-                value = formatter._format_args(action, action.dest.upper())
-                given.append(" ".join([*action.option_strings[:1], value]))
+                given += [*action.option_strings[:1], formatter._format_args(action, action.dest.upper())]
         others = any(a.help != argparse.SUPPRESS and a.option_strings and not a.required for a in self._actions)
-        whole = [typed(self.prog), *given, *["[options]"] * others]
-        unbroken = " ".join(part.replace(" ", "\xa0") for part in whole)  # lines may end between the parts alone
-        lines = textwrap.wrap(unbroken, formatter._width, initial_indent=" " * 7, subsequent_indent=" " * 11)
-        return "\n".join(lines).strip().replace("\xa0", " ").replace("%", "%%")
+        return " ".join([*given, *["[options]"] * others])
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):

@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 
 from minisobert.cli import Parser, command, printable, reason
-from minisobert.commands import typed
 from minisobert.finetuning.apply import read
 from minisobert.inference import load
 from minisobert.page import Mask, Page
@@ -52,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         "minisobert.playground",
         "It prints guesses if you give it a TEXT, and opens the page otherwise. The page needs the extra [page].",
         EXAMPLES,
-        usage=f"{typed('minisobert.playground')} RUN TEXT … [options]\n"
-        f"       {typed('minisobert.playground')} RUN … --page [options]",
+        usages=["RUN TEXT … [options]", "RUN … --page [options]"],
     )
     parser.add_argument(
         "run", metavar="RUN", help="folder of a train.py run, of a finetune.py result, or of a Hugging Face model"
