@@ -145,14 +145,14 @@ def check(
             raise ValueError(f"{path} is given twice")
         found[path], others = _files(path, document)
         if others and found[path]:
-            notes.append(f"left out of {path}, as of no known kind: {some(others)}")
+            notes.append(f"left out of {path}, because their kind is not known: {some(others)}")
             if dropped is not None:
                 dropped["files of no known kind"] += len(others)
         elif not found[path] and (others or not is_dump(path)):
             held = f"holds {some(others)}, which is" if others else "is"
             raise ValueError(
-                f"{path} {held} of no known kind: .7z, a folder with Posts.xml or .7z archives, {', '.join(KINDS)} "
-                f"({', '.join(COMPRESSED)}), a .zip or folder of such files"
+                f"{path} {held} of no known kind; give a .7z, a folder with Posts.xml or .7z archives, "
+                f"{', '.join(KINDS)} ({', '.join(COMPRESSED)}), a .zip or folder of such files"
             )
     dumps = [path for path, files in found.items() if not files]
     of_dumps, notes_on_dumps = sites(dumps) if dumps else ([], [])

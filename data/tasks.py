@@ -31,7 +31,7 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     """
     dump = Path(dump)
     if not is_dump(dump):
-        raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
+        raise ValueError(f"{dump} is not a dump; give the .7z of a site, or a folder with Posts.xml")
     report, written = [], 0
     with new_folder(out) as work:
         site_of(dump)

@@ -116,7 +116,7 @@ class Chat:
         except ImportError:
             raise ValueError("the openai package is missing: pip install 'minisobert[chat]'") from None
         if not os.environ.get("OPENAI_API_KEY"):
-            raise ValueError("OPENAI_API_KEY is not set; set it, to any word for a server that asks for none")
+            raise ValueError("OPENAI_API_KEY is not set; set it, to any word if the server needs no key")
         self.model, self.base_url, self.cache = model, base_url, cache
         self.error, self.refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=RETRIES)

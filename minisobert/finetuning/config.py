@@ -75,7 +75,7 @@ class FineTuneConfig:
     def __post_init__(self):
         needed = ("model",) if self.predict else ("task", "model", "data", "out")
         if self.predict and (self.task or self.data):
-            raise ValueError("--predict applies what is trained; give it --model, and no --task or --data")
+            raise ValueError("--predict applies a trained model; give --model, and no --task or --data")
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.name in needed and not value:
@@ -83,7 +83,9 @@ class FineTuneConfig:
                 raise ValueError(f"{flag(f.name)} is missing; {advice}")
         check_options(self)
         if self.task and TASKS[self.task].kind == "pair" and (self.class_weights or self.pooling != "cls"):
-            raise ValueError(f"--task {self.task} has no classes, and takes the mean; no --class-weights or --pooling")
+            raise ValueError(
+                f"--task {self.task} has no classes and always takes the mean; leave out --class-weights and --pooling"
+            )
         for name in task_options():
             of = [task.name for task in TASKS.values() if name in task.options]
             if getattr(self, name, False) and self.task not in of and not (self.predict and name == "text"):
