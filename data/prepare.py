@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="keep equal documents; training still loses its copies of held-out ones",
     )  # fmt: skip
     group = parser.add_argument_group("how to run")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed that chooses the held-out documents")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed that picks the held-out documents")
     group.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     group.add_argument(
         "--work", metavar="DIR",
