@@ -14,7 +14,7 @@ test: .venv/installed-test lint    ## lint, then every test
 	.venv/bin/python -m pytest --ignore $$compiled; rest=$$?; \
 	wait $$gate; gate=$$?; cat $$log; rm $$log; exit $$((rest | gate))
 
-QUICK = test_house.py test_docs.py test_cli.py test_files.py test_model.py corpus tasks training ops/test_ops.py
+QUICK = test_house.py test_docs.py test_cli.py test_help.py test_files.py test_model.py corpus tasks training ops/test_ops.py
 quick: .venv/installed-test lint    ## what is worth running after every change: a minute and a half
 	.venv/bin/python -m pytest -m "not slow" $(QUICK:%=tests/%)
 

@@ -17,7 +17,7 @@ import train
 from data import prepare, stdlib
 from data.inputs import check
 from minisobert import inference
-from minisobert.cli import command, fail
+from minisobert.cli import Parser, command, fail
 from minisobert.config import PRESETS, RECIPES, TrainConfig
 from minisobert.corpus.loader import Rows
 from minisobert.corpus.shards import Shards, open_shards
@@ -29,13 +29,24 @@ OUT = Path("runs/demo")
 VOCAB_SIZE = 4_000
 PRESET = "modern-tiny"
 FLOPS = 42e12  # what two cores manage in about three minutes; how many tokens that is depends on the documents
+EXAMPLES = """\
+python demo.py
+python demo.py android.stackexchange.com.7z
+"""
 GREEN, RED, END = "\033[32m", "\033[31m", "\033[0m"
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        fail(f"demo.py: one dump at most, {len(arguments)} given; python -m data.prepare takes several")
-    inputs = [Path(path) for path in arguments]
+def main(argv: list[str] | None = None) -> None:
+    about = f"Everything that it makes is in {OUT}. An earlier demo is kept, under another name."
+    parser = Parser("demo.py", about, EXAMPLES, usages=["[DUMP]"])
+    parser.add_argument(
+        "dump", nargs="*", type=Path, metavar="DUMP",
+        help="text to train on: a Stack Exchange dump, or any other input of data.prepare (default: the Python "
+        "standard library)",
+    )  # fmt: skip
+    inputs = parser.parse_args(argv).dump
+    if len(inputs) > 1:
+        fail(f"demo.py: one dump at most, {len(inputs)} given; python -m data.prepare takes several")
     with command("demo.py", "the next one starts anew"):
         check(inputs)
         with earlier_aside():
@@ -152,4 +163,4 @@ def mark(guess: str, right: bool, truth: str, colour: bool) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,12 +1,5 @@
 """Fine-tune a model on one task and report how good it is: data → model → loop → report.
 
-    python finetune.py --task ner --model runs/base --data ner.7z --out results/ner-base --seeds 5
-    python finetune.py --task ner --model random:runs/base --data ner.7z --out results/ner-random
-    python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/quality-tfidf
-    python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/team
-    python finetune.py --task pairs --data site.7z --model runs/base --out results/search
-    python finetune.py --predict posts.jsonl --model results/ner-base
-
 The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It
 appears when all of it is there.
 """
@@ -33,11 +26,27 @@ from minisobert.plot import pyplot
 from minisobert.tasks.dataset import Dataset
 from minisobert.training import events
 
+ABOUT = "The results are a report with figures and plots, predictions, and the model of the best seed."
+EXAMPLES = """\
+python finetune.py --task ner --model runs/base --data ner.7z --out results/ner-base --seeds 5
+python finetune.py --task ner --model random:runs/base --data ner.7z --out results/ner-random
+python finetune.py --task quality --model tfidf --data train.csv test.csv --out results/tfidf
+python finetune.py --task labels --data tickets.csv --text title body --label team \\
+    --model runs/base --out results/team
+python finetune.py --task pairs --data site.7z --model runs/base --out results/search
+python finetune.py --predict posts.jsonl --model results/team
+"""
+
 
 @command("finetune.py", "nothing was written")
 def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line on standard error and exit status 2, Ctrl-C in 130."""
-    config = parse(config_class(), argv, prog="finetune.py", description=__doc__.splitlines()[0])
+    config = parse(
+        config_class(), argv, prog="finetune.py", description=ABOUT, examples=EXAMPLES,
+        usages=[
+            "--task NAME --model MODEL --data PATH … --out DIR [options]", "--predict FILE --model RESULT [options]",
+        ],
+    )  # fmt: skip
     if config.predict:
         apply.apply(config.model, config.predict, config.out, config.text)
         return 0

@@ -1,10 +1,5 @@
 """Pre-train an encoder: config → data → mesh → model → loop.
 
-    python train.py --preset tiny                             one process
-    torchrun --nproc_per_node=8 train.py                      one process per GPU: the paper's recipe
-    torchrun --nproc_per_node=8 train.py --preset large --tensor-parallel 2 --shard-optimizer
-    python train.py --init runs/base --data data/java --out runs/java    go on from a model, on other data
-
 The folder --out holds config.json, metrics.jsonl, tokenizer.model and checkpoints/. The same command goes on where an
 interrupted run was, bit for bit; another layout may be chosen for that.
 """
@@ -34,11 +29,21 @@ from minisobert.training.loop import StopSignals, train
 from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Run
 
+ABOUT = """\
+Repeat the command to resume an interrupted run. Every position of a row counts as a token, as in Megatron-LM. Without \
+options it trains SOBertBase by its paper's recipe."""
+EXAMPLES = """\
+python train.py --data data/prepared --preset modern-small --out runs/mine
+python train.py --init runs/mine --preset modern-small --data data/java --out runs/java
+python train.py --plan --preset large --gpu A100 --gpus 8 --price-per-gpu-hour 1.5
+torchrun --nproc_per_node=8 train.py --preset large --tensor-parallel 2 --shard-optimizer
+"""
+
 
 @command("train.py")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
-    config = parse(TrainConfig, argv, prog="train.py", description=__doc__.splitlines()[0])
+    config = parse(TrainConfig, argv, prog="train.py", description=ABOUT, examples=EXAMPLES)
     if config.plan:
         print(report(config, open_model(config.init).model.config if config.init else None))
         return 0

@@ -9,16 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minisobert.cli import Parser
+from minisobert.commands import typed
 from minisobert.corpus.shards import Shards, open_shards
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def parser(name: str, doc: str, writes: str = "") -> Parser:
-    """The command line of a benchmark. doc: its docstring. writes: the file that --write is for, if no result."""
-    made = Parser(prog=f"benchmarks.{name}", description=doc.split("\n")[0], allow_abbrev=False)
+def parser(name: str, example: str, description: str = "", writes: str = "") -> Parser:
+    """The command line of a benchmark. example: words that it takes. writes: what --write is for, if no result."""
+    command = f"benchmarks.{name}"
+    made = Parser(command, description, f"{typed(command)} {example}", allow_abbrev=False)
     writes = writes or f"benchmarks/results/{name}.md"
-    made.add_argument("--write", action="store_true", help=f"replace {writes} with this result")
+    made.add_argument("--write", action="store_true", help=f"store the result in {writes} as well")
     return made
 
 

@@ -133,9 +133,11 @@ def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.d
 
 
 def main() -> None:
-    command = parser("cpu", __doc__)
-    command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="corpus of 8,000 pieces")
-    command.add_argument("--batches", type=int, default=3, metavar="N", help="number of timed batches (default 3)")
+    command = parser("cpu", "--data data/prepared", "It needs the extra [hf].")
+    command.add_argument(
+        "--data", type=shards, required=True, metavar="SHARDS", help="what data.prepare --vocab-size 8000 wrote"
+    )
+    command.add_argument("--batches", type=int, default=3, metavar="N", help="number of timed batches of 8 posts")
     options = command.parse_args()
     if (pieces := options.data.vocab_size) != MODEL.vocabulary:
         command.error(f"{options.data.folder} has {pieces:,} pieces; make it with data.prepare --vocab-size 8000")

@@ -316,10 +316,10 @@ class Trial:
 
 
 def main() -> None:
-    command = parser("faults", __doc__)
+    command = parser("faults", "--data data/prepared --kills 100")
     command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")
-    command.add_argument("--kills", type=int, default=1_000, metavar="N", help="kills to make (default 1,000)")
-    command.add_argument("--steps", type=int, default=12, metavar="N", help="steps of each run (default 12)")
+    command.add_argument("--kills", type=int, default=1_000, metavar="N", help="number of kills")
+    command.add_argument("--steps", type=int, default=12, metavar="N", help="optimizer steps in each run")
     options = command.parse_args()
     of_two = options.kills // 5
     # two of each beside each other: processes that have to be waited for leave the cores to the others

@@ -88,10 +88,10 @@ def measure(format: str, texts: list[str], tokenizer, repeats: int) -> list[list
 
 
 def main() -> None:
-    command = parser("inference", __doc__)
-    command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="corpus whose texts to take")
-    command.add_argument("--texts", type=int, default=512, metavar="N", help="number of texts (default %(default)s)")
-    command.add_argument("--repeats", type=int, default=3, metavar="N", help="of which the fastest counts (default 3)")
+    command = parser("inference", "--data data/prepared", "It needs the extra [hf].")
+    command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")
+    command.add_argument("--texts", type=int, default=512, metavar="N", help="number of its texts to take")
+    command.add_argument("--repeats", type=int, default=3, metavar="N", help="number of runs; the fastest counts")
     options = command.parse_args()
     data, tokenizer = options.data, options.data.tokenizer()
     count = min(options.texts, data.meta["documents"])

@@ -46,7 +46,7 @@ def draw(count: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    command = parser("lengths", __doc__, writes="benchmarks/post_lengths.json")
+    command = parser("lengths", "--data data/prepared", writes="benchmarks/post_lengths.json")
     command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")
     options = command.parse_args()
     corpus = options.data

@@ -17,14 +17,10 @@ from minisobert.corpus.loader import Rows, prefetch, spans
 
 
 def main() -> None:
-    command = parser("loader", __doc__)
+    command = parser("loader", "--data data/prepared")
     command.add_argument("--data", type=shards, required=True, metavar="SHARDS", help="folder that data.prepare wrote")
-    command.add_argument(
-        "--micro-batch-rows", type=int, default=8, metavar="N", help="rows in a micro-batch (default 8)"
-    )
-    command.add_argument(
-        "--tokens", type=int, default=40_000_000, metavar="N", help="tokens to load (default 40,000,000)"
-    )
+    command.add_argument("--micro-batch-rows", type=int, default=8, metavar="N", help="rows in a micro-batch")
+    command.add_argument("--tokens", type=int, default=40_000_000, metavar="N", help="number of tokens to load")
     options = command.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)

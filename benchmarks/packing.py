@@ -38,11 +38,11 @@ def rows_in_order(lengths: np.ndarray) -> int:
 
 
 def main() -> None:
-    command = parser("packing", __doc__)
+    command = parser("packing", "--documents 1e6")
+    command.add_argument("--documents", type=int, default=15_000_000, metavar="N", help="number of documents to pack")
     command.add_argument(
-        "--documents", type=int, default=15_000_000, metavar="N", help="documents to pack (default 15,000,000)"
+        "--data", type=shards, metavar="SHARDS", help="take the lengths of this corpus (default: those of posts)"
     )
-    command.add_argument("--data", type=shards, metavar="SHARDS", help="corpus to draw the lengths from")
     options = command.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     offsets = np.concatenate([[0], np.cumsum(lengths_like_posts(options.documents, options.data))])

@@ -84,12 +84,12 @@ def _timed(function) -> tuple[float, int]:
 
 
 def main() -> None:
-    command = parser("prepare", __doc__)
-    command.add_argument("--dump", type=Path, required=True, help=".7z of a site, or a folder with Posts.xml")
+    command = parser("prepare", "--dump android.stackexchange.com.7z")
+    command.add_argument("--dump", type=Path, required=True, metavar="DUMP", help=".7z of a site, or its folder")
     command.add_argument(
-        "--vocab-size", type=int, default=30_000, metavar="N", help="pieces of the vocabulary (default 30,000)"
+        "--vocab-size", type=int, default=30_000, metavar="N", help="number of pieces in the vocabulary"
     )
-    command.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each side (default 5)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="number of runs of each side")
     options = command.parse_args()
     if not options.dump.exists():
         command.error(f"{options.dump} does not exist")

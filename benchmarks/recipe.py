@@ -217,17 +217,24 @@ def named(text: str) -> tuple[str, Shards]:
 
 
 def main() -> None:
-    command = parser("recipe", __doc__)
-    command.add_argument("--data", type=named, nargs="+", required=True, metavar="NAME=SHARDS", help="corpora")
-    command.add_argument("--out", type=Path, default=Path("runs/recipe"), metavar="PATH", help="folder of the runs")
-    command.add_argument("--tokens", type=int, default=614_400, metavar="N", help="row positions of most arms")
+    command = parser("recipe", "--data stdlib=runs/demo/data", "Repeat the command to continue after an interruption.")
     command.add_argument(
-        "--long", type=int, default=3_072_000, metavar="N", help="of the paper's recipe, to be reached"
-    )
-    command.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time")
+        "--data", type=named, nargs="+", required=True, metavar="NAME=SHARDS",
+        help="corpora: for each a name, and the folder that data.prepare wrote",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, default=Path("runs/recipe"), metavar="PATH", help="folder for the runs")
+    command.add_argument("--tokens", type=int, default=614_400, metavar="N", help="tokens to train most recipes on")
     command.add_argument(
-        "--ablations", nargs="+", default=[], metavar="NAME", help="corpora on which to change the modern recipe too"
+        "--long", type=int, default=3_072_000, metavar="N",
+        help="tokens to train the paper's recipe on, for a loss that the modern one has to reach sooner",
+    )  # fmt: skip
+    command.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at the same time (default: one per core)"
     )
+    command.add_argument(
+        "--ablations", nargs="+", default=[], metavar="NAME",
+        help="corpora on which the modern recipe is also measured with one thing changed",
+    )  # fmt: skip
     options = command.parse_args()
     lines = [
         "# The modern recipe beside the paper's", "",

@@ -218,16 +218,17 @@ def killing(posts: int, folder: Path, tokenizer: Path, workers: int, kills: int)
 
 
 def main() -> None:
-    made = parser("scale", __doc__)
-    made.add_argument("--folder", type=Path, required=True, help="where the dumps and results are made, and removed")
+    made = parser("scale", "--folder /tmp/scale --posts 100000 --kills 20")
+    made.add_argument(
+        "--folder", type=Path, required=True, metavar="DIR", help="folder for synthetic dumps and results"
+    )
     made.add_argument(
         "--posts", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000],
-        metavar="N", help="sizes of the dumps, which take 6.2 GB of disk for a million posts (default 100000 300000 "
-        "1000000 3000000)",
+        metavar="N", help="sizes of the dumps in posts; a million posts take 6.2 GB of disk",
     )  # fmt: skip
-    made.add_argument("--workers", type=int, default=2, metavar="N", help="processes of the growing runs (default 2)")
-    made.add_argument("--repeats", type=int, default=3, metavar="N", help="runs with 1 and with 2 workers (default 3)")
-    made.add_argument("--kills", type=int, default=200, metavar="N", help="SIGKILLs on a small dump (default 200)")
+    made.add_argument("--workers", type=int, default=2, metavar="N", help="processes that prepare the growing dumps")
+    made.add_argument("--repeats", type=int, default=3, metavar="N", help="number of runs with 1 and with 2 processes")
+    made.add_argument("--kills", type=int, default=200, metavar="N", help="number of SIGKILLs on a small dump")
     options = made.parse_args()
     if not Path("/proc/self/smaps_rollup").exists():
         made.error("the memory of processes is read from Linux's /proc/*/smaps_rollup, which is not there")

@@ -25,30 +25,34 @@ MOST_WEIGHT = 1_000  # every copy costs memory when rows are packed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    kinds = (
-        f".7z of sites or of tables, folder of these or with Posts.xml and Comments.xml; {', '.join(KINDS)} "
-        f"({', '.join(COMPRESSED)}), .zip or folder of such files, - for standard input; "
-        "so.7z=2 wiki.jsonl=0.5: an epoch of training holds the documents of so.7z twice, and of wiki.jsonl half"
-    )
-    parser.add_argument("--input", nargs="+", required=True, dest="inputs", metavar="PATH[=WEIGHT]", help=kinds)
     parser.add_argument(
+        "--input", nargs="+", required=True, dest="inputs", metavar="PATH[=WEIGHT]",
+        help="what to read. Stack Exchange dumps: .7z archives of sites or tables, folders with such archives or with "
+        f"Posts.xml and Comments.xml. Your own texts: {', '.join(KINDS)}, also compressed ({', '.join(COMPRESSED)}), "
+        "in a .zip or in a folder; - is standard input. A weight says how often an epoch of training holds a document: "
+        "so.7z=2 wiki.jsonl=0.5 means each of so.7z twice, and half of those of wiki.jsonl",
+    )  # fmt: skip
+    texts = parser.add_argument_group("your own texts")
+    texts.add_argument(
         "--text-key", nargs="+", default=("text",), metavar="KEY",
-        help="columns or keys that make up a text, a blank line between them (default text)",
+        help="columns or keys that make up a text; they are joined by a blank line",
     )  # fmt: skip
-    parser.add_argument(
+    texts.add_argument(
         "--document", choices=DOCUMENTS, default="",
-        help=f"what of a {' or '.join(PLAIN)} is a document; paragraphs have a blank line between them "
-        "(default: a line of a .txt, the whole of a .md)",
+        help=f"what is one document in a {' or '.join(PLAIN)}: the whole file, a line, or a paragraph, which ends at a "
+        "blank line (default: a line of a .txt, the whole of a .md)",
     )  # fmt: skip
-    parser.add_argument(
+    texts.add_argument(
         "--skip-unreadable", action="store_true",
-        help="leave out what of the files of text cannot be read, even if it is more than one line in a hundred",
+        help="accept files of which more than one line in a hundred cannot be read, and leave out files that cannot be "
+        "read at all; without it, either is an error",
     )  # fmt: skip
-    which = "of a dump, which posts to read, each with its comments (default %(default)s)"
-    parser.add_argument("--posts", choices=POSTS, default="all", dest="kind", help=which)
-    parser.add_argument("--min-score", type=int, metavar="N", help="of a dump, leave out posts with a score below N")
-    what = "of a dump, whether to write where links lead, as Markdown does: [text](target) (default %(default)s)"
-    parser.add_argument("--links", choices=("drop", "keep"), default="drop", help=what)
+    dump = parser.add_argument_group("dumps")
+    which = "which posts to read, each with its comments: all, questions or answers"
+    dump.add_argument("--posts", choices=POSTS, default="all", dest="kind", help=which)
+    dump.add_argument("--min-score", type=int, metavar="N", help="leave out posts with a score below N")
+    what = "drop the targets of links, or keep them as Markdown does: [text](target)"
+    dump.add_argument("--links", choices=("drop", "keep"), default="drop", help=what)
 
 
 class Input(NamedTuple):
@@ -141,14 +145,14 @@ def check(
             raise ValueError(f"{path} is given twice")
         found[path], others = _files(path, document)
         if others and found[path]:
-            notes.append(f"left out of {path}, as of no known kind: {some(others)}")
+            notes.append(f"left out of {path}, because their kind is not known: {some(others)}")
             if dropped is not None:
                 dropped["files of no known kind"] += len(others)
         elif not found[path] and (others or not is_dump(path)):
             held = f"holds {some(others)}, which is" if others else "is"
             raise ValueError(
-                f"{path} {held} of no known kind: .7z, a folder with Posts.xml or .7z archives, {', '.join(KINDS)} "
-                f"({', '.join(COMPRESSED)}), a .zip or folder of such files"
+                f"{path} {held} of no known kind; give a .7z, a folder with Posts.xml or .7z archives, "
+                f"{', '.join(KINDS)} ({', '.join(COMPRESSED)}), a .zip or folder of such files"
             )
     dumps = [path for path, files in found.items() if not files]
     of_dumps, notes_on_dumps = sites(dumps) if dumps else ([], [])

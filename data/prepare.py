@@ -42,6 +42,14 @@ from minisobert.files import flush, new_folder
 from minisobert.hashing import key, permutation_keys
 
 TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
+ABOUT = """\
+It learns a tokenizer, encodes the documents with it, and holds some documents out to measure the loss on. Repeat the \
+command to continue after an interruption."""
+EXAMPLES = """\
+python -m data.prepare --input texts.jsonl --text-key title body --out data/prepared
+python -m data.prepare --input android.stackexchange.com.7z --min-score 1 --out data/android
+python -m data.prepare --input texts.txt --tokenizer runs/base --out data/more
+"""
 BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
 
 
@@ -317,41 +325,43 @@ def table(meta: dict) -> str:
 
 @command("data.prepare", "the same command goes on from where it was, or with --fresh from the start")
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="data.prepare", description="Make a tokenizer and shards from a dump or from text.")
+    parser = Parser("data.prepare", ABOUT, EXAMPLES)
     add_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist yet")
-    parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="size of the vocabulary that the tokenizer learns (default 50000)"
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--vocab-size", type=int, metavar="N",
+        help="number of pieces in the vocabulary that the tokenizer learns (default: 50,000)",
+    )  # fmt: skip
+    group.add_argument(
         "--tokenizer", metavar="PATH",
-        help="encode with this one in place of learning one: a tokenizer.model or tokenizer.json, or the folder of a "
-        "run, of other shards or of an imported model",
+        help="use this tokenizer instead of learning one: a tokenizer.model or tokenizer.json, or the folder of a run, "
+        "of prepared data or of an imported model",
     )  # fmt: skip
-    parser.add_argument(
-        "--work",
-        metavar="DIR",
-        help="folder for temporary files, as large as all text together (default: beside --out)",
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="start over where a run of the same command was killed, in place of going on",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that chooses the held-out threads")
-    parser.add_argument(
+    group = parser.add_argument_group("documents to leave out")
+    group.add_argument(
         "--decontaminate", nargs="+", default=[], metavar="TASK=PATH",
-        help="leave out documents with a dev or test text of these files of finetune.py's tasks",
+        help="leave out documents that contain a dev or test text of these files; TASK is one of finetune.py's tasks",
     )  # fmt: skip
-    parser.add_argument(
-        "--keep-duplicates", action="store_true",
-        help="keep documents that equal an earlier one but for white space; what is held out is never in training",
-    )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--near-duplicates", type=float, metavar="SHARE",
-        help="also leave out what shares at least this much of its five-word runs with an earlier document (0.5 to 1)",
+        help="leave out documents that have at least this share of their five-word runs in common with an earlier one, "
+        "from 0.5 to 1 (default: leave out only documents that are equal except for white space)",
     )  # fmt: skip
+    group.add_argument(
+        "--keep-duplicates", action="store_true",
+        help="keep equal documents; training still loses its copies of held-out ones",
+    )  # fmt: skip
+    group = parser.add_argument_group("how to run")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed that picks the held-out documents")
+    group.add_argument("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
+    group.add_argument(
+        "--work", metavar="DIR",
+        help="folder for temporary files, which take as much space as all the text (default: beside --out)",
+    )  # fmt: skip
+    group.add_argument(
+        "--fresh", action="store_true", help="start over instead of continuing an interrupted run of this command"
+    )
     options = parser.parse_args(arguments)
     meta = prepare(**vars(options))
     print(printable(f"{table(meta)}\nwritten to {options.out}"))

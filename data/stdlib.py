@@ -59,8 +59,9 @@ def write(path: Path, library: Path | None = None) -> None:
 
 @command("data.stdlib")
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="data.stdlib", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="FILE", help=".jsonl to write")
+    about = "Each class and function is a text: its name, its documentation and its code."
+    parser = Parser("data.stdlib", about, "python -m data.stdlib stdlib.jsonl")
+    parser.add_argument("out", type=Path, metavar="FILE", help=".jsonl file to write")
     write(parser.parse_args(argv).out)
 
 

@@ -31,7 +31,7 @@ def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
     """
     dump = Path(dump)
     if not is_dump(dump):
-        raise ValueError(f"{dump} is no dump: a .7z of a site, or a folder with Posts.xml")
+        raise ValueError(f"{dump} is not a dump; give the .7z of a site, or a folder with Posts.xml")
     report, written = [], 0
     with new_folder(out) as work:
         site_of(dump)
@@ -68,10 +68,13 @@ def _write(path: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> 
 @command("data.tasks", "nothing was written")
 def main(arguments: list[str] | None = None) -> int:
     sets = words((task.name for task in TASKS.values() if task.derive), "and")
-    parser = Parser(prog="data.tasks", description=f"Derive the sets of {sets} from a dump.")
-    parser.add_argument("--input", required=True, metavar="DUMP", help=".7z of a site, or a folder with Posts.xml")
+    parser = Parser(
+        "data.tasks", f"The tasks are {sets}; each becomes one .csv file for --data of finetune.py.",
+        "python -m data.tasks --input android.stackexchange.com.7z --out data/tasks",
+    )  # fmt: skip
+    parser.add_argument("--input", required=True, metavar="DUMP", help=".7z of a site, or folder with its Posts.xml")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist yet")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of what is drawn by chance")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the examples that are chosen")
     options = parser.parse_args(arguments)
     report = derive(options.input, options.out, seed=options.seed)
     print(printable("\n".join([*report, f"written to {options.out}"])))

@@ -9,8 +9,10 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,7 +20,10 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from typing import NoReturn
 
+from minisobert.commands import sentence, typed
+
 PATIENCE = 30  # seconds
+WIDTH = 100  # columns of --help, at most
 
 
 def option(
@@ -39,7 +44,7 @@ def option(
 
     group: the heading under which --help lists it. The bounds: least <= value <= most and above < value < below.
     resumable: whether a resumed run may change it. metavar: what --help calls the value of a text.
-    shown: what --help calls the default, where that is None because the config settles it.
+    shown: what --help says the default is, where that is None because the config settles it.
     """
     bounds = {"at least": least, "more than": above, "less than": below, "at most": most}
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "metavar": metavar}
@@ -91,12 +96,45 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the option that was probably meant. Exit status 2."""
+    """argparse whose --help is one that a newcomer reads, and whose errors are one line (exit status 2), with the
+    option that was probably meant.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    prog: the command as commands.py names it; its sentence there begins the description, and `description` goes on.
+    examples: the last part of --help, command lines as a user types them. usages: what to type after the command; if
+    none, what must be given.
+    """
+
+    def __init__(self, prog: str | None = None, description: str = "", examples: str = "", usages=(), **more):
+        super().__init__(
+            prog, description=" ".join(filter(None, [sentence(prog), description])), formatter_class=_Help,
+            add_help=False, **more,
+        )  # fmt: skip
+        self.examples, self.usages = examples.strip(), usages
+        self._positionals.title = "arguments"
         self.register("type", int, _integer)
         self.register("type", float, _number)
+        # not listed: who reads the list has found it
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        lines, width = [], self._get_formatter()._width
+        for usage in self.usages or [self._what_must_be_given()]:
+            unbroken = re.sub(r" (?=[A-Z…])", "\xa0", f"{typed(self.prog)} {usage}")  # an option and its value
+            lines += textwrap.wrap(
+                unbroken, width, initial_indent=" " * 7, subsequent_indent=" " * 11, break_on_hyphens=False
+            )
+        self.usage = "\n".join(lines).strip().replace("\xa0", " ").replace("%", "%%")
+        heading = "examples" if re.search(r"[^\\]\n", self.examples) else "example"  # one may go on after a \
+        examples = f"\n{heading}:\n{textwrap.indent(self.examples, '  ')}\n" if self.examples else ""
+        return super().format_help() + examples
+
+    def _what_must_be_given(self) -> str:
+        formatter, given = self._get_formatter(), []
+        for action in sorted(self._actions, key=lambda action: bool(action.option_strings)):
+            if action.required or not action.option_strings:
+                given += [*action.option_strings[:1], formatter._format_args(action, action.dest.upper())]
+        others = any(a.help != argparse.SUPPRESS and a.option_strings and not a.required for a in self._actions)
+        return " ".join([*given, *["[options]"] * others])
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -104,6 +142,59 @@ class Parser(argparse.ArgumentParser):
             near = _meant(unknown.split("=")[0], list(self._option_string_actions))
             message = f"unknown option {unknown}" + (f"; did you mean {words(near)}?" if near else "; see --help")
         fail(f"{self.prog}: {message}")
+
+
+class _Help(argparse.HelpFormatter):
+    """Lines as long as the terminal allows, and at most WIDTH columns; WIDTH where there is no terminal. Every default
+    is said. What is overridden is private to argparse, which promises nothing about it; tests/test_help.py would tell.
+    """
+
+    def __init__(self, prog: str, **more):
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns
+        super().__init__(prog, max_help_position=32, width=min(columns, WIDTH), **more)
+
+    def add_argument(self, action):
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # argparse forgets that their names are indented once more
+            self._action_max_length += self._indent_increment
+
+    def _metavar_formatter(self, action, default_metavar):
+        if _has_long_choices(action):
+            return lambda count: ("NAME",) * count
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _format_args(self, action, default_metavar):
+        if action.nargs == "+":  # argparse repeats the name: PATH [PATH ...]
+            return f"{self._metavar_formatter(action, default_metavar)(1)[0]} …"
+        return super()._format_args(action, default_metavar)
+
+    def _get_help_string(self, action):
+        text, default = action.help, action.default
+        if _has_long_choices(action) and not all(choice in text for choice in action.choices):
+            text += f"; one of {', '.join(action.choices)}"
+        values = default if isinstance(default, (tuple, list)) else [default]
+        if any(value not in (None, "") and value is not False for value in values) and "(default" not in text:
+            text += f" (default: {' '.join(map(shown_default, values))})".replace("%", "%%")
+        return text
+
+    def _split_lines(self, text, width):
+        text = " ".join(text.split()).replace("(default: ", "(default:\xa0")
+        return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width, break_on_hyphens=False)]
+
+    def _fill_text(self, text, width, indent):
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _has_long_choices(action) -> bool:
+    """Whether {a,b,c} would push the help of this option to a line of its own."""
+    return action.metavar is None and len(f"{action.option_strings[:1]} {','.join(action.choices or ())}") > 30
+
+
+def shown_default(value) -> str:
+    """`10,000`, `0.1` or `600` (of 600.0)."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 _ELSEWHERE = {"batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens"}  # other tools'
@@ -210,19 +301,17 @@ def add_argument(
     )
 
 
-def parse(cls, argv: list[str] | None = None, prog: str | None = None, description: str | None = None):
-    """A config from command-line words, one flag per field in kebab case. Mistakes leave by `fail`."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+def parse(cls, argv: list[str] | None = None, prog: str | None = None, **more):
+    """A config from command-line words, one flag per field in kebab case. more: of Parser. Mistakes leave by `fail`."""
+    parser = Parser(prog, allow_abbrev=False, **more)
     types, groups = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
-        title, help = f.metadata["group"], f.metadata["help"]
+        title, help, shown = f.metadata["group"], f.metadata["help"], f.metadata["shown"]
         group = groups.setdefault(title, parser.add_argument_group(title) if title and title not in groups else parser)
         kind = types[f.name]
-        default = f"{f.default:,}" if kind is int and (f.default or 0) >= 10_000 else f.default
-        default = f.metadata["shown"] or default
-        shown = "" if default in ("", ()) or kind is bool else f" (default {default})"
         metavar = None if f.metadata["choices"] else {int: "N", float: "X"}.get(kind, f.metadata["metavar"])
-        add_argument(group, f.name, kind, f.default, f"{help}{shown}", metavar, f.metadata["choices"])
+        help += shown and f" (default: {shown})"
+        add_argument(group, f.name, kind, f.default, help, metavar, f.metadata["choices"])
     values = vars(parser.parse_args(argv))
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from minisobert.cli import check_options, flag, nearest, number, option, whole_number, words
+from minisobert.cli import check_options, flag, nearest, number, option, shown_default, whole_number, words
 
 MOST_TOKENS = 1 << 24  # of a batch: above it, columns of neighbouring heads would share their dropout hashes
 
@@ -63,16 +63,16 @@ class ModelConfig:
         return self.rope_base if self.window_of(layer) is None else self.local_rope_base
 
 
-_modern = partial(ModelConfig, positions=8_192, architecture="modernbert")
+_modern_model = partial(ModelConfig, positions=8_192, architecture="modernbert")
 
 PRESETS = {
     "tiny": ModelConfig(layers=2, hidden=128, heads=2, ffn=512),
     "base": ModelConfig(layers=12, hidden=768, heads=12, ffn=3_072),
     "large": ModelConfig(layers=24, hidden=1_536, heads=16, ffn=6_144),
-    "modern-tiny": _modern(layers=2, hidden=128, heads=2, ffn=352, window=16),
-    "modern-small": _modern(layers=10, hidden=384, heads=6, ffn=576),
-    "modern-base": _modern(layers=22, hidden=768, heads=12, ffn=1_152),
-    "modern-large": _modern(layers=28, hidden=1_024, heads=16, ffn=2_624),
+    "modern-tiny": _modern_model(layers=2, hidden=128, heads=2, ffn=352, window=16),
+    "modern-small": _modern_model(layers=10, hidden=384, heads=6, ffn=576),
+    "modern-base": _modern_model(layers=22, hidden=768, heads=12, ffn=1_152),
+    "modern-large": _modern_model(layers=28, hidden=1_024, heads=16, ffn=2_624),
 }
 
 # What the options of a recipe are where nothing else is said. The paper's, with Megatron-LM's BERT where it is silent
@@ -89,6 +89,7 @@ RECIPES = {
     **dict.fromkeys(PRESETS, PAPER), **dict.fromkeys(("modern-small", "modern-base", "modern-large"), MODERN),
     "modern-tiny": {**MODERN, "learning_rate": 8e-3, "muon_learning_rate": 8e-3, "warmup_fraction": 0.1},
 }  # fmt: skip
+BATCHES, OPTIMIZER = "batches, masks and precision", "optimizer and learning rate"  # headings of --help
 SIZES = ("layers", "hidden", "heads", "ffn")
 MODERN_SIZES = ("global_every", "window", "rope_base", "local_rope_base")
 
@@ -121,21 +122,23 @@ def _is_number(text: str) -> bool:
     return False
 
 
-def _of_preset(name: str, help: str, **more):
+def _of_preset(name: str, help: str, group: str = OPTIMIZER, **more):
     """An option whose default the preset decides."""
-    shown = {"": PAPER[name], " with modern presets": MODERN[name], " with modern-tiny": RECIPES["modern-tiny"][name]}
+    shown = {"": PAPER[name], "modern presets: ": MODERN[name], "modern-tiny: ": RECIPES["modern-tiny"][name]}
     values = list(shown.values())  # each is said where it is another than the one before
-    said = [f"{v}{whose}" for i, (whose, v) in enumerate(shown.items()) if i == 0 or v != values[i - 1]]
-    return option(None, help, shown=", ".join(said), group="recipe", **more)
+    said = [f"{whose}{shown_default(v)}" for i, (whose, v) in enumerate(shown.items()) if i == 0 or v != values[i - 1]]
+    return option(None, help, shown="; ".join(said), group=group, **more)
 
 
 _data = partial(option, group="data")
 _model = partial(option, group="model")
 _size = partial(option, None, shown="the preset's", group="model")
-_recipe = partial(option, group="recipe")
-_layout = partial(option, group="layout, which changes no result", resumable=True)
-_run = partial(option, group="run", resumable=True)
-_plan = partial(option, group="plan", resumable=True)
+_modern = partial(option, None, shown="the preset's", group="model, modern presets only")
+_batch = partial(option, group=BATCHES)
+_optimizer = partial(option, group=OPTIMIZER)
+_layout = partial(option, group="layout and memory (these do not change the result)", resumable=True)
+_run = partial(option, group="output, checkpoints and limits", resumable=True)
+_plan = partial(option, group="estimates", resumable=True)
 
 
 @dataclass(frozen=True)
@@ -146,99 +149,97 @@ class TrainConfig:
     except the resumable ones.
     """
 
-    data: str = _data("data/prepared", "folder that data.prepare wrote", resumable=True)
-    verify: bool = _data(False, "check the checksums of the data before training", resumable=True)
-    row_tokens: int = _data(2_048, "tokens in a row; longer documents are cut into chunks", least=3)
+    data: str = _data("data/prepared", "folder with the training data, which data.prepare made", resumable=True)
+    verify: bool = _data(False, "check the checksums of the data before training starts", resumable=True)
+    row_tokens: int = _data(2_048, "tokens in a row; a longer document is cut into several parts", least=3)
 
-    init: str = _model("", "run, or Hugging Face folder, to continue from; --preset then names the recipe alone",
-                       metavar="PATH", resumable=True)  # fmt: skip
-    preset: str = _model("base", "model and recipe, of which every number is an option too", choices=tuple(PRESETS))
-    layers: int = _size(help="blocks", least=1)
+    init: str = _model(
+        "", "continue from the model of this run or Hugging Face folder; --preset then sets the recipe", resumable=True
+    )
+    preset: str = _model(
+        "base", f"model and recipe: {words(PRESETS)}; other options change single numbers", choices=tuple(PRESETS)
+    )
+    layers: int = _size(help="number of transformer blocks", least=1)
     hidden: int = _size(help="width of the hidden states", least=1)
-    heads: int = _size(help="attention heads", least=1)
-    ffn: int = _size(help="features inside the MLP of a block; of modern presets, of each of its two halves", least=1)
-    global_every: int = _size(help="of modern presets: every N-th block sees whole documents, others a window", least=1)
-    window: int = _size(help="of modern presets: how many tokens to either side such a window reaches", least=1)
-    rope_base: float = _size(help="of modern presets: base of rotary positions in blocks without a window", above=1)
-    local_rope_base: float = _size(help="of modern presets: base of rotary positions in blocks with a window", above=1)
-    gelu: str = _model("erf", "form of the GELU: exact (erf), or the approximation that Megatron-LM fuses (tanh)",
-                       choices=("erf", "tanh"))  # fmt: skip
+    heads: int = _size(help="number of attention heads in a block", least=1)
+    ffn: int = _size(help="width inside the MLP of a block; of each of its two halves, if the MLP is gated", least=1)
+    global_every: int = _modern(help="every N-th block sees whole documents, the others a window of tokens", least=1)
+    window: int = _modern(help="how many tokens a window reaches to either side", least=1)
+    rope_base: float = _modern(help="base of the rotary positions in blocks that see whole documents", above=1)
+    local_rope_base: float = _modern(help="base of the rotary positions in blocks that see a window", above=1)
+    gelu: str = _model("erf", "GELU: exact (erf), or as Megatron-LM approximates it (tanh)", choices=("erf", "tanh"))
     dropout: float = _of_preset(
-        "dropout", "dropout rate of embeddings, attention probabilities and the branches of a block", least=0, below=1
+        "dropout", "dropout rate of embeddings, attention and the two branches of a block", "model", least=0, below=1
     )
 
-    seed: int = _recipe(1, "seed of initial weights, shuffling, masking and dropout", least=0)
-    train_tokens: int = _recipe(27_000_000_000, "length of training, in row positions", least=1)
-    tokens_per_batch: int = _recipe(524_288, "row positions per optimizer step, whatever the layout", least=1)
-    batch_schedule: str = _recipe(
+    seed: int = _batch(1, "random seed of the initial weights, shuffling, masking and dropout", least=0)
+    train_tokens: int = _batch(27_000_000_000, "tokens to train on in total", least=1)
+    tokens_per_batch: int = _batch(524_288, "tokens in one optimizer step, on all processes together", least=1)
+    batch_schedule: str = _batch(
         "", "a growing batch instead of --tokens-per-batch: 0:131072,1e9:524288 uses 131,072 tokens until 1e9 have "
         "been read, then 524,288", metavar="AT:N,…",
     )  # fmt: skip
     optimizer: str = _of_preset(
-        "optimizer", "AdamW for all parameters, or Muon for the matrices of blocks and head and AdamW for the rest",
-        choices=("adamw", "muon"),
-    )  # fmt: skip
+        "optimizer", "AdamW, or Muon for the matrices of blocks and head, AdamW elsewhere", choices=("adamw", "muon")
+    )
     learning_rate: float = _of_preset("learning_rate", "peak learning rate of AdamW", above=0, below=math.inf)
     muon_learning_rate: float = _of_preset(
-        "muon_learning_rate", "peak learning rate of Muon, whose steps are as large as AdamW's at the same rate",
+        "muon_learning_rate", "peak learning rate of Muon; at the same rate its steps are as large as AdamW's",
         above=0, below=math.inf,
     )  # fmt: skip
     schedule: str = _of_preset(
-        "schedule", "learning rate after the warm-up: linear decay, or stable until a final decay by 1 - sqrt (wsd)",
-        choices=("linear", "wsd"),
+        "schedule", "learning rate after the warm-up: it falls linearly to the end (linear), or stays at its peak "
+        "until a final decay (wsd)", choices=("linear", "wsd"),
     )  # fmt: skip
     warmup_fraction: float = _of_preset(
-        "warmup_fraction", "fraction of --train-tokens during which the learning rate rises from 0", least=0, below=1
+        "warmup_fraction", "fraction of --train-tokens in which the learning rate rises to its peak", least=0, below=1
     )
     decay_fraction: float = _of_preset(
         "decay_fraction", "fraction of --train-tokens that the final decay of --schedule wsd takes", above=0, most=1
     )
     final_learning_rate_fraction: float = _of_preset(
-        "final_learning_rate_fraction", "learning rate at the end of the decay, as a fraction of the peak", least=0,
-        most=1,
+        "final_learning_rate_fraction", "learning rate at the end, as a fraction of its peak", least=0, most=1
+    )
+    mask_rate: float = _of_preset("mask_rate", "fraction of the tokens that are masked", BATCHES, above=0, most=1)
+    mask_schedule: str = _batch(
+        "", "a mask rate that changes linearly, instead of --mask-rate: 0.3:0.15 falls to 0.15", metavar="FROM:TO"
+    )
+    weight_decay: float = _optimizer(0.01, "weight decay of all parameters except biases and layer norms", least=0)
+    beta1: float = _optimizer(0.9, "decay rate of AdamW's running mean of the gradients", least=0, below=1)
+    muon_momentum: float = _optimizer(0.95, "decay rate of Muon's running mean of the gradients", least=0, below=1)
+    beta2: float = _of_preset("beta2", "decay rate of AdamW's running mean of squared gradients", least=0, below=1)
+    clip: float = _optimizer(1.0, "largest norm of the gradient; a larger one is scaled down", above=0, below=math.inf)
+    loss_average: str = _batch(
+        "token", "average the loss over all masked tokens of a batch (token), or within each micro-batch and then over "
+        "these, as Megatron-LM does (micro-batch)", choices=("token", "micro-batch"),
     )  # fmt: skip
-    mask_rate: float = _of_preset("mask_rate", "share of the tokens that are masked in training", above=0, most=1)
-    mask_schedule: str = _recipe(
-        "", "a mask rate that changes linearly during training instead of --mask-rate: 0.3:0.15 falls from 0.3 to 0.15",
-        metavar="FROM:TO",
-    )  # fmt: skip
-    weight_decay: float = _recipe(0.01, "weight decay of all parameters but biases and layer norms", least=0)
-    beta1: float = _recipe(0.9, "decay of Adam's running mean of the gradients", least=0, below=1)
-    muon_momentum: float = _recipe(0.95, "decay of Muon's running mean of the gradients", least=0, below=1)
-    beta2: float = _of_preset("beta2", "decay of Adam's running mean of the squared gradients", least=0, below=1)
-    clip: float = _recipe(1.0, "gradients with a larger norm are scaled down to this norm", above=0, below=math.inf)
-    loss_average: str = _recipe(
-        "token", "average the loss over all masked tokens of a batch, or like Megatron-LM over the means of "
-        "micro-batches", choices=("token", "micro-batch"),
-    )  # fmt: skip
-    precision: str = _recipe(
-        "auto",
-        "precision of weights and activations, with fp32 master weights; auto is bf16 on GPUs and fp32 on CPUs; "
-        "bf16-products, on CPUs that have them, rounds only what goes into matrix products",
+    precision: str = _batch(
+        "auto", "precision of weights and activations: auto is bf16 on GPUs and fp32 on CPUs; bf16-products, for CPUs "
+        "that support it, rounds only the inputs of matrix products; master weights are always fp32",
         choices=("auto", "fp32", "bf16", "bf16-products"),
     )  # fmt: skip
 
     micro_batch_rows: int = _layout(8, "rows in one forward pass of one process", least=1)
-    tensor_parallel: int = _layout(1, "processes that share one model; neighbours in rank", least=1)
-    sequence_parallel: bool = _layout(False, "split layer norms and dropout by tokens over the processes of a model")
+    tensor_parallel: int = _layout(1, "number of processes that share one copy of the model", least=1)
+    sequence_parallel: bool = _layout(False, "with --tensor-parallel: split layer norms and dropout too, by tokens")
     shard_optimizer: bool = _layout(False, "split the optimizer's state over the data-parallel processes")
-    recompute: bool = _layout(False, "save memory: keep only the input of each block and repeat its forward pass")
+    recompute: bool = _layout(False, "save memory: store only the input of each block, and repeat its forward pass")
 
-    out: str = _run("runs/base", "folder of the run; a run that it holds is resumed")
+    out: str = _run("runs/base", "folder of the run; if it holds one already, that run is resumed")
     fresh: bool = _run(False, "discard the checkpoints in --out and start over")
-    eval_every_tokens: int = _run(262_144_000, "measure the loss on held-out documents after so many tokens", least=1)
-    eval_rows: int = _run(512, "held-out rows in one evaluation, at most", least=1)
-    checkpoint_every_tokens: int = _run(524_288_000, "save a checkpoint after so many tokens", least=1)
-    keep_checkpoints: int = _run(2, "number of checkpoints to keep; the best one is kept too", least=1)
-    max_skipped: int = _run(10, "end the run when more steps than this in a row have no finite gradient", least=0)
+    eval_every_tokens: int = _run(262_144_000, "measure the loss on held-out documents after every N tokens", least=1)
+    eval_rows: int = _run(512, "held-out rows in one such measurement, at most", least=1)
+    checkpoint_every_tokens: int = _run(524_288_000, "save a checkpoint after every N tokens", least=1)
+    keep_checkpoints: int = _run(2, "number of latest checkpoints to keep; the best one is kept as well", least=1)
+    max_skipped: int = _run(10, "end the run if the gradient is not finite for more than N steps in a row", least=0)
     timeout: float = _run(600.0, "seconds to wait for another process before the job gives up", above=0, below=math.inf)
-    price_per_gpu_hour: float = _run(0.0, "dollars per GPU and hour, to report the cost of the run", least=0)
-    tensorboard: bool = _run(False, "write the figures of metrics.jsonl for TensorBoard too, to OUT/tensorboard")
+    price_per_gpu_hour: float = _run(0.0, "dollars per GPU and hour, from which the cost is reported", least=0)
+    tensorboard: bool = _run(False, "also write the figures of metrics.jsonl for TensorBoard, to OUT/tensorboard")
 
-    plan: bool = _plan(False, "print memory, time and cost of the layouts that fit, and start nothing")
-    gpu: str = _plan("H100", "GPU that --plan assumes", metavar="NAME")
+    plan: bool = _plan(False, "print memory, time and cost of the layouts that fit, without training")
+    gpu: str = _plan("H100", "kind of GPU that --plan assumes", metavar="NAME")
     gpus: int = _plan(8, "number of GPUs that --plan assumes", least=1)
-    mfu: float = _plan(0.4, "fraction of a GPU's FLOP/s that --plan assumes training to use", above=0, most=1)
+    mfu: float = _plan(0.4, "fraction of a GPU's peak FLOP/s that --plan assumes training to use", above=0, most=1)
 
     def __post_init__(self):
         self._settle()

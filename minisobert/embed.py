@@ -12,10 +12,18 @@ from minisobert.inference import load
 
 @command("minisobert.embed", "nothing was written")
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="minisobert.embed", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="run, --out of a finetune.py, or Hugging Face folder")
-    parser.add_argument("file", metavar="FILE", help="text of each line of a .jsonl, or each line itself; - is stdin")
-    parser.add_argument("--out", required=True, metavar="PATH", help="new .npy: a row for each text, in fp32")
+    about = "The vectors serve search and clustering. To search well, a model needs finetune.py --task pairs first."
+    parser = Parser("minisobert.embed", about, "python -m minisobert.embed runs/base posts.jsonl --out vectors.npy")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a train.py run, of a finetune.py result, or of a Hugging Face model"
+    )
+    parser.add_argument(
+        "file", metavar="FILE",
+        help="texts: a .jsonl or a table with a column `text`, or a text on each line; - is standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="new .npy file, with a row of numbers for each text"
+    )
     options = parser.parse_args(argv)
     with new_file(options.out, (".npy",)) as beside:
         vectors = load(options.model).embed(read(options.file))

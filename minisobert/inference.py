@@ -56,7 +56,7 @@ class Loaded:
         the model is none that guesses.
         """
         if not isinstance(self.model, MaskedLM):
-            raise ValueError(f"{self._name} was fine-tuned and guesses no more; load the run that it began with")
+            raise ValueError(f"{self._name} was fine-tuned and no longer guesses words; load the run it began with")
         return guess(self, *with_masks(self, text), best)
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ def load(path: str | Path) -> Loaded:
 
 def _several(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
-        raise ValueError("give a list of texts; of a single one, a list with that one")
+        raise ValueError("give a list of texts, even for a single one")
     return list(texts)
 
 
@@ -205,7 +205,7 @@ def with_masks(trained: Trained | Loaded, text: str) -> tuple[np.ndarray, list[i
     model has seen."""
     parts = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     if len(parts) == 1:
-        raise ValueError('the text has no [MASK]; write one where the model shall guess, as in "for i in [MASK](10):"')
+        raise ValueError('the text has no [MASK]; write one where the model should guess, as in "for i in [MASK](10):"')
     ids, places = [trained.tokenizer.encode(parts[0])], []
     for part in parts[1:]:
         places.append(sum(map(len, ids)))

@@ -291,5 +291,5 @@ def _checked(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a surrogate pair, which is no character; paste it anew") from None
+        raise ValueError(f"{what} holds half of a surrogate pair, which is no character; paste it again") from None
     return text.replace("\r\n", "\n")

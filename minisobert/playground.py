@@ -18,6 +18,10 @@ from minisobert.finetuning.apply import read
 from minisobert.inference import load
 from minisobert.page import Mask, Page
 
+EXAMPLES = """\
+python -m minisobert.playground runs/base "How do I [MASK] a list in Python?"
+python -m minisobert.playground runs/base results/team --page
+"""
 EXAMPLE = "How do I [MASK] a list in Python?\n\nfor i in range(10):\n    numbers.append(i)\n"
 
 # The browser itself refuses what is not from here. gradio's own scripts are inline, and it evaluates CLICKS.
@@ -44,21 +48,25 @@ element.addEventListener('keydown', (event) => {
 @command("minisobert.playground")
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="minisobert.playground",
-        usage='%(prog)s RUN ["TEXT with [MASK]" ...] [--best N]\n       %(prog)s RUN [RUN ...] --page [options]',
-        description="Without a TEXT, or with --page, opens a page in which to paste posts; else prints guesses.",
-    )
-    parser.add_argument("run", metavar="RUN", help="run of train.py, --out of a finetune.py, or Hugging Face folder")
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="text with one or more [MASK]; with --page more RUNs")
-    parser.add_argument("--best", type=int, default=5, metavar="N", help="guesses to show for each [MASK] (default 5)")
-    parser.add_argument("--page", action="store_true", help="open a page on which all RUNs answer (extra [page])")
-    parser.add_argument("--texts", metavar="FILE", help="texts to compare a post with: .txt, one a line, or .jsonl")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets other machines in (default 127.0.0.1)"
+        "minisobert.playground",
+        "It prints guesses if you give it a TEXT, and opens the page otherwise. The page needs the extra [page].",
+        EXAMPLES,
+        usages=["RUN TEXT … [options]", "RUN … --page [options]"],
     )
     parser.add_argument(
-        "--port", type=int, metavar="N", help="port of the page (default: the first free one from 7860)"
+        "run", metavar="RUN", help="folder of a train.py run, of a finetune.py result, or of a Hugging Face model"
     )
+    parser.add_argument(
+        "text", nargs="*", metavar="TEXT", help="text with [MASK] in one or more places; with --page, further RUNs"
+    )
+    parser.add_argument("--best", type=int, default=5, metavar="N", help="number of guesses to show for each [MASK]")
+    group = parser.add_argument_group("the page")
+    group.add_argument("--page", action="store_true", help="open the page, with all RUNs beside each other")
+    group.add_argument(
+        "--texts", metavar="FILE", help="texts among which the page finds the nearest: .jsonl, or .txt with one a line"
+    )
+    group.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets other machines in")
+    group.add_argument("--port", type=int, metavar="N", help="port to serve on (default: the first free one from 7860)")
     options = parser.parse_args(argv)
     if options.page or not options.text:
         serve([options.run, *options.text], options.texts, options.best, options.host, options.port)

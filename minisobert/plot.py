@@ -1,7 +1,8 @@
 """Curves of runs in one picture: `python -m minisobert.plot RUN [RUN …]` writes loss.png into the first RUN.
 
 The large panel has the loss over tokens; below it are the loss over time and, where a price was given, over dollars,
-the learning rate, the norm of the gradient and the speed. A panel without any figures is left out. (Extra [plot].)
+the learning rate, the norm of the gradient and the speed. A panel without any figures is left out. It needs the
+extra [plot].
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1)))
 LONGEST = 40  # characters of a name that a label has room for
 FEW = 2  # runs, up to which the loss of each single step is drawn behind the smoothed line
 FONT = 9  # points
+EXAMPLES = """\
+python -m minisobert.plot runs/base
+python -m minisobert.plot runs/base runs/large --png both.png
+"""
 TIMES = {"seconds": 1, "minutes": 60, "hours": 3_600, "days": 86_400}
 DOLLAR = r"\$"  # without the backslash two of them would begin and end a formula
 
@@ -270,9 +275,11 @@ def spread(boxes: list[tuple[float, float, float, float]], low: float, high: flo
 
 @command("minisobert.plot")
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="minisobert.plot", description=__doc__)
+    parser = Parser("minisobert.plot", __doc__.split("\n\n")[1], EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a train.py run")
-    parser.add_argument("--png", type=Path, help="file to write (default: loss.png in the first run)")
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="picture to write (default: loss.png in the first folder)"
+    )
     options = parser.parse_args(argv)
     png = options.png or options.runs[0] / "loss.png"
     plot_all(options.runs, png)

@@ -12,9 +12,11 @@ import pytest
 
 import train
 from data import prepare
+from minisobert import __main__ as overview
 from minisobert import playground, plot
 from minisobert.cli import Parser, command, parse
 from minisobert.config import TrainConfig
+from minisobert.finetuning import compare
 from minisobert.finetuning.config import FineTuneConfig
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +115,7 @@ def test_an_option_that_is_there_is_not_taken_for_another_tools(capsys):
 @pytest.mark.parametrize(
     ("main", "argv"),
     [(train.main, ["--plan"]), (train.main, ["--help"]), (plot.main, ["--help"]), (playground.main, ["--help"]),
-     (prepare.main, ["--help"])],
+     (prepare.main, ["--help"]), (overview.main, []), (compare.main, ["--help"])],
 )  # fmt: skip
 def test_a_reader_that_has_seen_enough_is_no_error(main, argv, monkeypatch, capsys):
     """As `| head` is: it has gone before all is written."""

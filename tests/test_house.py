@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ LAYERS = [  # each may import itself and what stands below it
     r"minisobert\.ops\b",
     r"minisobert\.corpus\b",
     r"minisobert\.config\b",
-    r"minisobert\.(cli|files|hashing)\b",
+    r"minisobert\.(cli|commands|files|hashing)\b",
 ]
 
 
@@ -84,6 +85,13 @@ def test_nothing_large_is_in_the_repository():
         name: (ROOT / name).stat().st_size for name in listed.stdout.decode().split("\0") if (ROOT / name).is_file()
     }
     assert {name: size for name, size in sizes.items() if size > 1_000_000} == {}
+
+
+def test_the_changelog_begins_with_the_version_that_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    first, *others = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first == setup["metadata"]["version"] and first not in others
 
 
 def test_no_library_file_passes_400_lines():

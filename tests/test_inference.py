@@ -136,5 +136,5 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         hub(["export", str(out), "--out", str(tmp_path / "exported")])
         assert minisobert.load(tmp_path / "exported").entities(texts) == found
     assert model.embed(texts).shape == (4, 64)
-    with pytest.raises(ValueError, match="was fine-tuned and guesses no more"):
+    with pytest.raises(ValueError, match="was fine-tuned and no longer guesses words"):
         model.fill_mask("a [MASK]")

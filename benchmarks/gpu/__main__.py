@@ -138,13 +138,14 @@ def device_works() -> bool:
 
 
 def main() -> int:
-    parser = Parser(prog="benchmarks.gpu", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="X", help=f"to end after (default {SECONDS})")
+    about = "Results go to $OUT or runs/gpu. Repeat the command to measure what is missing; `make gpu` does the same."
+    parser = Parser("benchmarks.gpu", about, "python -m benchmarks.gpu --dry --fresh", allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="X", help="seconds after which to end")
     parser.add_argument("--fresh", nargs="?", const="", metavar="PART",
-                        help="measure anew: all, or what has PART in its name")  # fmt: skip
+                        help="measure again what was measured: everything, or what has PART in its name")  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--dry", action="store_true", help="toy sizes on the CPU: walks every stage, measures nothing")
-    kind.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/gpu")
+    kind.add_argument("--dry", action="store_true", help="only try every stage, at toy sizes on the CPU")
+    kind.add_argument("--write", action="store_true", help="store the results in benchmarks/results/gpu")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")

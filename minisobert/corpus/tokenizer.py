@@ -135,7 +135,7 @@ class Tokenizer:
         if tuple(pieces[:FIRST_ORDINARY_ID]) != SPECIAL_PIECES:
             raise ValueError(
                 f"{name} is no tokenizer of minisobert: its first pieces are {pieces[:5]}, not {list(SPECIAL_PIECES)}; "
-                "of another model give tokenizer.json"
+                "for the tokenizer of another model, give its tokenizer.json"
             )
         byte = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
         self._bytes = [

@@ -35,6 +35,13 @@ from minisobert.tasks import TASKS, metrics
 from minisobert.tasks.dataset import Dataset
 
 NAME = "minisobert.finetuning.chat"
+ABOUT = """\
+The test examples and figures are those of finetune.py. It needs the extra [chat], and takes the server's key from \
+OPENAI_API_KEY."""
+EXAMPLES = """\
+python -m minisobert.finetuning.chat --task quality --data test.csv train.csv \\
+    --model gpt-4o-mini --limit 500 --out results/quality-chat
+"""
 UNPARSABLE = "unparsable"  # a class of answers, after those of the task
 RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx
 
@@ -63,21 +70,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str] | None):
-    parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    default, asked = "(default %(default)s)", [name for name, task in TASKS.items() if task.instruction]
-    parser.add_argument("--task", required=True, choices=asked, help="task to ask about")
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of the task, see finetune.py")
-    parser.add_argument("--model", required=True, metavar="NAME", help="name of the model on the server")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results, a new one")
-    parser.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help=f"server {default}")
-    parser.add_argument("--shots", type=int, default=0, metavar="N", help=f"examples shown in each question {default}")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask about a sample of N examples of test only")
-    parser.add_argument("--price-in", type=float, metavar="X", help="price of questions in dollars per million tokens")
-    parser.add_argument("--price-out", type=float, metavar="X", help="price of answers in dollars per million tokens")
-    parser.add_argument("--cache", default="runs/chat.jsonl", metavar="FILE", help=f"file that keeps answers {default}")
-    parser.add_argument("--timeout", type=float, default=60, metavar="X", help=f"seconds for an answer {default}")
+    asked = [name for name, task in TASKS.items() if task.instruction]
+    parser = Parser(NAME, ABOUT, EXAMPLES, allow_abbrev=False)
+    parser.add_argument("--task", required=True, choices=asked, help="task whose questions to ask")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of the task, as in finetune.py")
+    parser.add_argument("--model", required=True, metavar="NAME", help="name by which the server knows the model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results; it must not exist yet")
+    parser.add_argument("--shots", type=int, default=0, metavar="N", help="number of solved examples in each question")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask about N examples of test, drawn by chance, not all")
+    group = parser.add_argument_group("server and cost")
+    group.add_argument("--base-url", default="https://api.openai.com/v1", metavar="URL", help="address of the server")
+    group.add_argument("--timeout", type=float, default=60, metavar="X", help="seconds to wait for an answer")
+    group.add_argument(
+        "--cache", default="runs/chat.jsonl", metavar="FILE", help="file that keeps all answers; none is paid for twice"
+    )
+    group.add_argument("--price-in", type=float, metavar="X", help="dollars per million tokens of questions")
+    group.add_argument("--price-out", type=float, metavar="X", help="dollars per million tokens of answers")
+    group = parser.add_argument_group("options of single tasks")
     for name, each in task_options().items():
-        add_argument(parser, name, type(each.default), default=each.default, help=each.help, metavar="COLUMN")
+        add_argument(group, name, type(each.default), default=each.default, help=each.help, metavar="COLUMN")
     options = parser.parse_args(argv)
     for name, least in (("shots", 0), ("limit", 1), ("price_in", 0), ("price_out", 0)):
         if (value := getattr(options, name)) is not None and not least <= value < float("inf"):
@@ -105,7 +116,7 @@ class Chat:
         except ImportError:
             raise ValueError("the openai package is missing: pip install 'minisobert[chat]'") from None
         if not os.environ.get("OPENAI_API_KEY"):
-            raise ValueError("OPENAI_API_KEY is not set; set it, to any word for a server that asks for none")
+            raise ValueError("OPENAI_API_KEY is not set; set it, to any word if the server needs no key")
         self.model, self.base_url, self.cache = model, base_url, cache
         self.error, self.refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=RETRIES)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from minisobert.cli import Parser, fail, flag, printable, table, words
+from minisobert.cli import Parser, command, flag, printable, table, words
 from minisobert.finetuning.config import task_options
 from minisobert.finetuning.evaluation import OF_NUMBERS
 from minisobert.tasks import TASKS
@@ -22,15 +22,16 @@ NAME = "minisobert.finetuning.compare"
 MARK = "†"  # of a model whose figures were published elsewhere
 
 
+@command(NAME)
 def main(argv: list[str] | None = None) -> int:
     """Returns 0. A user's mistake ends in one line and exit status 2."""
-    parser = Parser(prog=NAME, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS", help="folder of results")
-    folders = parser.parse_args(argv).folders
-    try:
-        print(printable("\n".join(lines(folders))))
-    except ValueError as error:
-        fail(f"{NAME}: {error}")
+    about = "Published figures of the same tasks stand beside them, marked as such."
+    example = "python -m minisobert.finetuning.compare results/ner-base results/ner-random"
+    parser = Parser(NAME, about, example, allow_abbrev=False)
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RESULTS", help="folder that finetune.py or finetuning.chat wrote"
+    )
+    print(printable("\n".join(lines(parser.parse_args(argv).folders))))
     return 0
 
 

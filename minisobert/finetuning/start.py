@@ -36,8 +36,8 @@ def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Star
     if TASKS[config.task].kind == "pair":
         if config.model.startswith("hf:"):
             raise ValueError(
-                f"--task {config.task} trains models of minisobert, and --model is {config.model}; make a run of it "
-                "with minisobert.hub import, if it is a ModernBERT or another of the kinds that one can import"
+                f"--task {config.task} trains models of minisobert, and --model is {config.model}; turn it into a run "
+                "with minisobert.hub import, which takes ModernBERT and some other kinds"
             )
         return retrieval.Start(config)
     return (huggingface if config.model.startswith("hf:") else encoder).Start(config)

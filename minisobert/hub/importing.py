@@ -225,6 +225,7 @@ def open_init(path: str, shards: Shards) -> Trained:
     init = open_model(path)
     if init.tokenizer.content != shards.tokenizer_file.read_bytes():
         raise ValueError(
-            f"{shards.folder} is not in the ids of {path}; prepare the data again with: data.prepare --tokenizer {path}"
+            f"{shards.folder} was not encoded by the tokenizer of {path}; prepare the data again with: data.prepare "
+            f"--tokenizer {path}"
         )
     return init

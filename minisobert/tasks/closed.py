@@ -124,7 +124,7 @@ TASK = Task(
     "closed",
     read,
     "You are shown a question of Stack Overflow. Tell whether the community has closed it, and why.",
-    options={"binary": Option("for closed, two classes (open or closed) instead of the five reasons")},
+    options={"binary": Option("for closed: learn two classes, open and closed, instead of the reasons")},
     cleaning={"html": html_to_text},
     derive=derive,
     columns=COLUMNS,

@@ -68,7 +68,7 @@ def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list
         files = _expand(path, kinds, named=True)
         if not files:
             known = f"a folder, .7z, {', '.join(kinds)} (.gz, .xz, .zst, .bz2), or a dump's Posts.xml"
-            raise ValueError(f"{path} is of no known kind: {known}")
+            raise ValueError(f"{path} is of no known kind; give {known}")
         found += files
     return found
 

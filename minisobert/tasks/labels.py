@@ -29,11 +29,11 @@ from minisobert.tasks.files import DUMP, SPLITS, File, examples_of, find
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
 LABEL = Option(
-    "for labels, column of the class (default label); for tags, its number, 1 is the word's (default last)", ""
+    "for labels: column of the class (default: label); for tags: number of the tag's column, from 1 (default: last)", ""
 )
 TEXT = Option(
-    "for labels and --predict, columns that make up a text (default text); for pairs, the column of the query and that "
-    "of what it is to find, or one that is cut in two",
+    "for labels, and for prediction: columns that make up a text (default: text); for pairs: the column of the query "
+    "and the column of what it should find, or one column whose texts are cut in two",
     (),
 )
 ADVICE = "name yours with --text, --label and --split"
@@ -73,7 +73,7 @@ def read(
     counts = Counter(name for _, names in found for name in names)
     if len(counts) < (1 if several else 2):
         only = f"all rows are {next(iter(counts))!r}" if counts else "no row has a text and a class"
-        raise ValueError(f"labels: {only}; two classes at least can be learnt" + "".join(f"; {note}" for note in notes))
+        raise ValueError(f"labels: {only}; at least two classes are needed" + "".join(f"; {note}" for note in notes))
     classes = sorted(counts, key=lambda name: (-counts[name], name))
     index = {name: i for i, name in enumerate(classes)}
     items = []
@@ -166,7 +166,7 @@ def _of_numbers(items: list[Labelled], seed: int, notes: list[str], columns: tup
     with np.errstate(over="ignore", invalid="ignore"):  # then they are not finite, and refused
         mean, deviation = values.mean(), values.std()
     if values.min() == values.max():
-        raise ValueError(f"labels: every {label} of train is {values[0]:g}; two different ones at least can be learnt")
+        raise ValueError(f"labels: every {label} of train is {values[0]:g}; at least two different ones are needed")
     if not PRECISION * abs(mean) < deviation < math.sqrt(np.finfo(np.float32).max):
         raise ValueError(
             f"labels: {label} is {mean:g} ± {deviation:g} in train, which single precision cannot tell apart or hold; "
@@ -189,7 +189,7 @@ def _settled(data: Dataset, counts: Counter) -> Dataset:
     there = sorted({c for part in splits.values() for e in part for c in _classes(data, e)})
     trained = {c for e in data.train for c in _classes(data, e)}
     if len(trained) < (1 if data.several else 2):
-        raise ValueError("labels: train holds a single class; two at least can be learnt")
+        raise ValueError("labels: train holds a single class; at least two are needed")
     if none := sum(not _classes(data, e) for part in splits.values() for e in part):
         data.notes.append(f"texts of no class: {none:,}")
     alike: dict[str, list[str]] = {}
@@ -226,9 +226,9 @@ TASK = Task(
     options={
         "text": TEXT,
         "label": LABEL,
-        "several": Option("for labels, any number of classes a text: lists, or with ; between"),
-        "number": Option("for labels, predict the number in the column --label, not a class"),
-        "split": Option("for labels, column that says train, dev or test", ""),
+        "several": Option("for labels: a text has any number of classes, in a list or separated by ;"),
+        "number": Option("for labels: predict the number in the column --label instead of a class"),
+        "split": Option("for labels: column that says of each text whether it is train, dev or test", ""),
     },
     own_classes=True,
 )

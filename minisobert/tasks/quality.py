@@ -124,7 +124,7 @@ TASK = Task(
     "You judge questions of Stack Overflow. HQ is a question of high quality, with a high score and never edited. "
     "LQ_EDIT is one of low quality, with a negative score, that was edited and stayed open. LQ_CLOSE is one of low "
     "quality that was closed without an edit.",
-    options={"keep_leak": Option("for quality, keep the line ends and markup that give the label away")},
+    options={"keep_leak": Option("for quality: keep the line ends and the markup that give the class away")},
     cleaning={"markup": normalise, "words": without_markup_words},
     derive=derive,
     columns=COLUMNS,

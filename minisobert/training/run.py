@@ -122,8 +122,8 @@ class Run:
             raise ValueError(f"{here} that began with other weights than those of --init; give the same, {otherwise}")
         if before.get("masks") != self.identity.get("masks"):
             raise ValueError(
-                f"{here} whose dropout masks this version of minisobert makes in another way, so that it cannot go on "
-                f"as it would have; give the run as --init to a new one, or {otherwise}"
+                f"{here} that began with the dropout masks of version 0.1.0 and cannot be resumed; to continue it, "
+                f"give it to a new run as --init, or {otherwise}"
             )
         if before.get("data") != self.identity["data"]:
             raise ValueError(f"{here} on other data than {self.config.data}; give the same --data, {otherwise}")
@@ -197,7 +197,7 @@ class Run:
         _progress(self.resumes_from)
         if "checksum" not in checkpoint.read_state(self.resumes_from):
             state = self.resumes_from / "state.json"
-            print(f"{state} has no checksum of its own (version 0.1.0); its counters are believed", file=sys.stderr)
+            print(f"{state} has no checksum of its own (version 0.1.0); its counters are not checked", file=sys.stderr)
         return checkpoint.step_of(self.resumes_from)
 
     def begin(self, step: int, mesh: Mesh) -> None:

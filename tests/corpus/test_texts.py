@@ -286,15 +286,15 @@ def test_a_folder_and_a_zip_give_the_files_inside(mixed, tmp_path):
     assert read(mixed) == expected
     _, size, notes = inputs.check([mixed])
     assert size is None and notes == [
-        f"left out of {mixed}, as of no known kind: .DS_Store, .git/x.txt, picture.png, round"
+        f"left out of {mixed}, because their kind is not known: .DS_Store, .git/x.txt, picture.png, round"
     ]
     (mixed / "round").unlink()
     archive = zipped(mixed, tmp_path / "mine.ZIP")
     assert read(archive) == expected
     _, size, notes = inputs.check([archive])
     assert size is None and notes == [
-        f"left out of {archive}, as of no known kind: .DS_Store, .git/x.txt, __MACOSX/sub/._c.csv, link.txt, "
-        "picture.png"
+        f"left out of {archive}, because their kind is not known: .DS_Store, .git/x.txt, __MACOSX/sub/._c.csv, "
+        "link.txt, picture.png"
     ]
 
 
@@ -338,7 +338,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
 
 def test_a_folder_of_nothing_that_can_be_read_says_what_it_holds(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"holds a.docx, which is of no known kind: .7z, .*.parquet"):
+    with pytest.raises(ValueError, match=r"holds a.docx, which is of no known kind; give a .7z, .*.parquet"):
         inputs.check([tmp_path])
 
 

@@ -494,7 +494,7 @@ def refused(capsys, expected: str, **options) -> None:
     ("--binary is for --task closed", {"model": "tfidf", "binary": "yes"}),
     ("no model that transformers can load", {"model": "hf:nowhere/at-all"}),
     ("No such file", {"model": "random:tiny", "tokenizer": "nowhere"}),
-    ("give it --model", {"model": "tfidf", "predict": "-"}),
+    ("give --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
     ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
     ("which a megatron-bert does not", {"model": "random:tiny", "tokenizer": "PIECES", "pooling": "mean"}),

@@ -249,7 +249,7 @@ def test_training_goes_on_from_a_model_of_theirs(corpus, theirs, tmp_path):
 
 @pytest.mark.parametrize(("expected", "options"), [
     ("--layers cannot be changed in the model of --init", {"layers": 3}),
-    ("is not in the ids of", {"data": "OTHER"}),
+    ("was not encoded by the tokenizer of", {"data": "OTHER"}),
     ("is no folder", {"init": "nowhere"}),
     ("holds no checkpoint", {"init": "EMPTY"}),
     ("holds an imported model; give it as --init", {"out": "IMPORTED"}),

@@ -207,12 +207,12 @@ def test_classes_that_train_lacks_stay_and_those_without_examples_go(tmp_path):
     ("t.csv", "title,body,team\na,b,c\n", "has no column 'text'; its columns are title, body, team; name yours"),
     ("t.jsonl", '{"text": "a", "team": "b"}\n', "has no column 'label'; its columns are text, team; name yours"),
     ("t.csv", "text,label\n", "has no column 'text'; it has no rows"),
-    ("t.csv", "text,label\n" + "".join(f"t{i},x\n" for i in range(30)), "all rows are 'x'; two classes at least"),
+    ("t.csv", "text,label\n" + "".join(f"t{i},x\n" for i in range(30)), "all rows are 'x'; at least two classes"),
     ("t.csv", "text,text,label\na,b,c\n", "two columns named 'text'"),
     ("t.csv", "text,label\na,x\ncaf\udce9,x\n", ":3: not UTF-8; convert the file"),
     ("t.csv", "t\0e\0x\0t\0,\0", "no text in UTF-8: it holds NUL bytes; where it is UTF-16, convert it"),
-    ("t.txt", "one\n", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
-    ("t.xlsx", "PK", "of no known kind: a folder, .7z, .csv, .tsv, .jsonl"),
+    ("t.txt", "one\n", "of no known kind; give a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
+    ("t.xlsx", "PK", "of no known kind; give a folder, .7z, .csv, .tsv, .jsonl"),
     ("t.csv", "text,label\na,x\nb,y\n", "is empty; there are too few examples"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_line(name, content, expected, tmp_path):

@@ -81,7 +81,7 @@ def test_a_run_whose_masks_were_made_in_another_way_is_refused_and_one_without_d
     before = {name: value for name, value in run.identity.items() if name != "masks"}  # as version 0.1.0 wrote it
     save(run.folder, before)
     with pytest.raises(
-        ValueError, match=r"dropout masks .* give the run as --init to a new one, or choose another --out"
+        ValueError, match=r"dropout masks of version 0.1.0 .* give it to a new run as --init, or choose another --out"
     ):
         make_run(dropout=0.1)
     shutil.rmtree(run.folder / "checkpoints")
