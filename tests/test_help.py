@@ -26,12 +26,12 @@ WIDTH = 100
 
 
 def runnable() -> set[str]:
-    """What `python NAME.py` or `python -m NAME` runs: files with a main, other than those of the tests."""
+    """What `python NAME.py` or `python -m NAME` runs: files with a main, but for those of tests and docs."""
     names = set()
     for path in ROOT.glob("**/*.py"):
         folder, *_ = path.relative_to(ROOT).parts
         text = path.read_text()
-        if folder.startswith((".", "tests", "runs")) or not re.search(r'^if __name__ == "__main__"', text, re.M):
+        if folder.startswith((".", "tests", "docs", "runs")) or not re.search(r'^if __name__ == "__main__"', text, re.M):
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         names.add(".".join(parts).removesuffix(".__main__") if len(parts) > 1 else path.name)
