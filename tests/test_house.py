@@ -31,6 +31,32 @@ def test_the_map_leaves_no_file_out():
     assert {str(path) for path in SOURCES if path.name != "__init__.py" and path not in listed} == set()
 
 
+WORDS_IN_A_ROW = 10  # that two places may not share; shorter runs are idioms and names
+
+
+def runs_of_words(text: str) -> set[str]:
+    """Of the prose: no code, no formulas and no addresses of links."""
+    text = re.sub(r"^```.*?^```|^    .*?$|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.S | re.M)
+    words = re.findall(r"[\w'-]+", text.lower())
+    return {" ".join(words[i : i + WORDS_IN_A_ROW]) for i in range(len(words) - WORDS_IN_A_ROW + 1)}
+
+
+def test_no_sentence_is_in_two_places():
+    """A page has the reasons, the head of a file the formula and the shapes. (The map's glosses are the heads' own.)"""
+    pages = [path for path in (*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md", ROOT / "data/README.md")
+             if path.name != "map.md"]  # fmt: skip
+    places = {path: path.read_text() for path in pages}
+    places |= {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in SOURCES}
+    first: dict[str, Path] = {}
+    twice = []
+    for path, text in places.items():
+        for run in runs_of_words(text):
+            other = first.setdefault(run, path)
+            if other != path and other in pages:
+                twice.append((str(other.relative_to(ROOT)), str(path.relative_to(ROOT)), run))
+    assert twice == []
+
+
 def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
