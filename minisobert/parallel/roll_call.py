@@ -6,7 +6,7 @@ roll call through torchrun's store. A background thread in each process answers 
 completed fewer than the others, hangs. The line that says so appears within --timeout, so processes wait for each other
 for somewhat less (`patience`).
 
-The processes that answered exit, and torchrun then sends SIGTERM to the others. A stopped process does not react to that,
+The processes that answered exit, and torchrun then sends SIGTERM to the others. A stopped process does not react to it,
 and torchrun would send SIGKILL only after 30 seconds. So the processes on the same machine kill it at once (`kill`). If
 torchrun itself dies, its processes save and exit by themselves (`ParentWatch`).
 """
