@@ -1,7 +1,7 @@
-"""The whole way in a few minutes on two cores: `make demo`, or `make demo DUMP=path/to/site.7z`.
+"""The whole pipeline in a few minutes on two cores: `make demo`, or `make demo DUMP=path/to/site.7z`.
 
 text → data.prepare → train.py → loss.png and guesses for masked words, all in runs/demo/. Without a dump the text is
-the Python standard library's own. An earlier runs/demo is kept, under the next free name, or its own if this one fails.
+the Python standard library's own. An earlier runs/demo takes the next free name, and its old one if this demo fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minisobert.training.run import open_run
 OUT = Path("runs/demo")
 VOCAB_SIZE = 4_000
 PRESET = "modern-tiny"
-FLOPS = 42e12  # what two cores manage in about three minutes; how many tokens that is depends on the documents
+FLOPS = 42e12  # what two cores compute in about three minutes; how many tokens that buys depends on the documents
 EXAMPLES = """\
 python demo.py
 python demo.py android.stackexchange.com.7z
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextmanager
 def earlier_aside() -> Iterator[None]:
-    """Makes OUT. An earlier one takes the next free name, and comes back if the block fails: then this one takes it."""
+    """Creates OUT. An earlier OUT is moved to the next free name. If the block fails, it is moved back, and what the
+    block made takes the next free name instead."""
     earlier = free_name() if OUT.exists() else None
     if earlier:
         OUT.replace(earlier)
@@ -91,7 +92,7 @@ def demo(inputs: list[Path]) -> None:
     status = train.main(
         [
             *("--data", str(OUT / "data"), "--out", str(OUT), "--preset", PRESET, "--train-tokens", str(tokens)),
-            # one row a step: with few tokens it is the number of steps that counts
+            # one row per step: with so few tokens, the number of steps matters most
             *("--tokens-per-batch", "2048", "--micro-batch-rows", "1", "--eval-rows", "32"),
             *("--eval-every-tokens", str(tokens // 10), "--checkpoint-every-tokens", str(tokens // 2)),
         ]
@@ -111,7 +112,7 @@ def demo(inputs: list[Path]) -> None:
 
 
 def affordable_tokens(shards: Shards) -> int:
-    """Row positions that FLOPS pay for, in whole rows."""
+    """The row positions that FLOPS are enough for, in whole rows."""
     rows = Rows(shards, shards.training_documents, 1, TrainConfig.row_tokens)
     lengths = rows.packing.chunk_length.astype(np.int64) + 2
     model = PRESETS[PRESET]
@@ -125,14 +126,14 @@ def affordable_tokens(shards: Shards) -> int:
 
 
 def unigram_entropy(shards: Shards) -> float:
-    """In nats, of the corpus' pieces."""
+    """The entropy of the corpus' pieces, in nats."""
     counts = np.bincount(shards.tokens, minlength=shards.vocab_size)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
 def show_guesses(shards: Shards, texts: int = 4, length: int = 40) -> None:
-    """Beginnings of held-out documents as the model reads them, its guess in place of every eighth piece."""
+    """Prints the beginnings of some held-out documents, with the model's guess in place of every eighth piece."""
     trained = open_run(OUT)
     tokenizer, colour = trained.tokenizer, sys.stdout.isatty()
     long_enough = [i for i in shards.validation_documents if shards.offsets[i + 1] - shards.offsets[i] >= length]
@@ -155,7 +156,7 @@ def show_guesses(shards: Shards, texts: int = 4, length: int = 40) -> None:
 
 
 def mark(guess: str, right: bool, truth: str, colour: bool) -> str:
-    """` [guess]`, or ` [guess|truth]` where it is wrong: green and red on a terminal. Both show their line breaks."""
+    """`[guess]`, or `[guess|truth]` if the guess is wrong; green and red on a terminal. Line breaks are shown as ⏎."""
     space = " " if truth.startswith(" ") else ""
     guess, truth = (piece.removeprefix(" ").replace("\n", "⏎") for piece in (guess, truth))
     inside = guess if right else f"{guess}|{truth}"

@@ -1,7 +1,7 @@
 """Pre-train an encoder: config → data → mesh → model → loop.
 
-The folder --out holds config.json, metrics.jsonl, tokenizer.model and checkpoints/. The same command goes on where an
-interrupted run was, bit for bit; another layout may be chosen for that.
+The folder --out holds config.json, metrics.jsonl, the tokenizer and checkpoints/. Repeating the command resumes an
+interrupted run, bit for bit. A run may also resume on another layout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-if __name__ == "__main__":  # Ctrl-C in the seconds of the next imports ends the process without a traceback
+if __name__ == "__main__":  # Ctrl-C during the imports below ends the process without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -42,13 +42,14 @@ torchrun --nproc_per_node=8 train.py --preset large --tensor-parallel 2 --shard-
 
 @command("train.py")
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 where training failed, 2 for a user's mistake, 128 + the signal that ended it."""
+    """Returns the exit status: 0, 1 if training failed, or 128 + the number of the signal that ended it. A user's
+    mistake raises SystemExit with status 2."""
     config = parse(TrainConfig, argv, prog="train.py", description=ABOUT, examples=EXAMPLES)
     if config.plan:
         print(report(config, open_model(config.init).model.config if config.init else None))
         return 0
 
-    # Data, and whether everything fits together: before any process waits for another and anything is written
+    # Open the data and check that everything fits together, before processes wait for each other or write anything
     meshes.check_launch()
     meshes.check_precision(config.precision)
     world = meshes.from_torchrun("WORLD_SIZE", 1)
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         processes = meshes.start(config.tensor_parallel, config.timeout)
         with StopSignals(speaks=meshes.from_torchrun("RANK", 0) == 0) as stop, processes as mesh, run.claimed(mesh):
             return pretrain(run, training, validation, mesh, stop)
-    except KnownToAll as error:  # a save that failed, or gradients that are not finite
+    except KnownToAll as error:  # a failed save, or gradients that are not finite
         if str(error):
             print(f"train.py: {error}; repeat the command to resume from the last checkpoint", file=sys.stderr)
         else:
@@ -75,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopSignals) -> int:
     config = run.config
-    # Model and optimizer, as they begin or as the last checkpoint left them. Every rank makes the whole model and keeps
-    # its slice, so that the layout cannot change how it begins
+    # Model and optimizer, new or from the last checkpoint. Every rank initialises the whole model and keeps its slice,
+    # so that the layout cannot change the initial weights
     model = MaskedLM(run.model_config).initialise(config.seed)
     if run.init:
         model.load_state_dict(run.init.model.state_dict())

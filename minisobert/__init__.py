@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path) -> Loaded:
-    """A trained model, ready for use: of a run of train.py, of the result of a finetune.py, or of a folder in Hugging
-    Face's format. Raises ValueError where there is none that can be loaded."""
-    from minisobert import inference  # not with the package, most parts of which need no torch
+    """Loads a trained model: a run of train.py, the result of a finetune.py, or a folder in Hugging Face's format.
+    Raises ValueError if `path` holds none that can be loaded."""
+    from minisobert import inference  # imported here, because most of the package needs no torch
 
     return inference.load(path)

@@ -1,4 +1,4 @@
-"""The command line: a flag for each field of a config, and errors of one line that say what to do."""
+"""The command line: a flag for each field of a config, and one-line errors that say what to do."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def option(
     metavar: str = "PATH",
     shown: str = "",
 ):
-    """A field of a config: its default, its line of --help, and what it may be.
+    """A field of a config: its default, its help text and its allowed values.
 
     group: the heading under which --help lists it. The bounds: least <= value <= most and above < value < below.
-    resumable: whether a resumed run may change it. metavar: what --help calls the value of a text.
-    shown: what --help says the default is, where that is None because the config settles it.
+    resumable: whether a resumed run may change it. metavar: what --help calls the value of a text. shown: the default
+    as --help gives it, if `default` is None because the config decides.
     """
     bounds = {"at least": least, "more than": above, "less than": below, "at most": most}
     metadata = {"help": help, "choices": choices, "group": group, "resumable": resumable, "metavar": metavar}
@@ -74,7 +74,7 @@ def check_options(config) -> None:
 
 
 def nearest(values: list[int], wanted: int) -> list[int]:
-    """The up to three values nearest to the one wanted, in order."""
+    """Up to three of the values, those nearest to `wanted`, in increasing order."""
     return sorted(sorted(values, key=lambda n: abs(n - wanted))[:3])
 
 
@@ -96,12 +96,12 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose --help is one that a newcomer reads, and whose errors are one line (exit status 2), with the
-    option that was probably meant.
+    """argparse with a --help for newcomers and one-line errors (exit status 2) that suggest the option that was
+    probably meant.
 
-    prog: the command as commands.py names it; its sentence there begins the description, and `description` goes on.
-    examples: the last part of --help, command lines as a user types them. usages: what to type after the command; if
-    none, what must be given.
+    prog: the command's name in commands.py; the description begins with its sentence there and continues with
+    `description`. examples: the last part of --help, command lines as a user types them. usages: what to type after the
+    command; by default, the required arguments.
     """
 
     def __init__(self, prog: str | None = None, description: str = "", examples: str = "", usages=(), **more):
@@ -113,18 +113,19 @@ class Parser(argparse.ArgumentParser):
         self._positionals.title = "arguments"
         self.register("type", int, _integer)
         self.register("type", float, _number)
-        # not listed: who reads the list has found it
+        # not listed: a user who sees the list has found it
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
         lines, width = [], self._get_formatter()._width
         for usage in self.usages or [self._what_must_be_given()]:
-            unbroken = re.sub(r" (?=[A-Z…])", "\xa0", f"{typed(self.prog)} {usage}")  # an option and its value
+            # a no-break space keeps an option and its value on one line
+            unbroken = re.sub(r" (?=[A-Z…])", "\xa0", f"{typed(self.prog)} {usage}")
             lines += textwrap.wrap(
                 unbroken, width, initial_indent=" " * 7, subsequent_indent=" " * 11, break_on_hyphens=False
             )
         self.usage = "\n".join(lines).strip().replace("\xa0", " ").replace("%", "%%")
-        heading = "examples" if re.search(r"[^\\]\n", self.examples) else "example"  # one may go on after a \
+        heading = "examples" if re.search(r"[^\\]\n", self.examples) else "example"  # an example may continue after a \
         examples = f"\n{heading}:\n{textwrap.indent(self.examples, '  ')}\n" if self.examples else ""
         return super().format_help() + examples
 
@@ -145,9 +146,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Lines as long as the terminal allows, and at most WIDTH columns; WIDTH where there is no terminal. Every default
-    is said. What is overridden is private to argparse, which promises nothing about it; tests/test_help.py would tell.
-    """
+    """Lines are as wide as the terminal but at most WIDTH columns, or WIDTH without a terminal. Every default is shown.
+    The overridden methods are private to argparse and may change; tests/test_help.py would fail then."""
 
     def __init__(self, prog: str, **more):
         columns = shutil.get_terminal_size((WIDTH, 24)).columns
@@ -191,17 +191,18 @@ def _has_long_choices(action) -> bool:
 
 
 def shown_default(value) -> str:
-    """`10,000`, `0.1` or `600` (of 600.0)."""
+    """`10,000`, `0.1` or `600` (for 600.0)."""
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
-_ELSEWHERE = {"batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens"}  # other tools'
+# options of other tools
+_ELSEWHERE = {"batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens"}
 
 
 def _meant(unknown: str, options: list[str]) -> list[str]:
-    """Of the options, those that one of another tool, or a misspelt or abbreviated one, may stand for."""
+    """The options that an unknown one may stand for: a misspelling, an abbreviation, or another tool's name."""
     names = [option.removeprefix("--") for option in options if option.startswith("--")]
     typed = unknown.strip("-").replace("_", "-").lower()
     typed = _ELSEWHERE[typed] if _ELSEWHERE.get(typed) in names else typed
@@ -216,13 +217,13 @@ def _meant(unknown: str, options: list[str]) -> list[str]:
 
 @contextmanager
 def command(prog: str, stopped: str = "") -> Iterator[None]:
-    """What a command does, as a block or a decorated function: what a user can do something about ends it in one line.
+    """Runs a command, as a block or a decorated function. Errors that a user can do something about end it in one line.
 
-    ValueError and OSError leave by `fail`, Ctrl-C with status 130. That whoever reads standard output has seen enough,
-    as `| head` has, is no error.
+    ValueError and OSError end in `fail`, Ctrl-C in status 130. It is no error if the reader of standard output closes
+    it, as `| head` does.
 
-    stopped: what is said of the work after Ctrl-C or SIGTERM (status 143). Where it is given, the first signal raises
-    KeyboardInterrupt, so that the block cleans up, and those that follow within PATIENCE are ignored, so that it can.
+    stopped: what is said about the work after Ctrl-C or SIGTERM (status 143). If it is given, the first signal raises
+    KeyboardInterrupt, so that the block can clean up, and further signals within PATIENCE are ignored.
     """
     received, when, failure = signal.SIGINT, -math.inf, None
 
@@ -235,12 +236,12 @@ def command(prog: str, stopped: str = "") -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if stopped else {}
     try:
         for number, handler in before.items():
-            if handler != signal.SIG_IGN:  # as a shell asks of what it runs in the background
+            if handler != signal.SIG_IGN:  # a shell sets SIG_IGN for background jobs
                 signal.signal(number, stop)
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where it can be caught, and not when the interpreter ends
+            sys.stdout.flush()  # here, where errors can be caught, and not at interpreter exit
     except KeyboardInterrupt:
         print(f"{prog}: interrupted" + (stopped and f"; {stopped}"), file=sys.stderr)
         raise SystemExit(128 + received) from None
@@ -257,27 +258,26 @@ def command(prog: str, stopped: str = "") -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe that has lost its reader."""
+    """Whether standard output is a pipe whose reader is gone."""
     poll = select.poll()
-    with suppress(ValueError):  # standard output is no file
+    with suppress(ValueError):  # standard output is not a file
         poll.register(sys.stdout.fileno(), 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def reason(error: BaseException) -> str:
-    """What an error says; of an OSError the file and what is wrong with it, without its number."""
+    """The message of an error. For an OSError: the file and what is wrong with it, without the error number."""
     if isinstance(error, OSError) and error.strerror:
-        file = error.filename2 or error.filename  # of a renaming the new name
+        file = error.filename2 or error.filename  # for a rename, the new name
         return f"{file}: {error.strerror}" if file else error.strerror
     return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def fail(message: object) -> NoReturn:
-    """What a user's mistake ends in: one line on standard error, exit status 2.
+    """Ends the process after a user's mistake: one line on standard error, exit status 2.
 
-    torchrun kills all ranks when one exits. So the first rank speaks, and the others, which as a rule have found the
-    same mistake, wait for that; one that is alone with it is still there afterwards, and speaks too, unless it has no
-    message.
+    torchrun kills all ranks when one exits. The other ranks have usually found the same mistake, so they wait and only
+    rank 0 prints. A rank that is alone with its mistake outlives the wait and prints its own message, if it has one.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PATIENCE)
@@ -289,7 +289,7 @@ def fail(message: object) -> NoReturn:
 def add_argument(
     group, name: str, kind: type, default, help: str, metavar: str | None, choices: Collection[str] | None = None
 ) -> None:
-    """A flag. kind: bool for a switch, tuple for one or more values."""
+    """Adds a flag. kind: bool for a switch, tuple for one or more values."""
     help = help.replace("%", "%%")
     if kind is bool:
         group.add_argument(flag(name), action="store_true", help=help)
@@ -302,7 +302,8 @@ def add_argument(
 
 
 def parse(cls, argv: list[str] | None = None, prog: str | None = None, **more):
-    """A config from command-line words, one flag per field in kebab case. more: of Parser. Mistakes leave by `fail`."""
+    """Parses command-line arguments into a config: one flag per field, in kebab case. more: arguments of Parser.
+    Mistakes end in `fail`."""
     parser = Parser(prog, allow_abbrev=False, **more)
     types, groups = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
@@ -335,12 +336,12 @@ def whole_number(text: str) -> int:
     return int(value) if abs(value) < 2**53 else int(Decimal(text.replace(",", "")))  # above, floats are not exact
 
 
-# what moves a terminal's cursor, changes its colours or title, or turns the order of letters around
+# characters that move a terminal's cursor, change its colours or title, or reverse the order of letters
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 
 
 def printable(text: str) -> str:
-    """With a mark for each character that a terminal would obey and not show; tabs and line ends stay."""
+    """The text with U+FFFD in place of characters that control a terminal. Tabs and line ends stay."""
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -1,4 +1,4 @@
-"""What can be chosen: the model's sizes, presets, and frozen dataclasses whose fields are the options."""
+"""The configuration: a model's sizes, presets, and frozen dataclasses whose fields are the options."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import NamedTuple
 
 from minisobert.cli import check_options, flag, nearest, number, option, shown_default, whole_number, words
 
-MOST_TOKENS = 1 << 24  # of a batch: above it, columns of neighbouring heads would share their dropout hashes
+MOST_TOKENS = 1 << 24  # in a batch; with more, neighbouring heads would share dropout hashes
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of an encoder. Raises ValueError where they do not fit together."""
+    """Sizes and constants of an encoder. Raises ValueError if they do not fit together."""
 
     layers: int
     hidden: int
     heads: int
     ffn: int  # features between the two matrices of the MLP
-    vocabulary: int = 50_048  # a multiple of 128, whatever the layout: 50,000 pieces and rows that no id uses
-    positions: int = 2_048  # longest document; megatron-bert has a table of them
+    vocabulary: int = 50_048  # 50,000 pieces, padded to a multiple of 128 on every layout
+    positions: int = 2_048  # the longest document; megatron-bert has an embedding for each position
     norm_eps: float = 1e-5  # Megatron-LM's; the released SOBert configs say 1e-12
     gelu: str = "erf"  # or "tanh", the form that Megatron-LM fuses
     architecture: str = "megatron-bert"  # or "modernbert"
-    # modernbert alone: every global_every-th layer attends to whole documents, the others at most `window` tokens away
+    # modernbert only: every global_every-th layer sees whole documents, the others at most `window` tokens away
     global_every: int = 3
     window: int = 64
     rope_base: float = 160_000.0  # of the global layers
@@ -40,7 +40,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         divisors = [n for n in range(1, self.hidden + 1) if self.hidden % n == 0]
-        if self.is_modern:  # rotary positions turn pairs of features
+        if self.is_modern:  # rotary positions rotate pairs of features
             divisors = [n for n in divisors if self.hidden // n % 2 == 0]
         if self.heads not in divisors:
             even = " of even width, which rotary positions need" if self.is_modern else ""
@@ -56,7 +56,7 @@ class ModelConfig:
         return self.hidden // self.heads
 
     def window_of(self, layer: int) -> int | None:
-        """How far from a query the keys may be that it sees in this layer; None: as far as its document goes."""
+        """How far away, in tokens, a query sees keys in this layer; None: in its whole document."""
         return self.window if self.is_modern and layer % self.global_every else None
 
     def rope_base_of(self, layer: int) -> float:
@@ -75,7 +75,7 @@ PRESETS = {
     "modern-large": _modern_model(layers=28, hidden=1_024, heads=16, ffn=2_624),
 }
 
-# What the options of a recipe are where nothing else is said. The paper's, with Megatron-LM's BERT where it is silent
+# The options that a recipe sets: the paper's, with Megatron-LM's BERT where the paper says nothing
 PAPER = {
     "dropout": 0.1, "optimizer": "adamw", "learning_rate": 1e-4, "muon_learning_rate": 1e-3, "beta2": 0.999,
     "mask_rate": 0.15, "schedule": "linear", "warmup_fraction": 0.01, "decay_fraction": 0.2,
@@ -95,22 +95,22 @@ MODERN_SIZES = ("global_every", "window", "rope_base", "local_rope_base")
 
 
 def padded_vocabulary(vocab_size: int) -> int:
-    """The next multiple of 128: a matrix width that every layout can split and that matrix units like."""
+    """The next multiple of 128: a matrix width that every layout can split and that is fast on matrix units."""
     return -(-vocab_size // 128) * 128
 
 
 class Step(NamedTuple):
-    """What one optimizer step reads: the same rows on every layout, in `accumulation` micro-batches of each process."""
+    """The rows that one optimizer step reads, the same on every layout, in `accumulation` micro-batches per process."""
 
-    first_row: int  # of the global order
+    first_row: int  # in the global order
     rows: int
     tokens: int  # row positions: rows × row_tokens
     accumulation: int
-    mask_rate: float  # share of the tokens that are to be guessed
+    mask_rate: float  # share of the tokens to guess
 
 
 def _two_numbers(text: str) -> tuple[str, str]:
-    """`131,072,1e9` is `131,072` and `1e9`. Raises ValueError where there is not just one way to read it so."""
+    """Splits `131,072,1e9` into `131,072` and `1e9`. Raises ValueError unless there is exactly one way to do so."""
     commas = [at for at, letter in enumerate(text) if letter == ","]
     ((one, other),) = [p for at in commas if all(map(_is_number, p := (text[:at], text[at + 1 :])))]
     return one, other
@@ -118,14 +118,14 @@ def _two_numbers(text: str) -> tuple[str, str]:
 
 def _is_number(text: str) -> bool:
     with suppress(ValueError, OverflowError):
-        return whole_number(text) >= 0 and not re.match("0[0-9]", text)  # what stands after a comma of 1,000
+        return whole_number(text) >= 0 and not re.match("0[0-9]", text)  # `000` of 1,000 is no number
     return False
 
 
 def _of_preset(name: str, help: str, group: str = OPTIMIZER, **more):
     """An option whose default the preset decides."""
     shown = {"": PAPER[name], "modern presets: ": MODERN[name], "modern-tiny: ": RECIPES["modern-tiny"][name]}
-    values = list(shown.values())  # each is said where it is another than the one before
+    values = list(shown.values())  # each is shown only if it differs from the one before
     said = [f"{whose}{shown_default(v)}" for i, (whose, v) in enumerate(shown.items()) if i == 0 or v != values[i - 1]]
     return option(None, help, shown="; ".join(said), group=group, **more)
 
@@ -143,10 +143,10 @@ _plan = partial(option, group="estimates", resumable=True)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A pre-training run: the recipe (SOBert's where the paper states it, Megatron-LM's BERT elsewhere) and its layout.
+    """The options of a pre-training run. The defaults are SOBert's recipe, with Megatron-LM's BERT where it is silent.
 
     Whatever is counted in tokens counts row positions, as Megatron-LM does. The trajectory depends on every field
-    except the resumable ones.
+    except the resumable ones, and on what `data` and `init` hold.
     """
 
     data: str = _data("data/prepared", "folder with the training data, which data.prepare made", resumable=True)
@@ -252,7 +252,7 @@ class TrainConfig:
         elif others and not model.is_modern:
             raise ValueError(f"{flag(others[0])} is for modern presets, and --preset is {self.preset}; leave it out")
         else:
-            self._check_row(self._sized(), self.preset)  # sizes fit together, too
+            self._check_row(self._sized(), self.preset)  # checks the sizes, too
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"--warmup-fraction {self.warmup_fraction:g} and --decay-fraction {self.decay_fraction:g} add up to "
@@ -270,7 +270,7 @@ class TrainConfig:
             )
 
     def _settle(self) -> None:
-        """Gives every option that was left out what the preset says; with --init the sizes stay open."""
+        """Takes every option that was left out from the preset; with --init the sizes stay None."""
         if self.preset in PRESETS:
             sizes = {} if self.init else dataclasses.asdict(PRESETS[self.preset])
             for name, value in {**sizes, **RECIPES[self.preset]}.items():
@@ -283,7 +283,7 @@ class TrainConfig:
 
     @property
     def batch_ramp(self) -> list[tuple[int, int]]:
-        """(from how many consumed row positions on, row positions per optimizer step), in order."""
+        """Pairs, in order: (consumed row positions from which it applies, row positions per optimizer step)."""
         if not self.batch_schedule:
             return [(0, self.tokens_per_batch)]
         try:
@@ -301,7 +301,7 @@ class TrainConfig:
         return list(zip(starts, sizes))
 
     def batch_sizes(self, consumed: int = 0) -> Iterator[tuple[int, int]]:
-        """(row positions consumed before, row positions) of each step that is left after `consumed`."""
+        """Yields (row positions consumed before it, row positions in it) for each step after `consumed`."""
         ramp = self.batch_ramp
         while consumed < self.train_tokens:
             size = next(size for start, size in reversed(ramp) if start <= consumed)
@@ -309,15 +309,15 @@ class TrainConfig:
             consumed += size
 
     def steps(self, data_parallel: int, consumed: int = 0) -> Iterator[Step]:
-        """The steps that are left after `consumed` row positions. `check` must have found that batches divide."""
+        """The steps after `consumed` row positions. Call `check` first: batches must divide evenly."""
         for before, tokens in self.batch_sizes(consumed):
             accumulation = self.accumulation(tokens, data_parallel)
             rows, mask_rate = tokens // self.row_tokens, self.mask_rate_after(before)
             yield Step(before // self.row_tokens, rows, tokens, accumulation, mask_rate)
 
     def mask_rate_after(self, consumed: int) -> float:
-        """Of the step that follows `consumed` row positions. A function of the place in the data and not, as the
-        learning rate, of what was trained on: masks are made ahead, when nobody knows of a step yet to be skipped."""
+        """The mask rate of the step after `consumed` row positions. Unlike the learning rate, it depends on the place
+        in the data and not on applied steps: masks are made ahead, before it is known which steps are skipped."""
         if not self.mask_schedule:
             return self.mask_rate
         try:
@@ -345,7 +345,7 @@ class TrainConfig:
     def accumulation(self, tokens_per_batch: int, data_parallel: int, most: float = math.inf) -> int:
         """Micro-batches of each process in one step.
 
-        Raises ValueError where tokens_per_batch does not divide, or is more than the `most` tokens of an epoch.
+        Raises ValueError if tokens_per_batch does not divide evenly, or is more than the `most` tokens of an epoch.
         """
         per_pass = self.micro_batch_rows * self.row_tokens * data_parallel
         if tokens_per_batch % per_pass == 0 and tokens_per_batch <= most:
@@ -363,9 +363,9 @@ class TrainConfig:
         raise ValueError(f"{problem}; choose {', or '.join(self._advice(data_parallel, most))}")
 
     def _advice(self, data_parallel: int, most: float) -> list[str]:
-        """Each of these makes all batches divide, and fit into the `most` tokens of an epoch."""
+        """Options, each of which makes all batches divide evenly and fit into the `most` tokens of an epoch."""
         most = min(most, MOST_TOKENS)
-        row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batch_ramp]  # row: one of each process
+        row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batch_ramp]  # row: one per process
         fits = max(sizes) <= most
         choices = self.near_batches(self.micro_batch_rows * row, most)
         rows, rest = divmod(math.gcd(*sizes), row)
@@ -377,12 +377,11 @@ class TrainConfig:
         return choices + processes + ([] if fits and choices else ["more text for data.prepare"])
 
     def near_batches(self, unit: int, most: float = math.inf) -> list[str]:
-        """The option for batches near those that are set, of whole units and at most `most` tokens. [] where there are
-        none."""
+        """The option for batches near those given: multiples of `unit`, at most `most` tokens; [] if there are none."""
         most = int(min(most, MOST_TOKENS)) // unit * unit
         if not most:
             return []
-        near = []  # the next smaller sizes, and the next larger
+        near = []  # the next smaller and the next larger sizes
         for rounded in (math.floor, math.ceil):
             sizes = [min(max(rounded(size / unit) * unit, unit), most) for _, size in self.batch_ramp]
             starts = [start for start, _ in self.batch_ramp]
@@ -392,7 +391,7 @@ class TrainConfig:
         return [f"{option} {words(dict.fromkeys(near))}"]
 
     def check(self, rows: int, data_parallel: int) -> None:
-        """Raises ValueError where the layout or the data (rows in an epoch) does not go with a batch."""
+        """Raises ValueError if a batch does not divide over the layout or is larger than an epoch of `rows` rows."""
         for _, tokens_per_batch in self.batch_ramp:
             self.accumulation(tokens_per_batch, data_parallel, most=rows * self.row_tokens)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from minisobert.cli import printable
 
-if TYPE_CHECKING:  # what prepares data must start without torch, which takes seconds to import
+if TYPE_CHECKING:  # preparing data must start without torch, which takes seconds to import
     from torch import Tensor
 
 
@@ -50,8 +50,8 @@ _locks: set[int] = set()  # the descriptors of the lock files that this process 
 
 @contextmanager
 def open_binary(path: Path, inside: BinaryIO | None = None) -> Iterator[BinaryIO]:
-    """A file as bytes, unpacked where its name ends in one of COMPRESSED. inside: the bytes of the file, where `path`
-    only names it. ValueError where the packed file is damaged."""
+    """Opens a file as bytes, unpacked if its name ends in one of COMPRESSED. inside: its bytes, if `path` only names
+    it. Raises ValueError if a packed file is damaged."""
     unpack = _OPEN.get(path.suffix.lower())
     try:
         if unpack:
@@ -64,21 +64,21 @@ def open_binary(path: Path, inside: BinaryIO | None = None) -> Iterator[BinaryIO
                 yield file
     except Exception as error:
         damaged = isinstance(error, (EOFError, lzma.LZMAError, zlib.error)) or type(error).__name__ == "ZstdError"
-        if damaged or (isinstance(error, OSError) and error.errno is None):  # bz2's and gzip's have no number
+        if damaged or (isinstance(error, OSError) and error.errno is None):  # bz2's and gzip's errors have no number
             raise ValueError(f"{path} is truncated or damaged ({error})") from None
         raise
 
 
 @contextmanager
 def locked(path: Path, what: str | Path, keep: type[BaseException] | tuple = ()) -> Iterator[str]:
-    """Holds a lock while the block runs, by a file at `path` that is removed at the end. what: the folder it is for.
-    keep: where the block ends with such an exception, the file stays as if the process had been killed.
+    """Holds a lock while the block runs: a file at `path`, removed at the end. what: the folder that it guards, for
+    messages. keep: exceptions after which the file stays, as if the process had been killed.
 
-    Yields whom the file still names ("process 123 on host"), which is one that was killed while it held the lock; or
-    "". Raises ValueError where a living process holds it, OSError where the file cannot be made. Where the file system
-    has no locks the block runs without one and is given "".
+    Yields "process 123 on host", which the file still names if that process was killed while it held the lock; else "".
+    Raises ValueError if a living process holds the lock, OSError if the file cannot be created. On a file system
+    without locks the block runs without one and is given "".
 
-    The kernel drops the lock with the process, however that ends. Processes that it forks meanwhile do not keep it.
+    The kernel releases the lock when the process ends, however it ends. Forked children do not keep it.
     """
     descriptor, kept = None, False
     while descriptor is None:
@@ -95,21 +95,21 @@ def locked(path: Path, what: str | Path, keep: type[BaseException] | tuple = ())
             _drop(descriptor)
             by = holder or "another process"
             raise ValueError(f"{what} is in use by {by}; wait until that has ended, or choose another --out")
-        if not _is_at(path, descriptor):  # whoever held it has removed the file since it was opened here: open the next
+        if not _is_at(path, descriptor):  # its holder removed the file after it was opened here: open the next
             descriptor = _drop(descriptor)
     try:
         if has_locks:
-            with suppress(OSError):  # the disk is full: then nobody is named
+            with suppress(OSError):  # the disk is full: then the file names no process
                 text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
                 os.ftruncate(descriptor, os.pwrite(descriptor, text, 0))
-                os.fsync(descriptor)  # or after a power cut nobody knows that whoever held it is gone
+                os.fsync(descriptor)  # else, after a power cut, it would not name the process that is gone
         yield holder if has_locks else ""
     except keep:
         kept = True
         raise
     finally:
-        if descriptor in _locks:  # not in a forked process that runs to its end
-            if not kept and _is_at(path, descriptor):  # nobody else may move it away meanwhile: the lock is held
+        if descriptor in _locks:  # not in a forked child that reaches this point
+            if not kept and _is_at(path, descriptor):  # no other process can replace it: the lock is held
                 path.unlink()
             _drop(descriptor)
 
@@ -131,19 +131,19 @@ def _drop_all() -> None:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_drop_all)  # or a child that outlives this process would keep its locks
+os.register_at_fork(after_in_child=_drop_all)  # else a child that outlives this process would keep its locks
 
 
 @contextmanager
 def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
-    """A hidden work folder beside `out`, which takes its name when the block ends, and vanishes if the block fails.
+    """A hidden work folder beside `out`, which takes that name when the block ends, and is removed if the block fails.
 
-    One that a killed process left is removed first, and a line on standard error says so. journal: the name of a file
-    in the folder, if the block can go on with what such a process left. Then that is kept, also after Ctrl-C and
-    SIGTERM, and the file goes at the end. Raises ValueError where `out` exists already (an empty folder is fine),
-    cannot be made, or is being made by another process, and where the disk gets full.
+    A work folder left by a killed process is removed first, with a line on standard error. journal: the name of a file
+    in the folder, if the block can resume from such a folder. Then the folder is kept, also after Ctrl-C and SIGTERM,
+    and the file is removed at the end. Raises ValueError if `out` exists already (an empty folder is fine), cannot be
+    created, or is being created by another process, or if the disk gets full.
     """
-    out, place = Path(out), Path(os.path.realpath(out))  # the work is done beside the folder that a symlink stands for
+    out, place = Path(out), Path(os.path.realpath(out))  # beside the target, if `out` is a symlink
     keep = KeyboardInterrupt if journal else ()
     with ExitStack() as stack:
         try:
@@ -154,7 +154,7 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
                 stack.callback(_remove_if_empty, parent)
                 flush(parent.parent)
             killed = stack.enter_context(locked(work.with_name(f"{work.name}.lock"), out, keep))
-            _check_is_free(out, place)  # again: who had the lock until now may have made it
+            _check_is_free(out, place)  # again: the previous holder of the lock may have created it
             if killed and journal and work.is_dir() and not work.is_symlink():
                 pass
             elif killed and work.is_dir():
@@ -188,9 +188,11 @@ def new_folder(out: str | Path, journal: str = "") -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: str | Path, kinds: Sequence[str]) -> Iterator[Path]:
-    """A hidden path beside `out`, which takes its name when the block ends; the file vanishes if the block fails.
+    """Yields a hidden path beside `out`. The file written there takes the name `out` when the block ends, and is
+    removed if the block fails.
 
-    Raises ValueError where `out` exists, has no folder, or ends in none of `kinds`."""
+    Raises ValueError if `out` exists, has no folder, or ends in none of `kinds`.
+    """
     out = Path(out)
     if out.suffix not in kinds or os.path.lexists(out):
         raise ValueError(f"--out is {out}; choose a new file whose name ends in {' or '.join(kinds)}")
@@ -207,14 +209,14 @@ def new_file(out: str | Path, kinds: Sequence[str]) -> Iterator[Path]:
 
 
 def _check_is_free(out: Path, place: Path) -> None:
-    """Raises ValueError where no folder can take the name `out`. place: the same with symlinks followed."""
+    """Raises ValueError if no folder can take the name `out`. place: `out` with symlinks followed."""
     if link := next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None):
         target = os.readlink(link)
         raise ValueError(f"{link} is a symlink to {target}, which does not exist; make that or choose another --out")
     if not place.is_dir():
         if os.path.lexists(place):
             raise ValueError(f"{out} exists already and is no folder; choose another --out")
-    elif place == Path.cwd() or place.is_mount():  # neither can give its name to another folder
+    elif place == Path.cwd() or place.is_mount():  # no other folder can take the name of either
         raise ValueError(f"{out} is the current folder, or where a disk is mounted; choose a folder inside it")
     elif any(place.iterdir()):
         raise ValueError(f"{out} exists already and is not empty; choose another --out")
@@ -230,7 +232,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside, flushes, renames: afterwards, a power cut included, the file is the old one or the new one."""
+    """Writes beside, flushes, renames: afterwards the file is the old or the new one, even after a power cut."""
     beside = path.with_name(f".{path.name}.new")
     with open(beside, "wb") as file:
         file.write(content)
@@ -241,19 +243,20 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it and its parents where they are missing, with names that survive a power cut."""
+    """Creates a folder and its missing parents, and makes their names survive a power cut."""
     for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
         missing.mkdir(exist_ok=True)
         flush(missing.parent)
 
 
 def read_json_lines(path: Path, names: set[str]) -> list[dict]:
-    """The objects of a file of one a line. A damaged line, or one that lacks a name, is left out; that is said."""
+    """The objects of a file with one JSON object per line. Lines that are damaged or lack one of `names` are left out,
+    and reported on standard error."""
     found, damaged = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             value = json.loads(line) if line.strip() else None
-        except ValueError:  # of bytes that are no text too
+        except ValueError:  # also for bytes that are not text
             value = {}
         if isinstance(value, dict) and names <= value.keys():
             found.append(value)
@@ -266,7 +269,7 @@ def read_json_lines(path: Path, names: set[str]) -> list[dict]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 24):
@@ -275,7 +278,7 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Makes what is in a file, or the names that were just given or taken in a folder, survive a power cut."""
+    """Makes a file's content, or the names that were just added to or removed from a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -286,7 +289,7 @@ def flush(path: Path) -> None:
 def safetensors_header(
     tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """Of a file with tensors of these dtypes ("float32") and shapes: its beginning, where each tensor begins, its size.
+    """For a file with tensors of these dtypes ("float32") and shapes: its first bytes, each tensor's place, its size.
 
     Format: 8 bytes, the header's length (little endian); the header, JSON of dtype, shape and place of each tensor,
     padded with spaces to a multiple of 8; the tensors' bytes, row-major, little endian.
@@ -303,10 +306,10 @@ def safetensors_header(
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of the process's own: changing them does not change the file.
+    """All tensors of a file, mapped into memory copy-on-write: changing them does not change the file.
 
-    Raises ValueError for whatever is no such file, a type that is not among `_DTYPES`, and tensors that are not where
-    the format has them: one after the other from the header to the end of the file, each as long as its shape says.
+    Raises ValueError if it is no safetensors file, has a dtype outside `_DTYPES`, or its tensors do not follow one
+    another without gaps from the header to the end of the file, each as long as its shape says.
     """
     import torch
 
@@ -344,7 +347,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A file of fp32 or fp64 tensors, or whatever else numpy knows, copied to the CPU one at a time."""
+    """Writes tensors to a file, one at a time. Their dtype is one of `_DTYPES`, but not bfloat16, which numpy lacks."""
     header, _, _ = safetensors_header(
         {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}, metadata
     )

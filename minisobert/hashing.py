@@ -1,7 +1,7 @@
 """Counted randomness: every random choice is a hash of (seed, what it is for, where it is).
 
-No generator is advanced anywhere, so nothing about randomness has to be saved, and a choice can be made again from its
-coordinates alone: by another rank, after a restart, or in a backward pass. (Initialisation alone uses a generator.)
+No generator state is kept or saved. A choice can be computed again from its coordinates alone: by another rank, after a
+restart, or in a backward pass. (Only initialisation uses a generator.)
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def key(seed: int, purpose: str, *coordinates: int) -> int:
 def permutation_keys(n: int, key: int) -> np.ndarray:
     """(n,) uint32, all different: sorting by them shuffles range(n). n < 2**32.
 
-    A bijection of the index, so that there are no ties and every sorting algorithm gives the same order.
+    They are a bijection of the index, so there are no ties and every sorting algorithm gives the same order.
     """
     index = np.arange(n, dtype=np.uint32)
     index ^= np.uint32(key)
-    # a second key, or index 0 would come first in every shuffle: lowbias32(0) is 0
+    # without this second key, index `key` would always come first: lowbias32(0) is 0
     return lowbias32(lowbias32(index) ^ np.uint32(lowbias32((key + 0x9E3779B9) & MASK32)))
 
 
 def mix(key: int, *columns: np.ndarray) -> np.ndarray:
-    """(n,) uint32: a hash of (key, each row's numbers), for n rows of (n,) integer columns, 32 bits of each counted."""
+    """(n,) uint32: a hash of the key and each row's numbers, the low 32 bits of each of the (n,) integer columns."""
     hashes = np.full(len(columns[0]), key, np.uint32)
     for column in columns:
         hashes = lowbias32(hashes ^ lowbias32(column.astype(np.uint32)))

@@ -4,8 +4,8 @@
     model = minisobert.load("runs/base")
     model.fill_mask("How do I [MASK] a list in Python?")
 
-What is loaded: a run of `train.py`, the result of a `finetune.py`, or a folder in Hugging Face's format whose model is
-one of ours. Texts go through the model one after the other in a row, by tokens and without padding.
+It loads a run of `train.py`, the result of a `finetune.py`, or a folder in Hugging Face's format with a model that
+minisobert supports. Texts are packed one after another into batches by tokens, without padding.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Entity(NamedTuple):
 
 
 class Loaded:
-    """model: a MaskedLM or a Classifier, in fp32. tokenizer: with encode and decode. TF-IDF has neither. labels: of a
-    Classifier, in the order of its columns."""
+    """A model ready for use. model: a MaskedLM or a Classifier, in fp32. tokenizer: its `encode` and `decode` are used.
+    Both are None for TF-IDF. labels: those of a fine-tuned model, in the order of its columns."""
 
     def __init__(self, name: str, model, tokenizer, network=None, labels: Sequence[str] = (), clean=str):
-        """network: of a Classifier, as fine-tuning has it; clean: what texts go through before they are read."""
+        """network: of a fine-tuned model, as fine-tuning has it; clean: applied to each text before it is read."""
         self._name, self._network, self._clean, self.labels = name, network, clean, tuple(labels)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model and model.to(self.device).eval(), tokenizer
 
     def fill_mask(self, text: str, best: int = 5) -> list[list[tuple[str, float]]]:
-        """The `best` likeliest pieces for each [MASK] of a text, which stands for one piece, with their probabilities.
+        """The `best` likeliest pieces for each [MASK] of a text, with their probabilities. A [MASK] is one piece.
 
-        A piece begins with the space before it. Raises ValueError where there is no [MASK], the text is too long, or
-        the model is none that guesses.
+        A piece includes the space before it. Raises ValueError if there is no [MASK], the text is too long, or the
+        model was fine-tuned and guesses no words.
         """
         if not isinstance(self.model, MaskedLM):
             raise ValueError(f"{self._name} was fine-tuned and no longer guesses words; load the run it began with")
@@ -61,8 +61,8 @@ class Loaded:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, h) fp32: of each text the mean of its final states, those of [CLS] and [SEP] included, as
-        sentence-transformers has it. Compare them by cosine. A text that is too long is cut, and that is said."""
+        """(n, h) fp32: for each text the mean of its final states, including [CLS] and [SEP], as sentence-transformers
+        computes it. Compare vectors by cosine. Texts that are too long are cut, with a note on standard error."""
         texts = _several(texts)
         if self.model is None:
             raise ValueError(f"{self._name} is TF-IDF, which has no embeddings; load a run")
@@ -76,16 +76,16 @@ class Loaded:
         return vectors
 
     def classify(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, classes): of each text the probability of each of `labels`, which add up to 1 unless a text may have
-        several. Raises ValueError where the model was not fine-tuned to classify texts."""
+        """(n, classes): for each text the probability of each of `labels`. They add up to 1 unless a text may have
+        several labels. Raises ValueError if the model was not fine-tuned to classify texts."""
         self._check("sequence", "classifies")
         if self._network.number:
             raise ValueError(f"{self._name} predicts a number, {self.labels[0]}, and no classes; call numbers(texts)")
         return self._of_documents(texts)
 
     def numbers(self, texts: Sequence[str]) -> np.ndarray:
-        """(n,) the number of each text, as --number has learnt it. Raises ValueError where the model was fine-tuned to
-        something else."""
+        """(n,): the number predicted for each text, by a model of --number. Raises ValueError if the model was not
+        fine-tuned to predict numbers."""
         self._check("sequence", "predicts numbers of")
         if not self._network.number:
             raise ValueError(f"{self._name} predicts classes, and no number; call classify(texts)")
@@ -97,8 +97,8 @@ class Loaded:
         return np.stack(found) if found else np.empty((0, len(self.labels)))
 
     def entities(self, texts: Sequence[str]) -> list[list[Entity]]:
-        """Of each text its entities, in order. Words are cut as `tasks.words` says. Raises ValueError where the
-        model was not fine-tuned to find any."""
+        """The entities of each text, in order. `tasks.words` defines how texts are cut into words. Raises ValueError if
+        the model was not fine-tuned to find entities."""
         self._check("token", "tags")
         texts = [self._clean(text) for text in _several(texts)]
         spans = [word_spans(text) for text in texts]
@@ -125,7 +125,7 @@ class Loaded:
         apply.say_cut(self._network, len(examples))
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """Which texts go through the model together, and their ids."""
+        """Yields, for each batch, the indices of its texts and their ids."""
         longest = self.model.config.positions - SPECIALS
         cut = 0
         with tqdm(total=len(texts), unit="text", delay=PATIENCE) as bar:
@@ -141,8 +141,8 @@ class Loaded:
 
 
 def load(path: str | Path) -> Loaded:
-    """The model of a run of train.py, of the result of a finetune.py, or of a folder in Hugging Face's format. Raises
-    ValueError where there is none that can be loaded."""
+    """The model of a train.py run, of a finetune.py result, or of a folder in Hugging Face's format. Raises ValueError
+    if there is none that can be loaded."""
     folder, name = Path(path), str(path)
     if (folder / "model/task.json").is_file():
         network, task, clean = apply.open_fine_tuned(folder)
@@ -174,9 +174,10 @@ def _several(texts: Sequence[str]) -> list[str]:
 def guess(
     trained: Trained | Loaded, ids: np.ndarray, masked: list[int], best: int = 3
 ) -> list[list[tuple[str, float]]]:
-    """ids: (n,) of a text, without specials; masked: the places in it that the model must not see.
+    """The `best` likeliest pieces, with their probabilities, for each masked place of a text.
 
-    Returns for each of those the `best` likeliest pieces, with their probabilities.
+    ids: (n,) of the text, without specials; masked: the indices that the model must not see. Raises ValueError if the
+    text is too long, or `best` is out of range.
     """
     positions = trained.model.config.positions
     if len(ids) > positions - SPECIALS:
@@ -190,7 +191,7 @@ def guess(
     device = next(trained.model.parameters()).device
     documents = Documents.from_bounds([0, len(tokens)], device)
     logits = trained.model(tokens.to(device), torch.arange(len(tokens)).to(device), documents, places.to(device))
-    # rows beyond the vocabulary are padding of the matrix: no text has them
+    # ids beyond the vocabulary are padding of the matrix: no text has them
     probabilities, pieces = logits[:, : trained.tokenizer.vocab_size].softmax(1).topk(best)
     return [
         [(trained.tokenizer.decode([piece]), p) for piece, p in zip(*row)]
@@ -199,10 +200,10 @@ def guess(
 
 
 def with_masks(trained: Trained | Loaded, text: str) -> tuple[np.ndarray, list[int]]:
-    """The ids of a text in which [MASK] stands for one piece each, and their places. ValueError where none stands.
+    """The ids of a text in which each [MASK] is one piece, and the places of these. Raises ValueError if it has none.
 
-    A piece begins with the space before it, so " [MASK]" is one: a space of its own before a word is nothing that a
-    model has seen."""
+    A piece includes the space before it, so " [MASK]" is one: no model has seen a separate space before a word.
+    """
     parts = text.replace(" [MASK]", "[MASK]").split("[MASK]")
     if len(parts) == 1:
         raise ValueError('the text has no [MASK]; write one where the model should guess, as in "for i in [MASK](10):"')

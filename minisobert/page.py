@@ -1,7 +1,7 @@
-"""What the page of `minisobert.playground` shows of a post, as HTML: a card for each model, and what is in it.
+"""The HTML that the page of `minisobert.playground` shows for a post: a card for each model.
 
-Whatever a person typed or a file holds (posts, classes, types of entities, names of models) goes through `shown`, so
-that a browser shows it and never obeys it. The rest is markup of this file. Nothing here needs gradio.
+All text from users and files (posts, classes, types of entities, names of models) goes through `shown`, so that a
+browser displays it and never executes it. All other markup comes from this file. Nothing here needs gradio.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from minisobert.inference import Entity, Loaded, guess, with_masks
 from minisobert.model import MaskedLM
 
 LONGEST = 100_000  # characters of a post; a post on Stack Overflow has up to 30,000
-TOKENS = 2_000  # that are drawn; a browser becomes slow beyond
-MASKS = 50  # at a time: each costs a row of the vocabulary's size
-LINES = 500  # of the box for texts to compare with; each goes through the model while a person waits
-NEAREST = 5  # texts shown
+TOKENS = 2_000  # tokens that are drawn; more make a browser slow
+MASKS = 50  # masks at a time: each costs a row of the vocabulary's size
+LINES = 500  # texts to compare with; each goes through the model while a person waits
+NEAREST = 5  # nearest texts shown
 SHOWN = 300  # characters of each
-COLOURS = 5  # that tokens take in turn; page.css has them
-GOLDEN = 137.5  # degrees between the colours of two types, which keeps any number of them apart
+COLOURS = 5  # colours that tokens take in turn; page.css defines them
+GOLDEN = 137.5  # degrees of hue between two types of entities; keeps any number of them apart
 
 HINT = "Paste a post: its tokens, and what each model makes of it, appear here."
 
-# what a browser would not show, or would obey by turning the order of letters around; half of a surrogate pair cannot
-# even be sent to it
+# characters that a browser would not show, or that reverse the order of letters; half of a surrogate pair cannot even
+# be sent to it
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 _MARKS = {" ": "<i>·</i>", "\t": "<i>⇥</i>", "\n": "<i>↵</i>"}
 
 
 def shown(text: str) -> str:
-    """A text as HTML that says what it says, and does nothing. Characters without a shape become their number."""
+    """A text escaped as HTML. Characters without a visible shape are shown by their number."""
     return _ODD.sub(lambda found: f'<i class="odd">U+{ord(found[0]):04X}</i>', escape(text))
 
 
@@ -52,7 +52,7 @@ def piece(text: str) -> str:
 
 
 class Mask(NamedTuple):
-    """What somebody clicked on: from which to which of the ids of a post, for one of the models."""
+    """A span of a post's ids that was clicked on, for one of the models."""
 
     model: int
     start: int
@@ -60,10 +60,10 @@ class Mask(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """Tokens that make up a text: mostly one; of a character that is spelt in bytes, all of its bytes."""
+    """Tokens that are shown as one: usually a single token, or all bytes of a character that is spelt in bytes."""
 
     text: str
-    start: int  # from which to which of the ids
+    start: int  # the ids [start, stop)
     stop: int
 
 
@@ -86,10 +86,10 @@ def tokens(
     typed: Collection[int],
     best: Sequence[str],
 ) -> str:
-    """The tokens of a text in a row, to be clicked on.
+    """The tokens of a text, to be clicked on.
 
-    model: its number, which a click sends back. ids: of the text; masked: the places among them that the model does not
-    see, in order; typed: those of them where the text itself says [MASK]; best: the likeliest piece for each of masked.
+    model: its number, which a click sends back. ids: of the text; masked: the indices that the model does not see, in
+    order; typed: those of them where the text itself has [MASK]; best: the likeliest piece for each of masked.
     """  # fmt: skip
     likeliest, parts = dict(zip(masked, best)), []
     for i, chip in enumerate(found):
@@ -108,8 +108,8 @@ def tokens(
 
 
 def bars(rows: Iterable[tuple[str, float]], chosen: Collection[str] = (), percent: bool = True, mark=shown) -> str:
-    """A row for each (name, share), its bar as long as the share, which is 1 at most. chosen: names that stand out.
-    mark: what makes HTML of a name."""
+    """A row for each (name, share), with a bar as long as the share, at most 1. chosen: names to highlight. mark: turns
+    a name into HTML."""
     parts = []
     for name, share in rows:
         kind = "row chosen" if name in chosen else "row"
@@ -150,20 +150,20 @@ def card(name: str, does: str, content: str) -> str:
 
 
 class Page:
-    """What is shown of a post by some models."""
+    """Makes the HTML for a post, with what some models say about it."""
 
     def __init__(self, models: Sequence[tuple[str, Loaded]], texts: Sequence[str] = (), best: int = 5):
-        """models: with their names. texts: those to compare a post with, beside what is typed. best: guesses for each
+        """models: with their names. texts: to compare a post with, in addition to those typed. best: guesses for each
         mask."""
         self.models, self.texts, self.best = models, tuple(texts), best
-        # a click on a word asks the models for its guesses, and nothing else that they have answered before
+        # cached, so that a click on a word only asks the models for its guesses
         self._answers = lru_cache(4 * len(models))(self._answer)
         self._vectors = lru_cache(4 * len(models))(self._embed)
-        # here, where a terminal shows how far it is: a file may be long
+        # embedded here, while a terminal can show progress: a file may be long
         self._ready = {i: self._embed(i, self.texts) for i, (_, model) in enumerate(models) if texts and _embeds(model)}
 
     def __call__(self, post: str, lines: str = "", masked: Collection[Mask] = ()) -> str:
-        """The HTML. lines: a text in each, to compare the post with. masked: what the models that guess do not see."""
+        """The HTML. lines: texts to compare the post with, one per line. masked: what the models must not see."""
         try:
             post = _checked(post, "the post")
             others = tuple(line for line in _checked(lines, "the list of texts").split("\n") if line.strip())
@@ -183,7 +183,7 @@ class Page:
         return "".join(parts)
 
     def _card(self, i: int, does: str, content: Callable[..., str], *args) -> str:
-        """The content, with what the library says of it, or else the reason why there is none."""
+        """A card with the content and what the library printed meanwhile, or the reason why there is no content."""
         with redirect_stderr(io.StringIO()) as said:
             try:
                 html = content(i, *args)
@@ -228,7 +228,7 @@ class Page:
             parts.append(note(f"the post has {count:,} tokens, of which the model reads the first {longest:,}"))
         parts += [] if places else [note("Click a word to mask it.")]
         blocks = []
-        for place in sorted(places, key=lambda place: -order.get(place, -1)):  # what was clicked on last comes first
+        for place in sorted(places, key=lambda place: -order.get(place, -1)):  # the last one clicked comes first
             was = "" if place in typed else model.tokenizer.decode([ids[place]])
             title = f"in place of <b>{piece(was)}</b>" if was else "for <b>[MASK]</b>"
             blocks.append(f"<div><h4>{title}</h4>{bars(rows[place], {was}, mark=piece)}</div>")
@@ -277,7 +277,7 @@ def _embeds(model: Loaded) -> bool:
 
 
 def _answers(question: Callable) -> bool:
-    """Whether a model can be asked this at all."""
+    """Whether a model supports this method."""
     try:
         question([])
     except ValueError:

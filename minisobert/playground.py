@@ -1,8 +1,8 @@
 """Try models: `python -m minisobert.playground RUN` opens a page to paste a post into (extra [page]), and
 `python -m minisobert.playground RUN "for i in [MASK](10):"` prints a model's guesses.
 
-The page is served to this machine alone unless --host says otherwise. It loads nothing from elsewhere and tells nobody
-that it runs.
+The page is served to this machine alone unless --host says otherwise. It loads nothing from other servers and reports
+nothing to them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ python -m minisobert.playground runs/base results/team --page
 """
 EXAMPLE = "How do I [MASK] a list in Python?\n\nfor i in range(10):\n    numbers.append(i)\n"
 
-# The browser itself refuses what is not from here. gradio's own scripts are inline, and it evaluates CLICKS.
+# With this the browser refuses content from elsewhere. gradio's own scripts are inline, and it evaluates CLICKS.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 CLICKS = """
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def serve(runs: list[str], texts: str | None, best: int, host: str, port: int | None) -> None:
-    """Serves the page until Ctrl-C. Raises ValueError where a model cannot be loaded, gradio is missing, or the address
-    is not free."""
+    """Serves the page until Ctrl-C. Raises ValueError if a model cannot be loaded, gradio is missing, or the address is
+    not free."""
     gradio = _gradio()
     if port is not None and not 1 <= port <= 65_535:
         raise ValueError(f"--port is {port:,}; it must be from 1 to 65,535")
@@ -94,7 +94,7 @@ def serve(runs: list[str], texts: str | None, best: int, host: str, port: int | 
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise ValueError(f"no page can be served at --host {host}, port {port or 'any'}: {reason(error)}") from None
-    # gradio asks its own address whether the page is up, and would send that through a proxy
+    # gradio asks its own address whether the page is up, and would send that request through a proxy
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", host]))
     page = Page([(run, load(run)) for run in runs], read(texts) if texts else (), best)
     blocks, look = build(gradio, page)
@@ -120,7 +120,7 @@ def _gradio():
 
 
 def build(gradio, page: Page):
-    """The page as gradio's Blocks, and how it looks, for `launch`."""
+    """The page as gradio's Blocks, and arguments of `launch` for how it looks."""
     from starlette.middleware import Middleware
 
     with gradio.Blocks(title="minisobert", analytics_enabled=False, fill_width=True) as blocks:
@@ -142,9 +142,9 @@ def build(gradio, page: Page):
             masked = [each for each in masked if each != mask] if mask in masked else [*masked, mask]
             return page(post, lines, masked), masked
 
-        click.__annotations__["event"] = gradio.EventData  # gradio looks for the name in this module, which has none
+        click.__annotations__["event"] = gradio.EventData  # gradio would look the name up in this module
 
-        def changed(post: str, lines: str):  # the places of the masks are those of the text before
+        def changed(post: str, lines: str):  # the masks were for the text before the change
             return page(post, lines), []
 
         one = {

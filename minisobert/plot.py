@@ -20,24 +20,24 @@ from minisobert.cli import Parser, command, printable
 from minisobert.training import meter
 from minisobert.training.run import read_metrics
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, of which no label on white
-# could be read; grey takes its place. A ninth run begins again, with dashes
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Grey replaces their yellow, which is illegible on
+# white. A ninth run starts over, with dashes
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1)))
-LONGEST = 40  # characters of a name that a label has room for
-FEW = 2  # runs, up to which the loss of each single step is drawn behind the smoothed line
+LONGEST = 40  # characters of a name that fit in a label
+FEW = 2  # up to so many runs, the loss of each step is drawn behind the smoothed line
 FONT = 9  # points
 EXAMPLES = """\
 python -m minisobert.plot runs/base
 python -m minisobert.plot runs/base runs/large --png both.png
 """
 TIMES = {"seconds": 1, "minutes": 60, "hours": 3_600, "days": 86_400}
-DOLLAR = r"\$"  # without the backslash two of them would begin and end a formula
+DOLLAR = r"\$"  # without the backslash, two of them would enclose a formula
 
 
 @dataclass
 class Curves:
-    """What a picture shows of one run: an array with a number for each step, NaN where there is none."""
+    """The curves of one run: arrays with a number for each step, NaN where there is none."""
 
     name: str
     color: str
@@ -66,7 +66,7 @@ def pyplot():
 
 
 def plot(runs: list[Path], path: Path, entropy: float | None = None) -> None:
-    """Training and held-out loss of the runs over tokens, as a PNG. entropy: in nats, drawn as a level beside them."""
+    """Training and held-out loss of the runs over tokens, as a PNG. entropy: a level in nats to draw beside them."""
     plt, curves = pyplot(), read_curves(runs)
     figure = plt.figure(figsize=(8, 4.5), layout="constrained")
     _large(figure, curves, entropy)
@@ -94,7 +94,7 @@ def plot_all(runs: list[Path], path: Path) -> None:
 
 
 def read_curves(runs: list[Path]) -> list[Curves]:
-    """Of runs in this order. Raises ValueError where one has no metrics."""
+    """The curves of the runs, in the same order. Raises ValueError if a run has no metrics."""
     curves = []
     for i, (run, name) in enumerate(zip(runs, names(runs))):
         lines = read_metrics(run)
@@ -117,7 +117,7 @@ def read_curves(runs: list[Path]) -> list[Curves]:
 
 
 def names(runs: list[Path]) -> list[str]:
-    """The end of each run's path: its folder, with those above it that tell it from the other runs; long ones cut in
+    """A name for each run: the last folders of its path, as many as tell it from the other runs. Long names are cut in
     the middle."""
     paths, found, half = [Path(os.path.abspath(run)).parts for run in runs], [], LONGEST // 2
     for path in paths:
@@ -129,7 +129,7 @@ def names(runs: list[Path]) -> list[str]:
 
 
 def moving_mean(values: list[float], width: int) -> list[float]:
-    """The mean of each value and the width - 1 before it, as far as there are so many and they are not NaN."""
+    """For each value, the mean of it and of the width - 1 values before it, without NaN and those before the first."""
     values = np.array(values, dtype=float)
     sums, counts = (np.concatenate([[0], np.cumsum(x)]) for x in (np.nan_to_num(values), ~np.isnan(values)))
     stop = np.arange(1, len(values) + 1)
@@ -143,7 +143,7 @@ def _drawable(run: Curves, x: str, y: str) -> bool:
 
 
 def _line(axes, run: Curves, x: np.ndarray, y: np.ndarray, **how):
-    """A line, or a dot where a single number is all there is."""
+    """Draws a line, or a dot if there is only one number."""
     single = np.isfinite(x + y).sum() == 1
     axes.plot(x, y, marker="." if single else "", color=run.color, linestyle=run.dashes, **how)
 
@@ -160,7 +160,7 @@ def _large(figure, curves: list[Curves], entropy: float | None = None) -> None:
         lines = {"training": run.smooth_loss, "held out": run.held_out}
         ends = [(np.flatnonzero(np.isfinite(y))[-1], name) for name, y in lines.items() if np.isfinite(y).any()]
         if len(curves) > 1:
-            # one label a run: at the line that goes further, or where both end together at the held-out one
+            # one label per run: at the line that ends later, or at the held-out one if both end together
             ends = sorted(ends, key=lambda end: end[0])[-1:]
         for last, name in ends:
             x, y = run.tokens[last], lines[name][last]
@@ -196,7 +196,7 @@ def _small(axes, curves: list[Curves], x: str, y: str, title: str) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
     if y == "grad_norm" and min(values) > 0 and max(values) > 30 * float(np.median(values)):
-        axes.set_yscale("log")  # or a spike would leave nothing to be seen of the rest
+        axes.set_yscale("log")  # else a spike would flatten the rest
 
 
 def _name(axes, title: str, below: str, size: int) -> None:
@@ -209,7 +209,7 @@ def _name(axes, title: str, below: str, size: int) -> None:
 
 
 def _scale(axes, x: str, longest: float, ticks: int = 4) -> None:
-    """Ticks with their units, and about so many of them."""
+    """Sets the unit of the x axis, and about so many ticks."""
     unit, factor = x, 1.0
     if x == "seconds":
         unit, factor = [(name, size) for name, size in TIMES.items() if longest >= 2 * size or size == 1][-1]
@@ -220,7 +220,7 @@ def _scale(axes, x: str, longest: float, ticks: int = 4) -> None:
 
 
 def _locator(factor: float, ticks: int):
-    """Round numbers of units, each of which is `factor` of what is drawn."""
+    """Ticks at round numbers of a unit, which is `factor` in what is drawn."""
     from matplotlib.ticker import MaxNLocator
 
     class Locator(MaxNLocator):
@@ -239,7 +239,7 @@ def short(number: float) -> str:
 
 
 def _label(figure, axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Writes each text at its place, the end of a line, moved up or down where two would cover each other."""
+    """Writes each text at its point, the end of a line, moved up or down so that none covers another."""
     from matplotlib.patheffects import withStroke
 
     texts = [
@@ -250,7 +250,7 @@ def _label(figure, axes, labels: list[tuple[float, float, str, str]]) -> None:
         )
         for x, y, text, color in labels
     ]  # fmt: skip
-    figure.canvas.draw()  # the layout makes room for the texts; only now is it known how large they are
+    figure.canvas.draw()  # lays out the figure with the texts; only now are their sizes known
     boxes = [text.get_window_extent() for text in texts]
     boxes = [(box.x0, box.x1, (box.y0 + box.y1) / 2, 1.1 * box.height) for box in boxes]
     low, high = axes.get_window_extent().intervaly
@@ -259,8 +259,8 @@ def _label(figure, axes, labels: list[tuple[float, float, str, str]]) -> None:
 
 
 def spread(boxes: list[tuple[float, float, float, float]], low: float, high: float) -> list[float]:
-    """The middles of boxes (left, right, middle, height), moved up and down by little until none covers another, in the
-    order of their middles and as far as possible between low and high."""
+    """The middles of boxes (left, right, middle, height), moved up or down a little until none covers another. They
+    keep their order, and stay between low and high as far as possible."""
     middles = [middle for _, _, middle, _ in boxes]
     order = sorted(range(len(boxes)), key=middles.__getitem__)
     for _ in range(500):

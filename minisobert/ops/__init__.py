@@ -1,4 +1,4 @@
-"""The operations that an encoder spends its time in, one file each: the formula, plain PyTorch, the public function."""
+"""The operations that an encoder spends its time in. Each file has a formula, a reference and the public function."""
 
 from minisobert.ops.add_norm import add_norm, add_norm_reference
 from minisobert.ops.attention import (

@@ -1,4 +1,4 @@
-"""What stands between two branches of a pre-LN encoder: add the branch to the residual stream, then normalise it.
+"""Between two branches of a pre-LN encoder: add the branch to the residual stream, then layer-normalise that.
 
     forward     r' = r + dropout(x + b)            μ, σ² = mean, variance of r' over h (biased)
                 x̂ = (r' - μ) / sqrt(σ² + ε)        n = w ∘ x̂ + c
@@ -42,10 +42,9 @@ def add_norm(
     eps: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """branch, residual: (T, h); bias (of the linear that made the branch), weight, norm_bias: (h,).
-    The biases may be None.
+    """branch, residual: (T, h); bias (of the linear before), weight, norm_bias: (h,). Both biases may be None.
 
-    Returns the new residual and its normal form, both (T, h). Raises ValueError on other shapes.
+    Returns the new residual and its layer-normed copy, both (T, h). Raises ValueError on other shapes.
     """
     if branch.dim() != 2 or branch.shape != residual.shape:
         raise ValueError(

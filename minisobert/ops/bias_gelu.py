@@ -1,10 +1,10 @@
-"""The bias of a linear and the GELU behind it (Hendrycks and Gimpel 2016), with z = x + b:
+"""The bias of a linear and the GELU after it (Hendrycks and Gimpel 2016), with z = x + b:
 
     erf     y = z Φ(z)                              dy/dz = Φ(z) + z φ(z)
     tanh    y = z/2 (1 + tanh u)                    dy/dz = (1 + tanh u)/2 + z/2 (1 - tanh² u) du/dz
             u = sqrt(2/π) (z + 0.044715 z³)
 
-Φ, φ: distribution and density of the standard normal. `tanh` is the approximation that Megatron-LM fuses.
+Φ, φ: distribution function and density of the standard normal. `tanh` is the approximation that Megatron-LM fuses.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     loss = log Σ_j exp(z_j) - z_t                   dz_j = (softmax(z)_j - [j = t]) · dloss
 
-Where the vocabulary is split over ranks, each has n columns of z, and the loss is made of three numbers of each slice,
-max z, z_t (0 where t is in another slice) and Σ exp(z - max z), which are reduced over the slices. For that there are
-`cross_entropy_parts` and `cross_entropy_gradient`, which know of no other slice; `parallel/tensor.py` joins them.
+If the vocabulary is split over ranks, each rank has n columns of z and computes three numbers per row: max z, z_t (0 if
+t is in another slice) and Σ exp(z - max z). Reducing them over the slices gives the loss. `cross_entropy_parts` and
+`cross_entropy_gradient` work on one slice; `parallel/tensor.py` joins them.
 
 Dimensions: M masked tokens, V vocabulary, n columns of a slice.
 """
@@ -47,8 +47,8 @@ def cross_entropy_gradient_reference(
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits: (M, V), targets: (M,) int64 in [0, V). Returns (M,) losses in nats, in fp32 (fp64 for fp64). M may be 0.
 
-    The logits hold their gradient after a backward pass on a GPU. Raises ValueError on other shapes or types; targets'
-    values are checked where they are made, on the host.
+    On a GPU the backward pass overwrites the logits with their gradient. Raises ValueError on other shapes or types.
+    The values of targets are checked on the host, where targets are made, and not here.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits is {tuple(logits.shape)}, targets {tuple(targets.shape)}; (M, V) and (M,) are needed")
@@ -61,10 +61,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row max z, z_t and Σ exp(z - max z), (M,) fp32 each; no gradient.
+    """max z, z_t and Σ exp(z - max z) of each row, (M,) fp32 each; no gradient.
 
-    logits: (M, n), the columns [first, first + n) of the vocabulary; targets: (M,) int64. z_t is 0 where the target is
-    not among the columns.
+    logits: (M, n), the columns [first, first + n) of the vocabulary; targets: (M,) int64. z_t is 0 if the target is not
+    among the columns.
     """
     implementation = cross_entropy_parts_reference
     if dispatch.takes_kernel(logits):
@@ -73,7 +73,7 @@ def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tupl
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss: Tensor, first: int = 0) -> Tensor:
-    """(softmax - onehot) d_loss, (M, n), on a GPU in the memory of logits. lse: (M,), log Σ exp(z) of whole rows."""
+    """(softmax - onehot) d_loss, (M, n); on a GPU it overwrites logits. lse: (M,), log Σ exp(z) of whole rows."""
     implementation = cross_entropy_gradient_reference
     if dispatch.takes_kernel(logits):
         from minisobert.ops.kernels.cross_entropy import cross_entropy_gradient as implementation

@@ -1,7 +1,7 @@
-"""Where an operation runs: CUDA tensors take the Triton kernel, all others the plain PyTorch beside it.
+"""Chooses how an operation runs: CUDA tensors take the Triton kernel, all others the plain-PyTorch reference.
 
-Each public function asks `takes_kernel` and imports its kernel by name only then, so that Triton, which not every
-machine has, is imported where it is used and nowhere else.
+Each public function calls `takes_kernel` and only then imports its kernel, by name. So Triton, which not every machine
+has, is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-HAVE_TRITON = find_spec("triton") is not None  # it exists for Linux alone; elsewhere GPUs take the reference too
+HAVE_TRITON = find_spec("triton") is not None  # Triton exists only for Linux; elsewhere GPUs take the reference too
 
 
 def takes_kernel(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of where an element stands, not a draw from a generator.
+"""Dropout whose mask is a hash of each element's place, not a draw from a generator.
 
     y = x * keep / (1 - p)         keep[i, j] = row_hash[i] * column_hash[j] >= round(p * 65,536) * 2**16 - 2**31
 
@@ -6,15 +6,16 @@
     column_hash[j] = lowbias32(j) | 1                        j: feature, or head * 2**24 + index of the key's token
     key            = a hash of (seed, step, layer, site)
 
-The product is that of signed 32-bit integers, which wraps. The mask of an element therefore depends neither on the
-layout (which rank, which micro-batch) nor on the order in which masks are made, and a backward pass can make it again
-instead of storing it. p is kept to 1/65,536.
+The product is one of signed 32-bit integers, and wraps. The mask of an element depends neither on the layout (which
+rank, which micro-batch) nor on the order in which masks are computed, and a backward pass can recompute it instead of
+storing it. p is rounded to 1/65,536.
 
-One multiplication per element is what attention can afford, and it is enough, because both factors are hashes. A random
-odd number times a fixed one is a random odd number, so every row and every column drops at the rate p. Two rows r and s
-meet a column c as r c and s c, which depend on each other through r / s alone; unless that is a fraction of small
-numbers, which for hashes it is not, such pairs fill the square evenly (Knuth, volume 2, 3.3.4, the spectral test). The
-tests look for what would show otherwise: pairs of rows and of columns, rectangles, and the largest singular value.
+One multiplication per element is all that attention can afford, and it is enough, because both factors are hashes. A
+random odd number times a fixed odd number is a random odd number, so every row and every column drops at the rate p. In
+column c, two rows r and s have the products r c and s c, which depend on each other only through r / s. Unless that is
+a fraction of small numbers, which hashes do not give, such pairs fill the square evenly (Knuth, volume 2, 3.3.4, the
+spectral test). The tests look for what would show otherwise: pairs of rows and of columns, rectangles, and the largest
+singular value.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from minisobert import hashing
 from minisobert.config import MOST_TOKENS
 from minisobert.ops import dispatch
 
-MASKS = 2  # version of the formula above: a run goes on with the one that it began with, or not at all
+MASKS = 2  # version of the formula above; a run can only be resumed with the one that it began with
 SITES = ("embedding", "attention", "attention_output", "ffn_output")
 
 
@@ -38,8 +39,9 @@ class Dropout:
 
     p: probability in [0, 1).
     keys: (layers, sites) int32 on the device, the bits of unsigned keys, made once per step; () for one site.
-    token_offset: index in the global batch of the first token at hand. head_offset: likewise of the first head.
-    row_offset: what to add for hidden states, where a rank has some tokens of them and all tokens in attention.
+    token_offset: index in the global batch of the first token at hand. head_offset: index in the model of the first
+    head. row_offset: added to token_offset for hidden states, if a rank has only some of their tokens, but all tokens
+    in attention.
     """
 
     p: float
@@ -65,7 +67,7 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """p in 65,536ths: the lowest so many of the values that 16 bits can have are dropped."""
+        """p in 65,536ths: as many values of a product's upper 16 bits are dropped, the lowest ones."""
         return min(round(self.p * 65_536), 65_535)
 
     @property
@@ -116,7 +118,7 @@ def _int32(x: Tensor) -> Tensor:
 
 
 def _lowbias32(x: Tensor) -> Tensor:
-    """`hashing.lowbias32` on int32 tensors: products wrap; an arithmetic right shift needs its sign bits cut off."""
+    """`hashing.lowbias32` on int32 tensors: products wrap; an arithmetic right shift has its sign bits masked."""
     x = x ^ (x >> 16 & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15 & 0x1FFFF)

@@ -1,1 +1,1 @@
-"""Several processes, one trajectory. Everything that talks to another process is in this folder."""
+"""Training on several processes, with the same trajectory. All communication between ranks is in this folder."""

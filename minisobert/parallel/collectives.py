@@ -1,16 +1,16 @@
-"""Collectives that gradients pass through, in conjugate pairs: what is one's forward is the other's backward.
+"""Collectives that gradients pass through, in conjugate pairs: the forward of one is the backward of the other.
 
     name, as in Megatron-LM                       forward           backward
     f   (copy to tensor parallel)                 identity          all-reduce         before a column layer
     g   reduce_from_tensor_parallel               all-reduce        identity           after a row layer
     ḡ   reduce_scatter_to_sequence_parallel       reduce-scatter    all-gather         after a row layer
         (gather into tensor parallel)             all-gather        reduce-scatter     before a column layer
-        gather_from_sequence_parallel             all-gather        own slice          before what every rank computes
+        gather_from_sequence_parallel             all-gather        own slice          before layers that are not split
 
-The first two serve plain tensor parallelism (Shoeybi et al. 2019, whose names f and g are), the next two sequence
-parallelism (Korthikanti et al. 2022). All act along dimension 0, tokens, within one tensor group. The two in brackets
-are not functions here: a column layer does their work itself, so that it can compute the gradient of its weight
-meanwhile (`tensor.py`).
+The first two serve plain tensor parallelism (Shoeybi et al. 2019, who named f and g), the next two sequence parallelism
+(Korthikanti et al. 2022). All act along dimension 0, the tokens, within one tensor group. The two in brackets are not
+functions here: a column layer does their work itself, so that it can compute its weight's gradient at the same time
+(`tensor.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 
 
 def all_gather(x: Tensor, mesh: Mesh) -> Tensor:
-    """(n, …) of each rank → (tensor_parallel · n, …)."""
+    """(n, …) from each rank → (tensor_parallel · n, …)."""
     out = x.new_empty((mesh.tensor_parallel * len(x), *x.shape[1:]))
     all_gather_into(out, x.contiguous(), group=mesh.tensor_group)
     return out
@@ -70,7 +70,7 @@ class _ReduceInPlace(torch.autograd.Function):
 
 
 def reduce_from_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
-    """x is overwritten, and is returned: it is what a layer has just made, and nobody else's."""
+    """Sums x in place and returns it: x is the output that a layer has just computed, and nothing else uses it."""
     return _ReduceInPlace.apply(x, mesh)
 
 

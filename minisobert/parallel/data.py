@@ -1,19 +1,19 @@
-"""Data parallelism: every rank has other rows, and their gradients are summed before a step.
+"""Data parallelism: each rank has rows of its own, and the gradients are summed over the ranks before a step.
 
-All parameters of a rank lie in one flat buffer and their gradients in another, in the order in which a backward pass
-makes them, last layer first. The buffers are cut into buckets, and one collective sums the gradients of a whole bucket:
+All parameters of a rank are in one flat buffer and their gradients in another, in the order in which a backward pass
+computes gradients, last layer first. The buffers are cut into buckets, and one collective sums a whole bucket:
 
     gradients   | ffn_output … qkv  block 1 | ffn_output … qkv  block 0 |  embeddings    |
                 |        bucket 0           |        bucket 1           |   bucket 2     |
                   summed while block 0's backward runs ───┘
 
 `Gradients` is the simple version: it sums everything after the backward pass. `OverlappedGradients` sums each bucket as
-soon as its last gradient is there, during the last backward pass of a step, and gives the same bits.
+soon as its gradients are complete, during the last backward pass of a step, and gives the same bits.
 
 With a sharded optimizer (ZeRO stage 1, Rajbhandari et al. 2020) each rank owns 1/data_parallel of every bucket. It
-receives the sum of its own share only (reduce-scatter), steps with it, and an all-gather puts the new parameters
-together. These are the two halves of an all-reduce with the step in between: no extra bytes, and each rank stores only
-its share of the optimizer state.
+receives the sum of its own share only (reduce-scatter) and updates that share of the parameters; an all-gather then
+gives the new parameters to all ranks. These are the two halves of an all-reduce with the step in between: no extra
+bytes, and each rank stores only its share of the optimizer state.
 
     data_parallel 2    bucket 0: | rank 0 | rank 1 |    bucket 1: | rank 0 | rank 1 |    …
 """
@@ -32,18 +32,18 @@ from minisobert.parallel import splits
 from minisobert.parallel.collectives import all_gather_into, reduce_scatter_into
 from minisobert.parallel.mesh import Mesh
 
-BUCKET = 1 << 24  # elements, 64 MB of gradients: enough that a collective's latency does not count
-ALIGN = 64  # elements: every parameter begins where matrix units and 16-byte loads like it
+BUCKET = 1 << 24  # elements, 64 MB of gradients: enough that a collective's latency does not matter
+ALIGN = 64  # elements: parameters begin at multiples of it, for matrix units and 16-byte loads
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Elements [start, stop) of the flat buffers, of whole parameters and a little padding."""
+    """Elements [start, stop) of the flat buffers: whole parameters and a little padding."""
 
     start: int
     stop: int
     names: tuple[str, ...]
-    by_tokens: bool  # each tensor-parallel rank has the gradients of its own tokens alone
+    by_tokens: bool  # each tensor-parallel rank has the gradients of its own tokens only
 
     def share(self, rank: int, ranks: int) -> slice:
         size = (self.stop - self.start) // ranks
@@ -53,7 +53,7 @@ class Bucket:
 def lay_out(
     sizes: dict[str, int], data_parallel: int, sequence_parallel: bool = False
 ) -> tuple[dict[str, slice], list[Bucket]]:
-    """Where each parameter lies in the flat buffers, and their buckets.
+    """The place of each parameter in the flat buffers, and the buckets.
 
     sizes: elements of each parameter, in the order of the model.
     """
@@ -61,7 +61,7 @@ def lay_out(
     places: dict[str, slice] = {}
     buckets: list[Bucket] = []
     at = 0
-    for last in (False, True):  # those whose gradients are summed over tokens come last
+    for last in (False, True):  # parameters whose gradients are summed over tokens come last
         names = [name for name in reversed(sizes) if (name in by_tokens) == last]
         start, inside = at, []
         for name in names:
@@ -76,14 +76,14 @@ def lay_out(
 
 
 class FlatParameters:
-    """The parameters of a model in one buffer of `dtype`, as views, and an fp32 buffer for their gradients.
+    """One buffer of `dtype` for a model's parameters, which become views of it, and an fp32 one for their gradients.
 
-    Backward passes add to `gradients`, whatever the dtype of the parameters, until somebody zeroes it.
-    places: where each parameter lies in both.
+    Backward passes add to `gradients`, whatever the dtype of the parameters, until it is zeroed. places: where each
+    parameter is in both.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, mesh: Mesh, sequence_parallel: bool = False):
-        """model: in fp32, on its device, already sharded by `tensor.shard`."""
+        """model: in fp32, on its device, already split by `tensor.shard`."""
         self.parameters = dict(model.named_parameters())
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self.places, self.buckets = lay_out(sizes, mesh.data_parallel, sequence_parallel)
@@ -92,13 +92,13 @@ class FlatParameters:
         self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
 
     def adopt(self) -> None:
-        """From here on the model's parameters are views of `weights`, and their gradients go to `gradients`."""
+        """Makes the model's parameters views of `weights`, and from then on sends their gradients to `gradients`."""
         for name, parameter in self.parameters.items():
             view = self.weights[self.places[name]].view(parameter.shape)
             view.copy_(parameter.detach())
             parameter.data = view
             if parameter.dtype == torch.float32:
-                parameter.grad = self.gradient(name)  # autograd adds to a gradient that is there, in place
+                parameter.grad = self.gradient(name)  # autograd adds in place to a gradient that exists
             else:
                 parameter.register_post_accumulate_grad_hook(partial(_move_gradient, self.gradient(name)))
 
@@ -106,7 +106,7 @@ class FlatParameters:
         return self.gradients[self.places[name]].view(self.parameters[name].shape)
 
     def owned(self, rank: int, ranks: int) -> Iterator[tuple[str, int, slice]]:
-        """What of the parameters lies in one rank's shares: (name, first element of it, place in the buffers)."""
+        """The parts of parameters in one rank's shares: (name, first element of it, place in the buffers)."""
         for bucket in self.buckets:
             share = bucket.share(rank, ranks)
             for name in bucket.names:
@@ -121,14 +121,14 @@ class Gradients:
 
     def __init__(self, flat: FlatParameters, mesh: Mesh, sharded: bool = False):
         self.flat, self.mesh, self.sharded = flat, mesh, sharded
-        self.rank_norms: dict[str, Tensor] = {}  # of this rank's own gradients, to find out who made a NaN
+        self.rank_norms: dict[str, Tensor] = {}  # norms of this rank's own gradients, to find the origin of a NaN
 
     def before_last_backward(self) -> None:
-        """To be called before the backward pass after which the gradients are complete."""
+        """Call this before the backward pass after which the gradients are complete."""
         self.rank_norms = {}
 
     def sum(self) -> None:
-        """Sums all buckets. With a sharded optimizer this rank's shares alone hold the sum then."""
+        """Sums all buckets. With a sharded optimizer, only this rank's shares hold the sum afterwards."""
         for bucket in self.flat.buckets:
             work = self._start(bucket)
             if work:
@@ -148,11 +148,11 @@ class Gradients:
         return dist.all_reduce(gradients, group=self.mesh.data_group, async_op=True)
 
     def gather_parameters(self) -> None:
-        """Puts the parameters together again of which each rank has new values for its shares."""
+        """Gathers the parameters from the ranks, each of which has updated its own shares."""
         self._gather(self.flat.weights, self.flat.buckets)
 
     def gather(self, wanted: Callable[[str], bool]) -> None:
-        """Puts together the buckets of gradients that hold a wanted parameter, of which each rank has its shares."""
+        """Gathers the buckets of gradients that hold a wanted parameter, of which each rank has its own shares."""
         self._gather(self.flat.gradients, [b for b in self.flat.buckets if any(map(wanted, b.names))])
 
     def _gather(self, buffer: Tensor, buckets: list[Bucket]) -> None:
@@ -166,11 +166,11 @@ class Gradients:
 
 
 class OverlappedGradients(Gradients):
-    """Starts on a bucket as soon as its gradients are there, while the backward pass goes on with earlier layers."""
+    """Starts to sum a bucket once its gradients are complete, while the backward pass goes on with earlier layers."""
 
     def __init__(self, flat: FlatParameters, mesh: Mesh, sharded: bool = False):
         super().__init__(flat, mesh, sharded)
-        self._missing: list[int] = []  # per bucket, gradients that have not come yet; empty: do not start
+        self._missing: list[int] = []  # per bucket, the number of gradients still to come; empty: do not start
         self._works: list[dist.Work | None] = []
         for i, bucket in enumerate(flat.buckets):
             for name in bucket.names:
@@ -183,7 +183,7 @@ class OverlappedGradients(Gradients):
     def _arrived(self, bucket: int) -> None:
         if self._missing:
             self._missing[bucket] -= 1
-            # in the order of the buckets, which is the same on all ranks, and so must the collectives be
+            # in the order of the buckets: all ranks must start the collectives in the same order
             while (at := len(self._works)) < len(self._missing) and not self._missing[at]:
                 self._works.append(self._start(self.flat.buckets[at]))
 

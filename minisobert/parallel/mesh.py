@@ -1,7 +1,7 @@
-"""Which process this is among those that torchrun started, on which device, and with whom it shares what.
+"""The mesh: the rank and device of this process, and the groups of ranks with which it communicates.
 
-World size = data_parallel × tensor_parallel. Ranks that share one model, tensor_parallel of them, are neighbours, since
-they talk in every layer and should sit in one machine; ranks that hold the same slice of it on other data stand
+World size = data_parallel × tensor_parallel. The tensor_parallel ranks that share one model are neighbours, since they
+communicate in every layer and should be on one machine. Ranks that hold the same slice for other data are
 tensor_parallel apart:
 
     data_parallel 2, tensor_parallel 4        tensor groups    0 1 2 3 | 4 5 6 7
@@ -22,7 +22,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # later, its default arguments would keep the default group for ever
+import torch.distributed.nn.functional  # imported later, its default arguments would keep the default group forever
 from torch import Tensor
 
 from minisobert.cli import nearest, words
@@ -34,12 +34,12 @@ TURN = 0.2  # seconds, well below any --timeout
 
 
 class KnownToAll(Exception):
-    """Raised by all ranks alike, which then leave the mesh together, as they do when a run has finished."""
+    """Raised on all ranks, which then leave the mesh together, as at the end of a run."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """An explicit object that is handed to whoever needs it; there is no global one. World size one costs nothing."""
+    """An explicit object, passed where it is needed; there is no global mesh. World size one costs nothing."""
 
     rank: int = 0
     data_parallel: int = 1
@@ -64,17 +64,17 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Of all processes, the one that prints and writes."""
+        """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
     def sum_over_data(self, x: Tensor) -> Tensor:
-        """x summed, in place, over the ranks that have other data; every one gets the same bits."""
+        """Sums x in place over the data group, the ranks with other data. All get the same bits."""
         if self.data_parallel > 1:
             dist.all_reduce(x, group=self.data_group)
         return x
 
     def sum_over_slices(self, x: Tensor) -> Tensor:
-        """x summed, in place, over the ranks that share one model."""
+        """Sums x in place over the tensor group, the ranks that share one model."""
         if self.tensor_parallel > 1:
             dist.all_reduce(x, group=self.tensor_group)
         return x
@@ -94,10 +94,10 @@ class Mesh:
         return x.tolist()
 
     def wait_for_all(self, work: Future | None = None) -> None:
-        """Until all processes are here and have done the work that each may have in a background thread.
+        """Waits until all processes are here and the background work of each, if it has any, is done.
 
-        A disk may take longer than --timeout. A process that waits for its own work comes to a meeting every TURN
-        seconds, so that others do not take it for one that is gone; one that is gone is still missed in time.
+        A disk may take longer than --timeout. So a process that waits for its own work comes to a meeting every TURN
+        seconds, and is not taken for a lost one. A process that is lost is still missed in time.
         """
         working = True
         while working:
@@ -107,11 +107,11 @@ class Mesh:
 
 
 def from_torchrun(name: str, otherwise: int) -> int:
-    """One of the numbers that torchrun puts into the environment of the processes it starts."""
+    """One of the numbers that torchrun puts into the environment of its processes."""
     return int(os.environ.get(name, otherwise))
 
 
-# (started by, how many, which of them). Not SLURM_NTASKS: a batch script has it too, which runs once
+# (started by, number of processes, which of them). Not SLURM_NTASKS, which a batch script has too, though it runs once
 _TASKS = (
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -120,10 +120,10 @@ _TASKS = (
 
 
 def check_launch() -> None:
-    """Raises ValueError where this is one of several processes that were not started by torchrun: each would believe
-    that it is alone. All but the first just leave, with its exit status."""
+    """Raises ValueError if this is one of several processes that torchrun did not start: each would train as if it were
+    alone. All but the first just exit, with the same status."""
     if "WORLD_SIZE" in os.environ or os.isatty(0):
-        return  # a terminal in a job of several tasks has their variables, and is one process
+        return  # a terminal in a job of several tasks has their variables, but is one process
     for starter, size, rank in _TASKS:
         tasks, which = (int(os.environ.get(name) or otherwise) for name, otherwise in ((size, 1), (rank, 0)))
         if tasks > 1:
@@ -139,7 +139,7 @@ def check_launch() -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError where the device has no such products."""
+    """Raises ValueError if the device does not support it."""
     if precision == "bf16-products":
         if torch.cuda.is_available():
             raise ValueError("--precision bf16-products is for CPUs; choose bf16, which GPUs are fastest in")
@@ -148,7 +148,7 @@ def check_precision(precision: str) -> None:
 
 
 def _divided(model: ModelConfig, world: int, row_tokens: int) -> dict[str, int]:
-    """All that tensor parallelism splits; tokens with sequence parallelism, which any layout may add."""
+    """The sizes that tensor_parallel must divide, with tokens for sequence parallelism, which any layout may add."""
     return {
         "processes": world, "attention heads": model.heads, "hidden": model.hidden, "ffn": model.ffn,
         "vocabulary": model.vocabulary, "tokens of a row": row_tokens,
@@ -156,12 +156,12 @@ def _divided(model: ModelConfig, world: int, row_tokens: int) -> dict[str, int]:
 
 
 def tensor_parallel_sizes(model: ModelConfig, world: int, row_tokens: int) -> list[int]:
-    """That `world` processes and the model's sizes can be divided by."""
+    """The numbers that divide `world` and the model's sizes."""
     return [n for n in range(1, world + 1) if not any(size % n for size in _divided(model, world, row_tokens).values())]
 
 
 def check_layout(model: ModelConfig, world: int, tensor_parallel: int, row_tokens: int) -> None:
-    """Raises ValueError, with the sizes that fit everything, where model or processes cannot be split so."""
+    """Raises ValueError, with the sizes that fit everything, if the model or the processes cannot be split this way."""
     choices = tensor_parallel_sizes(model, world, row_tokens)
     if tensor_parallel not in choices:
         unfit = [f"{n:,} {name}" for name, n in _divided(model, world, row_tokens).items() if n % tensor_parallel]
@@ -173,13 +173,13 @@ def check_layout(model: ModelConfig, world: int, tensor_parallel: int, row_token
 
 @contextmanager
 def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
-    """The mesh of torchrun's variables, or of one process where there are none. NCCL on GPUs, gloo on CPUs.
+    """The mesh that torchrun's variables describe, or one of a single process without them. NCCL on GPUs, gloo on CPUs.
 
-    timeout: seconds after which all end when one has died or does not come, with a line that names it, or when torchrun
-    has died.
+    timeout: seconds within which all processes end if one dies or does not come, with a line that names it, or if
+    torchrun dies.
 
-    A block that ends without an exception leaves no thread behind. One that comes back into Python while the
-    interpreter is being taken down aborts the process (SIGABRT), and a run that has finished would seem to have failed.
+    A block that ends without an exception leaves no thread behind. A thread that comes back into Python while the
+    interpreter shuts down aborts the process (SIGABRT), and a finished run would seem to have failed.
     """
     with ParentWatch(timeout) if "TORCHELASTIC_RUN_ID" in os.environ else nullcontext():
         yield from _start(tensor_parallel, timeout)
@@ -188,8 +188,8 @@ def start(tensor_parallel: int = 1, timeout: float = 600.0) -> Iterator[Mesh]:
 def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
     rank, local, world = (from_torchrun(name, n) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if tensor_parallel > 1:
-        # the device then begins what it is given in the order of the calls: an all-reduce before the product that is to
-        # hide it, and not behind. Read when the device is first used
+        # makes the device begin work in the order of the calls: an all-reduce before, not after, the product that is to
+        # hide it. Read when the device is first used
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else CPU
@@ -203,7 +203,7 @@ def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
     store = store_of_this_attempt(store, rank, world, timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None,
-        # the device waits longer: the hosts, which can name who is missing, give up first
+        # the device waits longer, so that the hosts, which can name the missing rank, give up first
         timeout=timedelta(seconds=2 * timeout if cuda else patience(timeout)),
     )  # fmt: skip
     roll_call, failure = RollCall(store, rank, world, timeout), None
@@ -220,10 +220,10 @@ def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
         roll_call.give_up(error)
     finally:
         roll_call.stop.set()
-        roll_call.join(timeout)  # it may have asked the store, which answers late on a busy machine
-    # gloo's threads let go of their last tensors, for which they need Python, and end with the last reference to their
-    # group. Parameters' hooks keep the mesh for ever, so it lets go of them. Not after an exception: the threads wait
-    # for work that is under way, and thus for other ranks, which may never come
+        roll_call.join(timeout)  # it may be waiting for the store, which is slow on a busy machine
+    # gloo's threads release their last tensors, for which they need Python, and end with the last reference to their
+    # group. Parameters' hooks keep the mesh forever, so it drops its groups. Other exceptions do not get here: the
+    # threads wait for work under way, and thus for other ranks, which may never come
     dist.destroy_process_group()
     vars(mesh).update(data_group=None, tensor_group=None, hosts=None)
     if failure:
@@ -231,7 +231,7 @@ def _start(tensor_parallel: int, timeout: float) -> Iterator[Mesh]:
 
 
 def _with_groups(mesh: Mesh, timeout: float) -> Mesh:
-    """All ranks make all groups, in one order, but for one that all ranks are in: each takes memory on the device."""
+    """All ranks create all groups, in one order. A group of all ranks is the default one: each takes device memory."""
     ranks = torch.arange(mesh.world).view(mesh.data_parallel, mesh.tensor_parallel)
     wait = timedelta(seconds=patience(timeout))
     device_wait = timedelta(seconds=2 * timeout) if mesh.device.type == "cuda" else wait
@@ -247,7 +247,7 @@ def _with_groups(mesh: Mesh, timeout: float) -> Mesh:
 
 
 def _processes(mesh: Mesh) -> list[Process]:
-    """Those of all ranks."""
+    """The processes of all ranks."""
     found = [None] * mesh.world
     dist.all_gather_object(found, Process.own(), group=mesh.hosts)
     return found

@@ -1,14 +1,14 @@
-"""The roll call: when a collective times out, which process is to blame? And how the processes of a failed job end.
+"""The roll call: which process is to blame when a collective times out, and how the processes of a failed job end.
 
-A process that has died and one that hangs look the same to those that wait for them. So the first process to give up
-starts a roll call through torchrun's store. A background thread in each process answers with the number of per-step
-exchanges ("meetings") that its process has completed. A rank that does not answer is dead or stopped; one that answers,
-but has completed fewer than the others, hangs. The line that says so appears within --timeout, so processes wait for
-each other for somewhat less (`patience`).
+A dead process and one that hangs look the same to those that wait for them. So the first process to give up starts a
+roll call through torchrun's store. A background thread in each process answers with the number of per-step exchanges
+("meetings") that its process has completed. A rank that does not answer is dead or stopped; one that answers, but has
+completed fewer than the others, hangs. The line that says so appears within --timeout, so processes wait for each other
+for somewhat less (`patience`).
 
-Those that are left end, and torchrun then sends the others SIGTERM. A stopped process does not react to that, and
-torchrun would wait 30 seconds before it sends SIGKILL. So the processes on the same machine kill it at once (`kill`).
-Where it is torchrun that has died, its processes save and end by themselves (`ParentWatch`).
+The processes that answered exit, and torchrun then sends SIGTERM to the others. A stopped process does not react to it,
+and torchrun would send SIGKILL only after 30 seconds. So the processes on the same machine kill it at once (`kill`). If
+torchrun itself dies, its processes save and exit by themselves (`ParentWatch`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ import torch.distributed as dist
 
 from minisobert.cli import words
 
-ROLL_CALL = 4.0  # seconds in which who is alive has to answer; fewer where --timeout is short
-POLL = 0.5  # seconds between two looks whether the roll is called, or torchrun gone
+ROLL_CALL = 4.0  # seconds to answer a roll call; fewer if --timeout is short
+POLL = 0.5  # seconds between two checks for a roll call, or for the end of torchrun
 
 
 def store_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """The part of torchrun's store that this attempt of the job uses alone.
+    """The part of torchrun's store that only this attempt of the job uses.
 
-    torchrun restarts a job whose process died, with the same store, in which the addresses of the dead processes still
-    are; and the agents of several machines may count attempts differently. So the first rank makes up a name for the
-    attempt and hands it to each rank that is here now. An example, in which rank 1 died once before:
+    torchrun restarts a failed job with the same store, which still holds the addresses of the dead processes, and the
+    agents on several machines may count attempts differently. So rank 0 makes up a name for the attempt and gives it
+    to each rank that is here now. An example, in which rank 1 died once before:
 
-        here/1 = "old"                     left over: rank 0 may answer it, and nobody reads that answer
+        here/1 = "old"                     left over: rank 0 may answer it, but no rank reads the answer
         here/1 = "n1"                      the new rank 1 says that it is here
         attempt/1/n1 = "a0"                rank 0 gives it the name "a0"
-        seen/1/a0                          rank 1 has it. When all have, everybody uses the keys a0/…
+        seen/1/a0                          rank 1 has the name. When all have, they use the keys a0/…
     """
     attempt = nonce = secrets.token_hex(8)
     store.set(f"here/{rank}", nonce)
@@ -63,12 +63,12 @@ def store_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: flo
 
 
 class Process(NamedTuple):
-    """Which process on which machine a rank is."""
+    """The process of a rank, and its machine."""
 
-    host: str  # as a person calls the machine
-    machine: str  # the boot of its kernel and the namespace of its pids; "" where the system has no /proc
+    host: str  # the machine's name
+    machine: str  # boot id of the kernel and namespace of pids; "" on a system without /proc
     pid: int
-    started: str  # when; a pid that has become free is given to another process
+    started: str  # when; a pid can be reused by another process
 
     @classmethod
     def own(cls) -> Process:
@@ -79,7 +79,7 @@ class Process(NamedTuple):
 
 
 def _started(pid: int) -> str:
-    """In ticks since the machine started; "" for a pid that no process has, and without /proc."""
+    """When a process started, in ticks since the machine did; "" if no process has the pid, or without /proc."""
     with suppress(OSError):
         # proc(5): the start is field 22. The name before ")" may hold spaces; field 3 is the first after it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[22 - 3]
@@ -87,9 +87,9 @@ def _started(pid: int) -> str:
 
 
 def kill(process: Process) -> None:
-    """SIGKILL for a process of this machine, if it is still there."""
+    """Sends SIGKILL to a process on this machine, if it still exists."""
     with suppress(OSError):  # it has ended, or this system has no such handles
-        # a handle stays with its process, whoever gets the pid later. So nobody else can take the signal
+        # a handle stays with its process even if the pid is reused, so no other process gets the signal
         handle = os.pidfd_open(process.pid)
         if _started(process.pid) == process.started:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -101,16 +101,16 @@ def seconds_to_answer(timeout: float) -> float:
 
 
 def patience(timeout: float) -> float:
-    """Seconds that a process waits for others, so that the roll call ends within `timeout`."""
+    """Seconds that a process waits for others, short enough that the roll call ends within `timeout`."""
     return max(timeout - seconds_to_answer(timeout) - 2 * POLL, timeout / 2)
 
 
 class ParentWatch(threading.Thread):
-    """Ends this process within `timeout` seconds of a sudden end of the torchrun that started it.
+    """Ends this process within `timeout` seconds after the torchrun that started it has died.
 
-    Without torchrun the processes could train on, but nobody would see or stop them, and the same command given again
-    would find the run's folder in use. So this process sends itself the SIGTERM that torchrun should have sent: a run
-    saves after its step, and all processes leave, also those on machines whose torchrun is alive.
+    Without torchrun the processes could continue to train, but nobody would see or stop them, and the same command
+    given again would find the run's folder in use. So this process sends itself the SIGTERM that torchrun should have
+    sent. The run saves after its step and all processes exit, also those on machines whose torchrun is alive.
     """
 
     def __init__(self, timeout: float):
@@ -142,7 +142,7 @@ class RollCall(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float):
         super().__init__(daemon=True, name="roll-call")
         self.store, self.rank, self.world, self.seconds = store, rank, world, seconds_to_answer(timeout)
-        self.processes: list[Process] = []  # of all ranks, as soon as they have told each other
+        self.processes: list[Process] = []  # of all ranks, once they have been exchanged
         self.meetings, self.stop = 0, threading.Event()
 
     def run(self) -> None:
@@ -161,11 +161,11 @@ class RollCall(threading.Thread):
         self.store.set(f"alive/{self.rank}", str(self.meetings))
 
     def came(self, ranks: Iterable[int]) -> dict[int, int]:
-        """Which of them have answered, and how many meetings each has completed."""
+        """The ranks that have answered, with the number of meetings that each has completed."""
         return {r: int(self.store.get(f"alive/{r}")) for r in ranks if self.store.check([f"alive/{r}"])}
 
     def neighbours(self) -> list[int]:
-        """The ranks on this machine, as far as that can be told."""
+        """The ranks on this machine, as far as known."""
         own = Process.own().machine
         return [rank for rank, process in enumerate(self.processes) if own and process.machine == own]
 
@@ -175,8 +175,8 @@ class RollCall(threading.Thread):
                 kill(self.processes[rank])
 
     def give_up(self, error: RuntimeError) -> None:
-        """Ends the process. The first one to get here calls the roll and prints which rank is to blame."""
-        # in a thread, since a store on a machine that cannot be reached keeps who asks it for many minutes
+        """Ends the process. The first process to get here calls the roll and prints which rank is to blame."""
+        # in a thread, since a request to a store on an unreachable machine blocks for many minutes
         call = _Call(self)
         call.start()
         call.join(self.seconds + POLL)
@@ -190,8 +190,8 @@ class RollCall(threading.Thread):
         if call.came is not None:
             self.kill_missing(call.came)
         if self.rank == 0:
-            time.sleep(2)  # it may keep the store, in which others still look
-        os._exit(1)  # threads and other processes that hang must not hold this one
+            time.sleep(2)  # it may host the store, which others still read
+        os._exit(1)  # threads and other processes that hang must not delay this exit
 
     def verdict(self, came: dict[int, int] | None) -> str:
         if came is None:
@@ -212,29 +212,29 @@ class RollCall(threading.Thread):
 
 
 class _Call(threading.Thread):
-    """Calls the roll, and asks after a while who came."""
+    """Calls the roll and, after a while, collects the answers."""
 
     def __init__(self, roll_call: RollCall):
         super().__init__(daemon=True)
         self.roll_call = roll_call
-        self.first, self.came = True, None  # as long as the store has not answered
+        self.first, self.came = True, None  # until the store has answered
 
     def run(self) -> None:
         with suppress(RuntimeError, OSError):  # the store is gone
             self.first = self.roll_call.store.add("roll-call", 1) == 1
             self.roll_call.answer()
             time.sleep(self.roll_call.seconds)
-            # where each of many asked after all, the store would be busy for seconds
+            # if each of many processes asked for all ranks, the store would be busy for seconds
             self.came = self.roll_call.came(range(self.roll_call.world) if self.first else self.roll_call.neighbours())
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # whoever read it is gone
-        print("\n" + line, file=sys.stderr, flush=True)  # below the bar
+    with suppress(OSError):  # the reader of standard error is gone
+        print("\n" + line, file=sys.stderr, flush=True)  # below the progress bar
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether the error is a collective's: gloo raises plain RuntimeErrors."""
+    """Whether a collective raised the error; gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 

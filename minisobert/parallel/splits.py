@@ -1,13 +1,13 @@
 """Which parameters are split over tensor-parallel ranks, and along which dimension: one table.
 
-    column   W (out, in) and its bias by outputs      each rank makes some of the outputs
-    gated    W (2 out, in) likewise, each half        each rank makes the same outputs of either half
-    row      W (out, in) by inputs, bias whole        each rank makes a part of the sum in every output
+    column   W (out, in) and its bias by outputs      each rank computes some of the outputs
+    gated    W (2 out, in) likewise, each half        each rank computes the same outputs of either half
+    row      W (out, in) by inputs, bias whole        each rank computes a part of the sum in every output
     vocab    by vocabulary entries                    each rank has some of the words
 
-A column layer followed by a row layer needs no communication between them: what one rank's slice of the first makes is
-what its slice of the second takes. Attention heads (of qkv) and MLP features (of ffn_input, and of either half of
-gated_ffn_input) are split so.
+A column layer followed by a row layer needs no communication between them: the outputs of a rank's slice of the first
+are the inputs of its slice of the second. Attention heads (in qkv) and MLP features (in ffn_input, or in either half
+of gated_ffn_input) are split this way.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SPLITS = {
     r"encoder\.blocks\.\d+\.ffn_output": "row",
     r"mlm_head\.decoder": "vocab",
 }
-# With sequence parallelism these see the tokens of their rank alone: their gradients are summed over the ranks. (A row
-# layer's bias is added after the reduction, to those tokens.)
+# With sequence parallelism these parameters see only the tokens of their rank, so their gradients are summed over the
+# ranks. (A row layer's bias is added after the reduction, to those tokens.)
 BY_TOKENS = (
     r"encoder\.embeddings\.(position|token_type|norm)\..*|encoder\.blocks\.\d+\.(attention|ffn)_norm\..*"
     r"|encoder\.final_norm\..*|encoder\.blocks\.\d+\.(attention|ffn)_output\.bias"
@@ -36,12 +36,12 @@ BY_TOKENS = (
 
 
 def kind(module: str) -> str | None:
-    """How the module of this dotted name is split; None: it is whole on every rank."""
+    """How the module with this dotted name is split; None: every rank has it whole."""
     return next((kind for pattern, kind in SPLITS.items() if re.fullmatch(pattern, module)), None)
 
 
 def split_dimension(parameter: str) -> int | None:
-    """The dimension along which the parameter of this dotted name is split; None: it is whole on every rank."""
+    """The dimension along which the parameter with this dotted name is split; None: every rank has it whole."""
     module, _, name = parameter.rpartition(".")
     if kind(module) == "row":
         return 1 if name == "weight" else None
@@ -49,12 +49,12 @@ def split_dimension(parameter: str) -> int | None:
 
 
 def summed_over_tokens(parameter: str) -> bool:
-    """Whether sequence parallelism leaves each rank with a part of this parameter's gradient."""
+    """Whether sequence parallelism leaves each rank with only a part of this parameter's gradient."""
     return re.fullmatch(BY_TOKENS, parameter) is not None
 
 
 def slice_of(parameter: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """What one of `ranks` tensor-parallel ranks has of a parameter; a view, but of a gated one."""
+    """The slice of a parameter that one of `ranks` tensor-parallel ranks has: a view, or a copy if it is gated."""
     dimension = split_dimension(parameter)
     if kind(parameter.rpartition(".")[0]) == "gated":
         return whole.unflatten(0, (2, -1)).chunk(ranks, 1)[rank].flatten(0, 1)
@@ -62,7 +62,7 @@ def slice_of(parameter: str, whole: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def whole_shape(parameter: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Of the parameter of which one of `ranks` ranks has `shape`."""
+    """The shape of the whole parameter, if one of `ranks` ranks has a slice of `shape`."""
     dimension = split_dimension(parameter)
     return tuple(n * ranks if i == dimension else n for i, n in enumerate(shape))
 
@@ -70,9 +70,9 @@ def whole_shape(parameter: str, shape: tuple[int, ...], ranks: int) -> tuple[int
 def contiguous_runs(
     parameter: str, shape: tuple[int, ...], first: int, count: int, rank: int, ranks: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Where `count` elements from `first` on, of one rank's flattened slice of `shape`, lie in the flattened whole.
+    """Where elements [first, first + count) of one rank's slice, of `shape` and flattened, are in the flattened whole.
 
-    Yields runs of neighbours: (first in the whole, first among the `count`, how many).
+    Yields contiguous runs: (first in the whole, first among the `count`, how many).
     """
     is_gated = kind(parameter.rpartition(".")[0]) == "gated"
     if split_dimension(parameter) != 1 and not is_gated:

@@ -1,13 +1,13 @@
-"""Tensor parallelism: a whole model becomes one rank's slice of it, layer by layer as `splits.py` says.
+"""Tensor parallelism: `shard` turns a whole model into one rank's slice of it, layer by layer as `splits.py` says.
 
-    column   y = x Wᵀ        W = [W₀; W₁; …]        rank i makes yᵢ = x Wᵢᵀ                    dx = Σᵢ dyᵢ Wᵢ
-    row      y = x Wᵀ        W = [W₀, W₁, …]        rank i makes xᵢ Wᵢᵀ, of which y is the sum
+    column   y = x Wᵀ        W = [W₀; W₁; …]        rank i computes yᵢ = x Wᵢᵀ                dx = Σᵢ dyᵢ Wᵢ
+    row      y = x Wᵀ        W = [W₀, W₁, …]        rank i computes xᵢ Wᵢᵀ; y is their sum
 
-so that a block communicates four times: after each row layer in the forward pass, before each column layer in the
-backward (Shoeybi et al. 2019). Sequence parallelism (Korthikanti et al. 2022) halves each of these sums: reduce-scatter
-behind a row layer, all-gather before the next column layer, and between them, in layer norms and dropout, each rank has
-its share of the tokens only: the memory between the layers is divided. What a column layer gathers is not kept but
-gathered again in its backward, so that five quarters of the bytes are sent.
+A block therefore communicates four times: after each row layer in the forward pass, and after each column layer in the
+backward pass (Shoeybi et al. 2019). Sequence parallelism (Korthikanti et al. 2022) splits each of these sums into two
+halves, a reduce-scatter after a row layer and an all-gather before the next column layer. Between them, in layer norms
+and dropout, each rank has only its share of the tokens, which divides the memory between the layers. A column layer
+does not keep what it gathers but gathers it again in its backward, so 5/4 of the bytes are sent.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from minisobert.parallel.mesh import Mesh
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """x Wᵀ + b. In the backward the sum of dx over the ranks is under way while dW is computed."""
+    """x Wᵀ + b. The backward computes dW while the sum of dx over the ranks is under way."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh, by_tokens: bool) -> Tensor:
-        # what is kept is the rank's own share of the tokens: the whole is gathered once more in the backward
+        # save only the rank's own share of the tokens: the backward gathers the whole again
         ctx.save_for_backward(x, weight)
         ctx.mesh, ctx.by_tokens = mesh, by_tokens
         return F.linear(all_gather(x, mesh) if by_tokens else x, weight, bias)
@@ -77,7 +77,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """One rank's columns of a linear. weight: (out, in / tensor_parallel); bias: (out,), which the op behind adds."""
+    """One rank's columns of a linear. weight: (out, in / tensor_parallel); bias: (out,), which the next op adds."""
 
     def __init__(self, whole: Linear, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
         super().__init__()
@@ -89,9 +89,9 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """One rank's words; a token of another rank's is zeros here, and the sum over the ranks has it.
+    """One rank's words. A token of another rank's words is zeros here; the sum over the ranks fills it in.
 
-    An id that is in no rank's slice would be zeros everywhere: ids are checked where they come in, on the host.
+    An id that is in no rank's slice would be zeros everywhere: ids are checked on the host, where they come in.
     """
 
     def __init__(self, whole: nn.Embedding, own: dict[str, nn.Parameter], mesh: Mesh, by_tokens: bool):
@@ -115,7 +115,7 @@ class VocabularyParallelDecoder(nn.Module):
         self.bias = own["bias"]
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
-        # M masked tokens are on every rank, with or without sequence parallelism
+        # all M masked tokens are on every rank, with or without sequence parallelism
         return _ColumnProduct.apply(x, word_embeddings, self.bias, self.mesh, False)
 
 
@@ -130,9 +130,9 @@ PARALLEL = {
 
 
 def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> MaskedLM:
-    """The same model with this rank's slices for what `splits.SPLITS` splits. Logits become (M, V / tensor_parallel).
+    """Replaces the modules in `splits.SPLITS` by this rank's slices. Logits become (M, V / tensor_parallel).
 
-    Names of parameters stay. A mesh without tensor parallelism leaves the model as it is.
+    Parameters keep their names. A mesh without tensor parallelism leaves the model as it is.
     """
     if mesh.tensor_parallel == 1:
         return model
@@ -148,8 +148,8 @@ def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> Maske
             split = PARALLEL[kind, type(module)](module, own, mesh, sequence_parallel)
             setattr(model.get_submodule(parent), child, split)
     if sequence_parallel:
-        # a table of positions is read for the rank's own tokens, while rotary positions turn its own heads' queries and
-        # keys of all tokens; what the encoder returns goes to a head on every rank
+        # a position table is read for the rank's own tokens, while rotary positions rotate all tokens of the rank's own
+        # heads; every rank has a head, which takes the whole output of the encoder
         if hasattr(model.encoder.embeddings, "position"):
             model.encoder.embeddings.position.register_forward_pre_hook(lambda _, args: (own_slice(args[0], mesh),))
         model.encoder.register_forward_hook(lambda _, args, hidden: gather_from_sequence_parallel(hidden, mesh))
@@ -157,7 +157,7 @@ def shard(model: MaskedLM, mesh: Mesh, sequence_parallel: bool = False) -> Maske
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Three reductions over the slices of the vocabulary: max, then target logit and sum of exponentials."""
+    """Two all-reduces over the slices of the vocabulary: max, then target logit and sum of exponentials together."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:

@@ -1,7 +1,7 @@
 """What a layout takes: memory, collectives and the bytes they send, FLOPs. Arithmetic alone: no GPU, no data, no group.
 
-The account follows the kernels (`ops/kernels`): what an operation saves for its backward pass is counted where it is
-saved, each storage once. Tests compare it with what autograd keeps, and the collectives with those that run.
+The estimate follows the kernels (`ops/kernels`): each storage that an operation saves for its backward pass is counted
+once, where it is saved. Tests compare it with what autograd keeps, and the collectives with those that are called.
 
     T tokens of a micro-batch   h hidden   H heads   f FFN width   V vocabulary   M masked tokens   n tensor_parallel
 """
@@ -31,7 +31,7 @@ FP32, FP64, INT64 = 4, 8, 8  # bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its GPUs."""
+    """How a run is divided over its GPUs, and what it trades for memory."""
 
     data_parallel: int = 1
     tensor_parallel: int = 1
@@ -49,12 +49,12 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.micro_batch_rows * self.row_tokens
 
     @property
     def masked(self) -> int:
-        """Of these, expected, were there no special tokens and no padding, which are never masked."""
+        """Masked tokens of a micro-batch, as expected without special tokens and padding, which are never masked."""
         return round(self.mask_rate * self.tokens)
 
     @property
@@ -96,12 +96,12 @@ def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
 
 
 def parameters(model: ModelConfig, tensor_parallel: int = 1) -> int:
-    """Of one rank: its slices of what `splits.SPLITS` splits, and the whole of the rest."""
+    """Parameters on one rank: its slices of those that `splits.SPLITS` splits, and the others whole."""
     return sum(_own_sizes(model, tensor_parallel).values())
 
 
 def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
-    """Elements of each parameter that one rank has."""
+    """Elements that one rank has of each parameter."""
     return {
         name: shape.numel() // (1 if splits.split_dimension(name) is None else tensor_parallel)
         for name, shape in _shapes(model).items()
@@ -109,23 +109,23 @@ def _own_sizes(model: ModelConfig, tensor_parallel: int) -> dict[str, int]:
 
 
 def _moments(model: ModelConfig, tensor_parallel: int, muon: bool) -> int:
-    """Elements of the optimizer's running means of one rank: two of each parameter, of Muon's one."""
+    """Elements of the optimizer's moments for one rank's parameters: two for each element, one if Muon updates it."""
     own = _own_sizes(model, tensor_parallel)
     return sum(n * (1 if muon and is_matrix(name) else 2) for name, n in own.items())
 
 
 def _outside(layout: Layout) -> int:
-    """Tokens of a rank between a row and the next column layer."""
+    """Tokens on a rank between a row layer and the next column layer."""
     return layout.tokens // layout.tensor_parallel if layout.sequence_parallel else layout.tokens
 
 
 def block_activations(model: ModelConfig, layout: Layout, dropout: bool = True) -> int:
-    """Bytes that one block keeps for its backward pass, all but the parameters and its residual input.
+    """Bytes that one block saves for its backward pass, except the parameters and its residual input.
 
-    Its qkv keeps its normal input; attention q, k, v (views of one tensor, which rotary positions turn in place), its
-    output, and for each head and token the softmax's statistic and, with dropout, a hash, and one hash a token; both
-    add_norms the residual that they make and two statistics a token; ffn_input its input; GELU its input (where it is
-    gated both halves) and ffn_output the GELU's output.
+    qkv saves its normed input. Attention saves q, k, v (views of one tensor, which rotary positions rotate in place),
+    its output, the softmax's statistic for each head and token, and with dropout a hash for each head and token and one
+    for each token. Both add_norms save the residual that they compute and two statistics per token. ffn_input saves its
+    input, GELU its input (both halves if it is gated), and ffn_output the GELU's output.
     """
     tokens, share, outside = layout.tokens, layout.tokens // layout.tensor_parallel, _outside(layout)
     features = 4 * model.hidden + (3 if model.is_modern else 2) * model.ffn  # between column and row layers
@@ -139,9 +139,9 @@ def block_activations(model: ModelConfig, layout: Layout, dropout: bool = True) 
 
 
 def head_activations(model: ModelConfig, layout: Layout, masked: int | None = None) -> int:
-    """Bytes that head and loss keep: inputs of dense, GELU, layer norm and decoder; logits; statistics.
+    """Bytes that head and loss save: inputs of dense, GELU, layer norm and decoder; logits; statistics.
 
-    masked: M, where it is known.
+    masked: M, if it is known.
     """
     masked = layout.masked if masked is None else masked
     features = 4 * model.hidden + model.vocabulary // layout.tensor_parallel
@@ -151,44 +151,45 @@ def head_activations(model: ModelConfig, layout: Layout, masked: int | None = No
 def saved_activations(
     model: ModelConfig, layout: Layout, dropout: bool = True, masked: int | None = None, index: int = 4
 ) -> int:
-    """Bytes that autograd keeps at the end of the forward pass of one micro-batch, all but parameters and inputs.
+    """Bytes that autograd keeps at the end of the forward pass of one micro-batch, except parameters and inputs.
 
-    With recomputation a block keeps its two inputs, residual and normal, which are one tensor in modernbert's first
+    With recomputation a block keeps its two inputs, residual and normed, which are one tensor in modernbert's first
     block. index: bytes of a token's id.
     """
     tokens, outside, hidden = layout.tokens, _outside(layout), layout.element * model.hidden
     block = 2 * hidden * outside if layout.recompute else block_activations(model, layout, dropout)
-    # the first layer norm: two statistics a token, and its input. Where blocks are made again that is the residual of
-    # megatron-bert's first block, counted there; modernbert's are the words, and its first block has one input, not two
+    # the first layer norm saves two statistics a token, and its input. With recomputation its input in megatron-bert is
+    # the residual input of the first block, counted there; in modernbert it is the word embeddings, and the first block
+    # has one input, not two
     first_norm = ((0 if layout.recompute else hidden) + 2 * FP32) * outside
     bases = {model.rope_base_of(layer) for layer in range(model.layers)} if model.is_modern else ()
-    rotations = len(bases) * FP32 * model.head_width * tokens  # cos and sin of half the features, for all layers
+    rotations = len(bases) * FP32 * model.head_width * tokens  # cos and sin of half the features, shared by all layers
     # each rank looks up the ids of its own words and masks the other tokens
     lookup = tokens * (index + layout.element) if layout.tensor_parallel > 1 else 0
     return lookup + first_norm + rotations + model.layers * block + head_activations(model, layout, masked)
 
 
 def memory(model: ModelConfig, layout: Layout, dropout: bool = True, muon: bool = False) -> Memory:
-    """Bytes of one GPU at the fullest moment of a step.
+    """Bytes on one GPU at the peak of a step.
 
-    Not in it: the inputs (some 20 bytes a token), the CUDA context (about 0.5 GB), buffers of NCCL and cuBLAS, and what
-    the allocator cannot use because it lies in pieces.
+    Not included: the inputs (some 20 bytes a token), the CUDA context (about 0.5 GB), buffers of NCCL and cuBLAS, and
+    what the allocator loses to fragmentation.
 
     weights: in the layout's precision. gradients: a flat fp32 buffer of all parameters of this rank, whether or not the
-    optimizer is sharded. optimizer: Adam's two moments, or with `muon` one of the matrices that it steps; fp32 masters
-    beside bf16 weights.
-    activations: what autograd keeps. temporary: what is there beside that at the fullest of five moments. Through all
-    of them the gradient of the word embeddings waits, which the decoder makes first and the embedding last, in the
-    weights' precision. The moments:
-    - the loss's backward pass, when all is kept. Beside that are two gradients of (M, h).
-    - the backward pass of ffn_output in the last block, which with recomputation has been made again. Head and last
-      residual are gone. Beside the block are the gradients of the residual, of the branch (with dropout another one;
-      with sequence parallelism gathered from all ranks), and of ffn_output's input and weight.
-    - that of a gated GELU before it: the gradients of the residual, of ffn_output's input, which itself is gone, and of
-      the two halves.
-    - that of ffn_input: GELU's input is gone too. There are the gradients of the residual and of ffn_input's output,
-      weight and input, and with sequence parallelism the whole input and the own share of its gradient.
-    - the end, when nothing is kept, and the two gradients of the word embeddings become a third, their sum.
+    optimizer is sharded. optimizer: Adam's two moments, or with `muon` one for the matrices that it updates, and fp32
+    masters if the weights are bf16.
+    activations: what autograd keeps. temporary: what exists in addition at the peak, which is at one of five moments.
+    Through all of them there is the gradient of the word embeddings, in the weights' precision: the decoder computes
+    its part first, the embedding last. The moments:
+    - the backward pass of the loss, when all activations are kept. In addition there are two gradients of (M, h).
+    - that of ffn_output in the last block, which has just been recomputed if the layout recomputes. Head and last
+      residual are freed. In addition there are the gradients of the residual, of the branch (another tensor with
+      dropout; gathered from all ranks with sequence parallelism), and of ffn_output's input and weight.
+    - that of a gated GELU before it: the gradients of the residual, of ffn_output's input, which is itself freed, and
+      of the two halves.
+    - that of ffn_input: GELU's input is freed, too. There are the gradients of the residual and of ffn_input's output,
+      weight and input, and with sequence parallelism its whole input and this rank's share of its gradient.
+    - the end, when no activations are kept, and the two gradients of the word embeddings are added into a third.
     """
     n, element, h, f = layout.tensor_parallel, layout.element, model.hidden, model.ffn
     count = parameters(model, n)
@@ -199,7 +200,7 @@ def memory(model: ModelConfig, layout: Layout, dropout: bool = True, muon: bool 
     tokens, outside = layout.tokens, _outside(layout)
     all_kept = saved_activations(model, layout, dropout)
     last_kept = all_kept - head_activations(model, layout) - (element * h + 2 * FP32) * outside
-    if layout.recompute:  # all but the block's input
+    if layout.recompute:  # all except the block's input
         last_kept += block_activations(model, layout, dropout) - element * h * outside
     branch = tokens if dropout or layout.sequence_parallel else 0
     halves = 2 if model.is_modern else 1
@@ -219,7 +220,7 @@ def memory(model: ModelConfig, layout: Layout, dropout: bool = True, muon: bool 
 
 
 def collectives(model: ModelConfig, layout: Layout, masked: Sequence[int]) -> list[Collective]:
-    """What one rank takes part in, in one step. `parallel/collectives.py` says which layer asks for what.
+    """The collectives that one rank takes part in, in one step. `parallel/collectives.py` says which layer calls which.
 
     masked: M of each of the rank's micro-batches.
     """
@@ -264,12 +265,12 @@ def collectives(model: ModelConfig, layout: Layout, masked: Sequence[int]) -> li
 
 
 def wire_bytes(rows: Sequence[Collective], layout: Layout, group: str) -> int:
-    """What one rank sends in a group, by ring algorithms: 2(n-1)/n of a tensor to all-reduce it, else (n-1)/n."""
+    """Bytes that one rank sends in a group by ring algorithms: 2(n-1)/n of a tensor to all-reduce it, else (n-1)/n."""
     n = {"tensor": layout.tensor_parallel, "data": layout.data_parallel}.get(group, layout.gpus)
     sent = [row.calls * row.bytes * (2 if row.operation == "all-reduce" else 1) for row in rows if row.group == group]
     return sum(sent) * (n - 1) // n
 
 
 def flops_per_token(model: ModelConfig, length: int, masked: float = EVALUATION_RATE) -> float:
-    """Of training on documents of `length` tokens. masked: the share that goes through the head."""
+    """FLOPs of training, per token of documents with `length` tokens. masked: the share that goes through the head."""
     return training_flops(model, 1, attention_pairs(model, np.array([length])) / length, masked)

@@ -1,6 +1,6 @@
-"""`train.py --plan`: what a run will take, before a GPU is rented for it. Which layouts fit, hours and dollars.
+"""`train.py --plan`: what a run will take, before a GPU is rented for it: which layouts fit, hours and dollars.
 
-`forecast.py` makes the account of one layout; here many are tried, and a page is written about those that fit.
+`forecast.py` estimates one layout; this file tries many and reports those that fit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from minisobert.planning.forecast import Layout, Memory, collectives, flops_per_
 from minisobert.training.meter import CHIPS, dollars
 
 RESERVED = 2 * 10**9  # bytes of a GPU, for what `forecast.memory` leaves out
-MOST_ROWS = 16  # of a micro-batch: its matrix products fill any GPU, and larger ones take memory alone
+MOST_ROWS = 16  # rows of a micro-batch: its matrix products fill any GPU, and more rows would only take memory
 
-# of the table: heading and width
+# the columns of the table: heading and width
 COLUMNS = {
     "data × tensor": 13, "rows": 5, "a step": 6, "weights": 8, "gradients": 9, "optimizer": 9, "activations": 11,
     "temporary": 9, "total": 6, "tensor": 7, "data": 6, "hours": 7, "dollars": 8,
@@ -30,10 +30,10 @@ COLUMNS = {
 def hours(
     model: ModelConfig, config: TrainConfig, layout: Layout, flops: float, mfu: float, length: int | None = None
 ) -> float:
-    """Of the whole run. flops: per second and GPU; mfu: the fraction of them that training uses; length: of the
-    documents, by default a whole row.
+    """Hours of the whole run. flops: peak per second of a GPU; mfu: the fraction of it that training uses; length:
+    tokens of a document, by default a whole row.
 
-    Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same rate.
+    Recomputation adds a forward pass of the blocks, a third of their FLOPs, at the same speed.
     """
     length = length or config.row_tokens
     again = flops_per_token(model, length, masked=0) / 3 if layout.recompute else 0
@@ -42,12 +42,12 @@ def hours(
 
 
 def _mean_flops(model: ModelConfig, config: TrainConfig, length: int) -> float:
-    """Of a token. Only the head's depend on the mask rate, which changes linearly if it does."""
+    """FLOPs per token, on average. Only the head's depend on the mask rate, which changes linearly if it changes."""
     return flops_per_token(model, length, sum(_mask_rates(config)) / 2)
 
 
 def _mask_rates(config: TrainConfig) -> tuple[float, float]:
-    """At the start and at the end of training."""
+    """The mask rates at the start and at the end of training."""
     return config.mask_rate_after(0), config.mask_rate_after(config.train_tokens)
 
 
@@ -56,15 +56,16 @@ def _memory(model: ModelConfig, config: TrainConfig, layout: Layout) -> Memory:
 
 
 def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int) -> list[Layout]:
-    """What fits into the memory (bytes) of each of so many GPUs, in bf16. What to try first comes first:
+    """The layouts in bf16 that fit on `gpus` GPUs with gpu_memory bytes each. Those to try first come first:
 
-    - without tensor parallelism, since it communicates in every layer. Where it is there, so is sequence parallelism,
-      which sends hardly more and needs less memory;
+    - without tensor parallelism, since it communicates in every layer. With it comes sequence parallelism, which sends
+      hardly more and needs less memory;
     - then without recomputation, which costs a forward pass;
-    - then with a whole optimizer, though a sharded one costs little;
-    - each with the largest micro-batch that fits, up to MOST_ROWS, and only where that is larger than the one before.
+    - then without a sharded optimizer, though it costs little;
+    - each with the largest micro-batch that fits, up to MOST_ROWS, and only if that is larger than those of earlier
+      layouts with the same tensor parallelism.
 
-    Raises ValueError where nothing fits.
+    Raises ValueError if nothing fits.
     """
     batch = math.gcd(*(size for _, size in config.batch_ramp))
     rows, rest = divmod(batch, config.row_tokens)
@@ -102,10 +103,10 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
 
 
 def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
-    """What `train.py --plan` prints: the run, the layouts that fit its GPUs, and, below them, the one that was given.
+    """What `train.py --plan` prints: the run, the layouts that fit its GPUs and, below them, the layout that was given.
     init: the model of --init.
 
-    Raises ValueError where --gpu is not known or nothing fits.
+    Raises ValueError if --gpu is not known or nothing fits.
     """
     model, gpu, mfu = config.model_config(ModelConfig.vocabulary, init), config.gpu, config.mfu
     given = Layout(
@@ -142,10 +143,10 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
 
 
 def _mixture(config: TrainConfig) -> list[str]:
-    """What an epoch holds of each input of --data, where they have weights. A plan may come before its data."""
+    """Lines on how much of an epoch each input of --data is, if inputs have weights. [] if there is no data yet."""
     path = Path(config.data) / "meta.json"
     inputs = read_meta(path).get("weights", []) if path.is_file() else []
-    found = []  # of each input: documents, copies in an epoch, and the tokens of these
+    found = []  # for each input: documents, copies in an epoch, and the tokens of these
     for one in inputs:
         documents = one["documents"][1] - one["documents"][0]
         copies = copies_in_epoch(documents, one["weight"])
@@ -153,7 +154,7 @@ def _mixture(config: TrainConfig) -> list[str]:
         found.append((documents, copies, tokens))
     if not (epoch := sum(tokens for *_, tokens in found)):
         return []
-    epochs = config.train_tokens / epoch  # rows are full but for less than a hundredth
+    epochs = config.train_tokens / epoch  # rows are full except for less than a hundredth
     lines = [f"{config.data}: about {epoch:,.0f} tokens in an epoch; this run is {epochs:,.2f} epochs"]
     for one, (documents, copies, tokens) in zip(inputs, found):
         lines.append(
@@ -164,10 +165,10 @@ def _mixture(config: TrainConfig) -> list[str]:
 
 
 def _line(model: ModelConfig, config: TrainConfig, layout: Layout, gpu: str, mfu: float) -> str:
-    """Of the table. Raises ValueError where model or batch cannot be split so."""
+    """A line of the table. Raises ValueError if the model or the batch cannot be split this way."""
     check_layout(model, config.gpus, layout.tensor_parallel, config.row_tokens)
     chip = CHIPS[gpu]
-    for _, size in config.batch_ramp:  # the last is the longest step
+    for _, size in config.batch_ramp:  # checks all sizes; the line has the passes of the last
         given = replace(config, micro_batch_rows=layout.micro_batch_rows)
         passes = given.accumulation(size, layout.data_parallel)
     kinds = _memory(model, config, layout)

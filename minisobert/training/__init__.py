@@ -1,1 +1,1 @@
-"""What turns a model and micro-batches into a run: optimizer, schedule, checkpoints, figures."""
+"""Training: the step and the loop, optimizers, schedule, checkpoints, and the folder and figures of a run."""

@@ -1,8 +1,8 @@
-"""TensorBoard's event files (extra [tensorboard]), in a folder that is made again from the figures kept elsewhere.
+"""TensorBoard's event files (extra [tensorboard]), written anew from metrics.jsonl whenever a run starts or resumes.
 
-A run that is resumed makes some steps a second time. Its event file is therefore written anew from metrics.jsonl, which
-is cut back to the checkpoint, so that each step is in the folder once, whatever reads it. Nothing is believed of the
-folder: it may be deleted, and asked for when a run is half done.
+A resumed run repeats some steps. metrics.jsonl is cut back to the checkpoint and the event file is written from it, so
+that each step is in the folder once, whatever reads it. The folder itself is never read: it may be deleted, and
+--tensorboard may be added when a run is half done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def check() -> None:
-    """Raises ValueError where the extra is not installed."""
+    """Raises ValueError if the extra is not installed."""
     try:
         import tensorboard.compat.proto.event_pb2
         import tensorboard.summary.writer.record_writer  # noqa: F401
@@ -26,7 +26,7 @@ def check() -> None:
 
 class Events:
     def __init__(self, folder: Path):
-        """Makes the folder, with one new event file in it and no other. Raises OSError where that is not possible."""
+        """Creates the folder with a new event file, and deletes older ones in it. Raises OSError if it cannot."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -37,14 +37,14 @@ class Events:
         self._file = open(self.path, "wb")  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # a TensorBoard that is looking on drops what it knows from step 0 on, which is about to come again
+        # tells a running TensorBoard to drop the steps from 0 on, which are about to be written again
         self._write(Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, figures: dict[str, float | None], step: int, ago: float = 0.0) -> None:
-        """Writes a scalar for each figure; None is NaN. ago: seconds since then.
+        """Writes a scalar for each figure; None becomes NaN. ago: seconds since the step was made.
 
-        Where that fails, a line on standard error says so, and nothing more is written: after half a record none could
-        be read.
+        If writing fails, a line on standard error says so and nothing more is written: no record after half of one
+        could be read.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

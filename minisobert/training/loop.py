@@ -1,8 +1,8 @@
-"""The training loop: batches of a fixed number of tokens, one optimizer step each, whatever the layout.
+"""The training loop: batches of a given number of tokens, one optimizer step each, whatever the layout.
 
-Loss and gradient of a step are sums over all masked tokens of the global batch, divided by their number; what a rank or
-a micro-batch happens to hold carries no weight of its own. (With --loss-average micro-batch they are means of the
-micro-batches' means, as in Megatron-LM.)
+Loss and gradient of a step are sums over all masked tokens of the global batch, divided by their number, however these
+are spread over ranks and micro-batches. (With --loss-average micro-batch they are means of the micro-batches' means, as
+in Megatron-LM.)
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from minisobert.training.optimizer import Optimizer
 from minisobert.training.run import Progress, Run
 from minisobert.training.schedule import learning_rate
 
-SMOOTHED = 50  # steps whose mean loss the bar shows: that of one small batch jumps by half a nat
+SMOOTHED = 50  # the progress bar shows the mean loss of so many steps: that of one small batch jumps by half a nat
 
 
 class Tally(NamedTuple):
-    """What the processes tell each other once a step: whole numbers, which are summed over all of them."""
+    """The integers that the processes exchange once per step, summed over all of them."""
 
     masked: int = 0  # tokens to guess
     real_tokens: int = 0  # all but padding
-    attention_pairs: int = 0  # (query, key) pairs that see each other, of all layers together
+    attention_pairs: int = 0  # (query, key) pairs that see each other, in all layers together
     signals: int = 0  # the number of the signal that asked this process to stop, or 0
-    stopping: int = 0  # 1 where there was one
-    written: int = 0  # 1 where this process has written its part of a checkpoint
-    failed: int = 0  # 1 where it could not
+    stopping: int = 0  # 1 if there was such a signal
+    written: int = 0  # 1 if this process has written its part of a checkpoint
+    failed: int = 0  # 1 if it could not
 
 
 class TooManySkipped(KnownToAll):
-    """More than --max-skipped steps in a row had no finite gradient. On the first rank the message says whose."""
+    """More than --max-skipped steps in a row had no finite gradient. On rank 0 the message names the ranks at fault."""
 
 
 def train_step(
@@ -65,8 +65,8 @@ def train_step(
 ) -> tuple[dict, Tally]:
     """One step on this rank's micro-batches. Advances progress.
 
-    tell: what this process has to tell the others, asked for when they meet; its counts are filled in here. Returns the
-    step's figures, and the tally summed over all processes.
+    tell: returns what this process tells the others, and is called when they meet; the counts of tokens are filled in
+    here. Returns the step's figures, and the tally summed over all processes.
     """
     device = mesh.device
     dropout = Dropout.for_step(config.dropout, config.seed, progress.step, model.config.layers, device)
@@ -90,13 +90,13 @@ def train_step(
         real_tokens += batch.real_tokens
         attention_pairs += meter.attention_pairs(model.config, batch.lengths)
 
-    # The hosts know these numbers without having waited for a device. The ranks of a tensor group read the same rows,
-    # and each of them counts them
+    # The hosts know these numbers without waiting for a device. All ranks of a tensor group read the same rows and
+    # count the same tokens
     own = tell()._replace(masked=masked, real_tokens=real_tokens, attention_pairs=attention_pairs)
     total = Tally(*mesh.sum_on_hosts(list(own)))
     masked, real_tokens, attention_pairs = (n // mesh.tensor_parallel for n in total[:3])
     divisor = masked if config.loss_average == "token" else step.accumulation * mesh.data_parallel
-    divisor = max(divisor, 1)  # nothing to guess in a whole batch: loss and gradient are 0
+    divisor = max(divisor, 1)  # if a whole batch has nothing to guess, loss and gradient are 0
 
     tokens = progress.schedule_tokens + step.tokens
     rate, muon_rate = (
@@ -122,7 +122,7 @@ def train_step(
 
 
 def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
-    """Which rank's gradient was not finite, and of which parameter first. Called by all ranks."""
+    """The message: which ranks' gradients were not finite, and of which parameter first. Called by all ranks."""
     found = [f"rank {rank}: {name}" for rank, name in enumerate(optimizer.not_finite()) if name]
     return (
         f"the gradient of {progress.skipped_in_a_row} steps in a row was not finite, the last of them step "
@@ -132,9 +132,9 @@ def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
 
 
 def own_dropout(dropout: Dropout, offset: int, tokens: int, heads: int, config: TrainConfig, mesh: Mesh) -> Dropout:
-    """dropout for what this rank has of a micro-batch whose first token has the index `offset` in the global batch.
+    """The dropout of this rank's part of a micro-batch whose first token has the index `offset` in the global batch.
 
-    tokens: of the micro-batch; heads: of the model.
+    tokens: number of tokens in the micro-batch; heads: of the whole model.
     """
     return dataclasses.replace(
         dropout,
@@ -146,7 +146,7 @@ def own_dropout(dropout: Dropout, offset: int, tokens: int, heads: int, config: 
 
 @torch.no_grad()
 def evaluate(model: MaskedLM, rows: Rows, config: TrainConfig, mesh: Mesh) -> tuple[float, float]:
-    """Loss in nats and share of right guesses over the first eval_rows held-out rows, masked alike every time."""
+    """Loss in nats and share of right guesses over the first eval_rows held-out rows, always with the same masks."""
     last_row = min(len(rows), config.eval_rows)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, right guesses, masked tokens
     share = spans(0, last_row, config.micro_batch_rows, mesh.data_rank, mesh.data_parallel)
@@ -165,8 +165,8 @@ def train(
 ) -> int:  # fmt: skip
     """Trains from progress to train_tokens. Returns 0, or the number of the signal that ended it.
 
-    One line per step goes to metrics.jsonl. SIGTERM and Ctrl-C save and leave after the step. Raises TooManySkipped,
-    and SaveFailed where a checkpoint cannot be written, on all ranks.
+    Writes one line per step to metrics.jsonl. After SIGTERM or Ctrl-C it completes the step, saves and returns. Raises,
+    on all ranks, TooManySkipped, or SaveFailed if a checkpoint cannot be written.
     """
     config = run.config
     steps, read_ahead = itertools.tee(config.steps(mesh.data_parallel, progress.consumed_tokens))
@@ -179,7 +179,7 @@ def train(
         total=last + size, initial=progress.consumed_tokens, unit="tok", unit_scale=True, desc=config.name,
         disable=not mesh.is_first, dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
-    # it asks for the time of day: when the clock was set back an hour, it would stand still for one
+    # tqdm uses the time of day: if the clock were set back by an hour, the bar would stop for one
     bar._time, bar.start_t, bar.last_print_t = time.monotonic, time.monotonic(), time.monotonic()
     shown, stopped = "", 0
     recent: deque[float] = deque(maxlen=SMOOTHED)
@@ -207,7 +207,7 @@ def train(
             try:
                 figures, total = train_step(model, optimizer, batches, step, config, mesh, progress, tell)
             except TooManySkipped:
-                saver.wait()  # what is being written is sound
+                saver.wait()  # a checkpoint that is being written is sound
                 raise
             seconds = time.perf_counter() - began
             progress.seconds += seconds
@@ -234,7 +234,7 @@ def train(
             bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}{shown}", refresh=False)
             bar.update(step.tokens)
 
-            # one rank may have got a signal, or all: they leave after the same step, with the same number
+            # one rank may have received a signal, or all: all leave after the same step, with the same number
             stopped = total.signals // max(total.stopping, 1)
             saver.advance(total.written, total.failed)
             if stopped or passed(config.checkpoint_every_tokens):
@@ -258,16 +258,16 @@ def _share(steps: Iterable[Step], config: TrainConfig, mesh: Mesh) -> Iterator[t
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C. The first is noted and answered with the promise; where there is none it ends the process.
+    """Handles SIGTERM and Ctrl-C. The first is noted and the promise printed; without a promise it ends the process.
 
-    A thread hears of them, since a handler has to wait while the main thread is in one operation, such as the backward
-    pass of a large model on a CPU.
+    A thread receives them, because a handler would have to wait while the main thread is in one operation, such as the
+    backward pass of a large model on a CPU.
     """
 
     def __init__(self, speaks: bool):
         self.received = 0  # number of the first signal
-        self.promise = ""  # what a first signal leads to; where it is empty, to the end at once
-        self.lost = lambda: "nothing is lost"  # by an end at once
+        self.promise = ""  # what is printed after a first signal; if it is empty, a first signal ends the process
+        self.lost = lambda: "nothing is lost"  # describes what an immediate end loses
         self._speaks = speaks
 
     def __enter__(self) -> StopSignals:
@@ -289,7 +289,7 @@ class StopSignals:
         if self.promise and not self.received:
             self.received, self._since = number, time.monotonic()
             self._say(self.promise)
-        # a terminal sends Ctrl-C to all processes, and torchrun, which is one of them, hands it on to its own
+        # a terminal sends Ctrl-C to all processes, and torchrun, which is one of them, forwards it to its own
         elif not self.received or time.monotonic() > self._since + 1:
             try:
                 self._say(f"left at once; {self.lost()}")
@@ -299,17 +299,17 @@ class StopSignals:
     def _say(self, text: str) -> None:
         if self._speaks:
             with suppress(OSError):  # the terminal is gone
-                os.write(2, f"\ntrain.py: {text}\n".encode())  # below the bar
+                os.write(2, f"\ntrain.py: {text}\n".encode())  # below the progress bar
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._wakeup)
-        # It may hold the last reference to what `lost` knows, tensors among it. A thread that lets go of a tensor while
-        # the interpreter is being taken down aborts the process
+        # The thread may hold the last reference to what `lost` refers to, tensors included. A thread that releases a
+        # tensor while the interpreter shuts down aborts the process
         self._thread.join()
 
 
 def _ignore(number: int, frame) -> None:
-    """Without a handler the interpreter would not hear of the signal."""
+    """Does nothing. Without a handler in Python, `_listen` would not receive the signal."""

@@ -1,4 +1,4 @@
-"""What a step cost: floating-point operations, model FLOP utilisation, dollars."""
+"""The cost of a step: floating-point operations, model FLOP utilisation, dollars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minisobert.config import ModelConfig
 
 
 class Chip(NamedTuple):
-    flops: float  # a second, dense bf16
+    flops: float  # per second, dense bf16
     memory: int  # bytes, as sold: the device's own count is a little higher
 
 
@@ -33,8 +33,8 @@ CHIPS = {
 
 
 def attention_pairs(config: ModelConfig, lengths: np.ndarray) -> int:
-    """(query, key) pairs that see each other in documents of these lengths, of all layers together: n² of a document of
-    n tokens, or with a window what the band leaves of that."""
+    """The number of (query, key) pairs that see each other in documents of these lengths, in all layers together: n²
+    for a document of n tokens, or only the band of a window."""
     windows = [config.window_of(layer) for layer in range(config.layers)]
     return sum(windows.count(window) * _pairs(lengths, window) for window in set(windows))
 
@@ -46,10 +46,10 @@ def _pairs(lengths: np.ndarray, window: int | None) -> int:
 
 
 def training_flops(config: ModelConfig, tokens: int, attention_pairs: int, masked: int) -> float:
-    """Multiplications and additions of the matrix products of one forward and backward pass, recomputation not counted.
+    """Multiplications and additions in the matrix products of one forward and backward pass, without recomputation.
 
-    tokens: real ones; attention_pairs: of all layers; masked: tokens through the head.
-    A product with an (m, n) matrix takes 2mn per token forward, and twice that backward (Kaplan et al. 2020).
+    tokens: real ones; attention_pairs: in all layers; masked: tokens that go through the head. A product with an (m, n)
+    matrix takes 2mn per token forward, and twice that backward (Kaplan et al. 2020).
     """
     h, f = config.hidden, config.ffn
     of_layer = tokens * 2 * (4 * h * h + (3 if config.is_modern else 2) * h * f)
@@ -58,7 +58,7 @@ def training_flops(config: ModelConfig, tokens: int, attention_pairs: int, maske
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device in bf16; None where it is not known."""
+    """FLOP/s of one device in bf16; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -70,11 +70,9 @@ def dollars(seconds: float, gpus: int, price_per_gpu_hour: float) -> float:
 
 
 def elapsed(lines: list[dict]) -> list[float]:
-    """Seconds of training until each line of a run's metrics.jsonl, evaluations not counted; NaN where a line does not
-    tell.
+    """Seconds of training up to each line of a run's metrics.jsonl, without evaluations; NaN if a line lacks them.
 
-    A line has the real tokens of the run so far and the speed of its step, so that the sum goes on where a run was
-    resumed.
+    A line has the real tokens of the run so far and the speed of its step, so the sum also holds for a resumed run.
     """
     seconds, tokens, found = 0.0, 0, []
     for line in lines:

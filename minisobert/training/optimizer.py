@@ -1,11 +1,11 @@
-"""AdamW, or Muon and AdamW, on fp32 master weights of what this rank owns: everything, or a share of every bucket.
+"""AdamW, or Muon with AdamW, on fp32 master weights of what this rank owns: everything, or a share of every bucket.
 
 In fp32 the masters are the parameters themselves. In bf16 they are copies, because a step of 1e-4 on a weight of 0.02
 is lost in bf16's 8 bits; after every step the parameters are set to the rounded masters.
 
-Muon needs whole matrices, and a share ends anywhere. So the gradients' buffer, of which every rank has all, is where
-shares of the momentum come together and where a rank orthogonalises the matrices of which it owns some part: with a
-sharded optimizer the ranks divide that work between them, and no state is kept twice.
+Muon needs whole matrices, but a share may end inside one. Every rank has the whole buffer of gradients, so the shares
+of the momentum are gathered there, and each rank orthogonalises there the matrices of which it owns a part. With a
+sharded optimizer the ranks thus divide that work, and no state is kept twice.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from minisobert.training import muon
 from minisobert.training.checkpoint import FILES, Slice
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WORKSPACE = 1 << 24  # elements of the matrices that are orthogonalised together
+WORKSPACE = 1 << 24  # elements of matrices that are orthogonalised together
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [first, first + len(master)) of a parameter of this rank, flattened, which this rank steps."""
+    """Elements [first, first + len(master)) of one of this rank's parameters, flattened, which this rank updates."""
 
     name: str
     first: int
@@ -37,11 +37,11 @@ class Part:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), and with a momentum Muon for what `muon.is_matrix` says.
+    """AdamW (Loshchilov and Hutter 2019), and with a momentum Muon for the matrices that `muon.is_matrix` selects.
 
-    Weight decay is on matrices alone, not on biases and layer norms.
+    Weight decay does not apply to biases and layer norms.
 
-    gradients: where backward passes add to, until `step` sums them over ranks, scales, applies and zeroes them.
+    gradients: what backward passes add to, until `step` sums it over ranks, scales, applies and zeroes it.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Optimizer:
         eps: float = 1e-8,
         momentum: float | None = None,
     ):
-        """model: in fp32, and this rank's slice of it; its parameters become `dtype`, masters keep what they were.
-        momentum: Muon's; None: AdamW for all parameters."""
+        """model: this rank's slice, in fp32; its parameters become `dtype`, and masters keep their values. momentum:
+        Muon's; None: AdamW for all parameters."""
         if dtype == torch.bfloat16:
-            # or cuBLAS may round partial sums to bf16 where it cuts a long one, as a weight's gradient over all tokens
+            # else cuBLAS may round partial sums to bf16 if it splits a long sum, such as a weight's gradient over all
+            # tokens
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.mesh, self.sharded = mesh or Mesh(), sharded
         self.flat = flat = FlatParameters(model, dtype, self.mesh, sequence_parallel)
@@ -89,9 +90,9 @@ class Optimizer:
             self.state[part.master] = {name: torch.zeros_like(part.master) for name in self._moments(part.name)}
         for part in of_adam:
             self.state[part.master]["step"] = torch.zeros((), device=part.master.device)
-        # The norm of the whole gradient is a sum over all ranks. What n ranks hold alike is weighted 1/n on each, so
-        # that the norm counts it once: n is tensor_parallel for a parameter that is not split, times data_parallel
-        # where the optimizer is not sharded
+        # The norm of the whole gradient is a sum over all ranks. A part that n ranks hold alike is weighted 1/n on
+        # each, so that it counts once: n is tensor_parallel for a parameter that is not split, times data_parallel if
+        # the optimizer is not sharded
         split = [splits.split_dimension(part.name) is not None for part in self.parts]
         copies = [1 if each else self.mesh.tensor_parallel for each in split]
         self._weights = 1 / torch.tensor(copies, dtype=torch.float64, device=flat.weights.device)
@@ -102,11 +103,11 @@ class Optimizer:
         return self.momentum is not None and muon.is_matrix(name)
 
     def _moments(self, name: str) -> tuple[str, ...]:
-        """What is kept of a parameter between steps: Muon has no squares."""
+        """The moments that are kept for a parameter between steps: Muon has no squares."""
         return MOMENTS[:1] if self._is_muons(name) else MOMENTS
 
     def norm(self) -> float:
-        """Of the summed gradient of the whole model, the same on all ranks."""
+        """The norm of the whole model's summed gradient, the same on all ranks."""
         gradients = [part.master.grad for part in self.parts]
         # in fp64: torch's fp32 norm of ten million elements is off by 4e-4 on a CPU
         norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
@@ -143,7 +144,7 @@ class Optimizer:
             mean.lerp_(gradient, 1 - self.momentum)
             gradient.lerp_(mean, self.momentum)
         self.gradients.gather(self._is_muons)
-        # in the order of the parts, which is the same on the ranks of a tensor group: they meet in every iteration
+        # in the order of the parts, the same on all ranks of a tensor group: every iteration has a collective
         whole = {
             part.name: muon.matrices(part.name, self.flat.gradient(part.name), self.config.head_width) for part in parts
         }
@@ -159,8 +160,8 @@ class Optimizer:
             part.master.mul_(1 - learning_rate * self.weight_decay).add_(part.master.grad, alpha=-learning_rate * size)
 
     def not_finite(self) -> list[str | None]:
-        """After a step that was not applied: of each rank the first of its own gradients that is not finite."""
-        names = list(self.flat.places)  # the order in which they were made
+        """After a step that was not applied: for each rank, its first gradient that is not finite, or None."""
+        names = list(self.flat.places)  # in the order in which the backward pass computes them
         norms = self.gradients.rank_norms
         bad = [i for i, name in enumerate(names) if not norms[name].isfinite()]
         first = [0] * self.mesh.world
@@ -178,7 +179,7 @@ class Optimizer:
         return [("model", parameter), *(("optimizer", f"{moment}.{parameter}") for moment in self._moments(parameter))]
 
     def tensors(self, part: Part) -> list[Tensor]:
-        """The same of a part: tensors of (n,) each."""
+        """The master and the moments of a part, (n,) each, in the order of `checkpoint_names`."""
         return [part.master, *(self.state[part.master][moment] for moment in self._moments(part.name))]
 
     def whole_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -191,7 +192,7 @@ class Optimizer:
         return shapes
 
     def slices(self) -> list[Slice]:
-        """What this rank writes of a checkpoint: of what several ranks hold alike, the first of them writes it."""
+        """The slices of a checkpoint that this rank writes. What several ranks hold alike, the first of them writes."""
         mesh, slices = self.mesh, []
         for part in self.parts:
             one_of_a_kind = self.sharded or mesh.data_rank == 0
@@ -216,8 +217,8 @@ class Optimizer:
 
 
 def _alike(views: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of matrices of one shape, of at most WORKSPACE elements unless it is one: a product of many is as fast as
-    one large one, and they take one all-reduce."""
+    """Groups of matrices of one shape, with at most WORKSPACE elements unless a single one has more: a batched product
+    is as fast as one large one, and a group takes one all-reduce."""
     of_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for view in views:
         group = of_shape.setdefault(tuple(view.shape), [])

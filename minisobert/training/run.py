@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, its tokenizer and checkpoints/, and where a run in it goes on."""
+"""The folder of a run: config.json, metrics.jsonl, the tokenizer and checkpoints/, and where the run in it resumes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from minisobert.parallel.mesh import Mesh, from_torchrun
 from minisobert.training import checkpoint, events, meter
 from minisobert.training.optimizer import Optimizer
 
-METRICS = {"step", "positions", "loss"}  # what each line of metrics.jsonl has at least
-CLAIM = 10.0  # seconds to wait for a folder that another job is in
+METRICS = {"step", "positions", "loss"}  # keys that each line of metrics.jsonl has at least
+CLAIM = 10.0  # seconds to wait for another job to leave the folder
 T = TypeVar("T")
 
 
@@ -49,7 +49,7 @@ class Progress:
     step: int = 0
     consumed_tokens: int = 0  # row positions read: the place in the data
     schedule_tokens: int = 0  # row positions trained on: the place in the schedule; a skipped step adds nothing
-    real_tokens: int = 0  # of those consumed, all but padding
+    real_tokens: int = 0  # consumed tokens that are not padding
     seconds: float = 0.0  # spent in training steps
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
@@ -57,11 +57,11 @@ class Progress:
 
 
 class Run:
-    """Looks at the folder and writes nothing until `claimed`."""
+    """A run and its folder. Until `claimed`, the folder is only read."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, shards: Shards, init: Trained | None = None):
-        """init: what the run begins with, where that is no random model. Raises ValueError where nothing can be written
-        to the folder, or it holds a run of another config or on other data."""
+        """init: the model that the run begins with, if not a random one. Raises ValueError if nothing can be written to
+        the folder, or if it holds a run with another config or on other data."""
         self.config, self.model_config, self.shards, self.init = config, model_config, shards, init
         self.folder = Path(config.out)
         settings = dataclasses.asdict(config)
@@ -75,7 +75,7 @@ class Run:
         corpus = {name: value for name, value in shards.meta.items() if name != "files"}
         self.described = {**self.identity, "layout": layout, "tokenizer": tokenizer, "corpus": corpus}
         self.fresh = config.fresh
-        self._unwritten = b""  # of metrics.jsonl
+        self._unwritten = b""  # lines of metrics.jsonl that are not written yet
         self._events: events.Events | None = None
         if config.tensorboard:
             events.check()
@@ -92,7 +92,7 @@ class Run:
             self._refuse_another(self._identity_of(self.resumes_from))
 
     def _identity_of(self, path: Path) -> dict:
-        """The run that a checkpoint is of. A field that is newer than the checkpoint had its default."""
+        """The identity of the run that made a checkpoint. A field that is newer than it gets its default."""
         run = checkpoint.read_state(path)["run"]
         if not run:
             raise ValueError(
@@ -132,10 +132,9 @@ class Run:
 
     @contextmanager
     def claimed(self, mesh: Mesh) -> Iterator[None]:
-        """Keeps other jobs out of the folder, which is made. Called by all ranks; raises ValueError where one is there.
+        """Creates the folder and keeps other jobs out. Called by all ranks; raises ValueError if another job is in it.
 
-        The first rank holds the lock, since one job has one first rank. It waits for a job that is ending, as one does
-        that torchrun starts again.
+        Rank 0 holds the lock. It waits for a job that is ending, as the previous one is when torchrun restarts a job.
         """
         with ExitStack() as lock:
             self._on_first(mesh, partial(self._claim, lock))
@@ -156,16 +155,17 @@ class Run:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.2)
-        self._look()  # again: whoever had it until now may have saved
+        self._look()  # again: the previous holder of the lock may have saved
 
     def _on_first(self, mesh: Mesh, function: Callable[[], T]) -> T | None:
-        """What function returns, on the first rank. Where it fails, all raise ValueError; only the first says why."""
+        """Calls function on rank 0 and returns its result there. If it fails, all ranks raise ValueError, but only that
+        of rank 0 has a message."""
         result = error = None
         if mesh.is_first:
             try:
                 result = function()
             except OSError as its:
-                its.filename = its.filename or str(self.folder)  # a full disk does not say of which file
+                its.filename = its.filename or str(self.folder)  # the error of a full disk names no file
                 error = ValueError(reason(its))
             except ValueError as its:
                 error = its
@@ -174,11 +174,13 @@ class Run:
         return result
 
     def restore(self, optimizer: Optimizer, mesh: Mesh) -> Progress:
-        """Weights, moments and counters of the last checkpoint, or the beginning. Raises ValueError if damaged.
+        """Restores weights and moments from the last checkpoint, if there is one, and returns the counters. Raises
+        ValueError if it is damaged.
 
-        The first process decides which it is: others may see a folder on a network later than it.
+        Rank 0 decides which it is: other ranks may see a folder on a network later.
         """
-        # when torchrun starts the job again, what is there is its own work (not every machine's agent counts that)
+        # after a restart by torchrun, the folder holds this job's own work, which --fresh must not discard (not every
+        # machine's agent counts restarts)
         restarted = mesh.sum_on_hosts([from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)])[0] > 0
         self.fresh &= not (restarted and self._is_ours())
         (step,) = mesh.sum_on_hosts([self._on_first(mesh, self._checked_step) or 0])
@@ -190,7 +192,7 @@ class Run:
         return progress
 
     def _checked_step(self) -> int:
-        """Of the checkpoint to go on from, or 0."""
+        """The step of the checkpoint to resume from, or 0. Raises ValueError if the checkpoint is damaged."""
         if not self.resumes_from or self.fresh:
             return 0
         checkpoint.verify(self.resumes_from)
@@ -201,16 +203,17 @@ class Run:
         return checkpoint.step_of(self.resumes_from)
 
     def begin(self, step: int, mesh: Mesh) -> None:
-        """Makes the folder ready for the steps after `step`. Called by all ranks; where it fails, it does on all."""
+        """Prepares the folder for the steps after `step`. Called by all ranks; if it fails, it fails on all."""
         self._on_first(mesh, partial(self._begin, step))
 
     def _begin(self, step: int) -> None:
         if self.fresh:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        # who was killed between naming a run's last checkpoint and removing an older one left work that no save will do
+        # if a process was killed after its last checkpoint got its name and before older ones were removed, no save
+        # will remove them
         checkpoint.tidy(self.folder / "checkpoints", self.config.keep_checkpoints)
         metrics, lines = self.folder / "metrics.jsonl", []
-        if metrics.exists():  # what came after the checkpoint is about to be made again
+        if metrics.exists():  # the steps after the checkpoint are about to be repeated
             lines = [_finite(line) for line in read_json_lines(metrics, METRICS) if line["step"] <= step]
             write_whole(metrics, b"".join(map(_line, lines)))
         if self.config.tensorboard:
@@ -223,12 +226,12 @@ class Run:
         write_whole(self.folder / tokenizer.name, tokenizer.read_bytes())
 
     def _show(self, line: dict, ago: float = 0.0) -> None:
-        """A line of metrics.jsonl to TensorBoard. ago: seconds since then, if that is known."""
+        """Sends a line of metrics.jsonl to TensorBoard. ago: seconds since then; 0 is used if that is not finite."""
         figures = {name: value for name, value in line.items() if name not in ("step", "positions")}
         self._events.add(figures, line["positions"], ago if math.isfinite(ago) else 0.0)
 
     def log(self, line: dict) -> None:
-        """Appends one step's figures to metrics.jsonl. Training goes on where that fails; the next call tries again."""
+        """Appends one step's figures to metrics.jsonl. If that fails, training continues; the next call tries again."""
         if self._events:
             self._show(_finite(line))
         failed_before, self._unwritten = bool(self._unwritten), self._unwritten + _line(line)
@@ -243,7 +246,7 @@ class Run:
                 )
 
     def _append(self, flush: bool = False) -> None:
-        """Writes all lines to metrics.jsonl that are not there yet, or none. Raises OSError."""
+        """Appends to metrics.jsonl all lines that are not there yet, or none of them. Raises OSError."""
         with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
             end, left = file.tell(), self._unwritten
             try:
@@ -265,13 +268,13 @@ class Run:
             "run": self.identity,
             **_finite({"validation_loss": validation_loss}),
         }
-        # a run that goes on from a checkpoint makes none of the lines before it: they have to be on the disk first
+        # a run that resumes from a checkpoint does not repeat the lines before it: they must be on the disk first
         lines = partial(self._append, flush=True)
         saver.start(progress.step, optimizer.whole_shapes(), optimizer.slices(), state, before=lines)
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises ValueError where there is no such folder and none can be made, or it is read-only."""
+    """Raises ValueError if the folder cannot be created, or cannot be written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.exists():
         raise ValueError(f"--out: {there} is a link to {there.readlink()}, which is not there; choose another")
@@ -284,14 +287,14 @@ def _check_writable(folder: Path) -> None:
 def _progress(path: Path) -> Progress:
     try:
         progress = Progress(**checkpoint.read_state(path)["progress"])
-    except TypeError as error:  # of a state without a checksum
+    except TypeError as error:  # for a state without a checksum
         raise checkpoint.damaged(path / "state.json", str(error)) from None
     progress.loss = math.nan if progress.loss is None else progress.loss
     return progress
 
 
 def _finite(line: dict) -> dict:
-    """With null for NaN and infinity, which JSON does not have."""
+    """The line with None in place of NaN and infinity, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
@@ -300,7 +303,7 @@ def _line(line: dict) -> bytes:
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; what was not finite is None. Raises ValueError where there are none."""
+    """The lines of a run's metrics.jsonl; figures that were not finite are None. Raises ValueError if it has none."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of a train.py")
@@ -314,10 +317,10 @@ def read_metrics(run: str | Path) -> list[dict]:
 class Trained:
     model: MaskedLM  # in fp32 on the CPU
     tokenizer: Tokenizer | JsonTokenizer
-    history: list[dict]  # what the weights have been through: a line for each run, and for an import
+    history: list[dict]  # where the weights come from: an entry for each run, and for an import
 
     def identity(self) -> dict:
-        """Of the weights a run begins with."""
+        """Identifies the weights that a run begins with."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode() + parameter.detach().numpy().tobytes())
@@ -325,7 +328,8 @@ class Trained:
 
 
 def checkpoint_of(run: str | Path, which: str = "last") -> Path:
-    """which: "last", "best" (the lowest validation loss) or "step-N". Raises ValueError where a run has none such."""
+    """A checkpoint of a run. which: "last", "best" (the lowest validation loss) or "step-N". Raises ValueError if the
+    run has no such checkpoint."""
     folder = Path(run) / "checkpoints"
     saved = checkpoint.steps(folder)
     if not saved:
@@ -340,8 +344,8 @@ def checkpoint_of(run: str | Path, which: str = "last") -> Path:
 
 
 def open_run(run: str | Path, path: Path | None = None) -> Trained:
-    """The model of a run's checkpoint, by default the last, in fp32 on the CPU. Raises ValueError where there is none,
-    or where the tokenizer beside it is another model's."""
+    """The model of a run's checkpoint, by default the last, in fp32 on the CPU. Raises ValueError if there is none, or
+    if the tokenizer in the run's folder is another model's."""
     run = Path(run)
     path = path or checkpoint_of(run)
     try:

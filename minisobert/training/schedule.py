@@ -1,7 +1,7 @@
-"""The learning rate, as a function of tokens: linear warm-up from 0, then one of two decays to a part of the peak.
+"""The learning rate, as a function of tokens: linear warm-up from 0, then one of two decays to a fraction of the peak.
 
-linear    falls from the end of the warm-up on
-wsd       warm-up, stable, decay: stays, then falls by 1 - sqrt(part of the decay that is over) (Hägele et al. 2024)
+linear    falls linearly from the end of the warm-up on
+wsd       warm-up, stable, decay: stays, then falls as 1 - sqrt(part of the decay that is over) (Hägele et al. 2024)
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ def learning_rate(
     final_fraction: float,
     decay_fraction: float | None = None,
 ) -> float:
-    """For the step after which schedule_tokens row positions have been trained on, that step's own included.
+    """The rate of the step after which schedule_tokens row positions have been trained on, its own included.
 
-    So no step is lost at a rate of 0, and the last one runs at final_fraction × peak. (Megatron-LM counts the tokens
+    So the first step has a rate above 0, and the last one runs at final_fraction × peak. (Megatron-LM counts the tokens
     before the step: its first step has the rate 0.)
 
-    decay_fraction: of train_tokens, with the schedule wsd; None: linear.
+    decay_fraction: the part of train_tokens in which `wsd` decays; None: `linear`.
     """
     warmup = warmup_fraction * train_tokens
     if schedule_tokens < warmup:

@@ -1,9 +1,9 @@
-"""The operations again, in Triton, under the same names and with the same arguments; imported when one is asked for.
+"""The operations in Triton, under the same names and with the same arguments. Each is imported when it is first used.
 
-Each file holds its kernels, one `autograd.Function` and the function that launches it. They run on CUDA tensors, or,
-where TRITON_INTERPRET=1 was set before the import, on CPU tensors in Triton's interpreter (fp32 and fp16 only: it
-computes bf16 wrongly, unless it is mended as in tests/bfloat16.py). Arguments are checked before anything is launched,
-and nothing that lies on the device is read for it.
+Each file has its kernels, one `autograd.Function` and the function that launches it. They run on CUDA tensors, or, if
+TRITON_INTERPRET=1 was set before the import, on CPU tensors in Triton's interpreter (fp32 and fp16 only: it computes
+bf16 wrongly unless it is patched as in tests/bfloat16.py). Arguments are checked before a launch, without reading
+device memory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-# In the checks, arguments that are None, as biases may be, pass. The first is a tensor: the others must be like it.
+# The checks skip arguments that are None, as biases may be. The first is a tensor, which the others must match.
 
 
 def check(**arguments: Tensor | None) -> None:
-    """Raises ValueError unless all are of one dtype of DTYPES, on one device, with elements of a row side by side."""
+    """Raises ValueError unless all have the same dtype, one of DTYPES, are on one device, and have contiguous rows."""
     (first, x), *others = tensors = _given(arguments)
     if x.dtype not in DTYPES:
         raise ValueError(f"{first} is {x.dtype}; the kernels take {', '.join(map(str, DTYPES))}, the reference any")
@@ -35,7 +35,7 @@ def check(**arguments: Tensor | None) -> None:
 
 
 def check_device(**arguments: Tensor | None) -> None:
-    """Raises ValueError unless all lie on one device."""
+    """Raises ValueError unless all are on one device."""
     (first, x), *others = _given(arguments)
     for name, y in others:
         if y.device != x.device:
@@ -53,7 +53,7 @@ def _given(arguments: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
 
 
 def options(warps: int, stages: int = 1) -> dict:
-    """Of a launch. Fusion makes a * b + c one instruction; Triton 3.10 will not do it unasked."""
+    """Options of a launch. Fusion makes a * b + c one instruction; Triton 3.10 does not do it by default."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
@@ -69,6 +69,6 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def chip_family(device: torch.device) -> int:
-    """Which column of a table of tiles: 0 for sm_80 and all that share its matrix instructions, 1 sm_90, 2 sm_100."""
+    """The column of a table of tiles: 0 for sm_80 and chips that share its matrix instructions, 1 sm_90, 2 sm_100."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
     return {9: 1, 10: 2}.get(major, 0)

@@ -1,12 +1,13 @@
 """Residual add and layer norm in Triton, one pass each way. `docs/layer_norm.md` derives the backward.
 
-Both are bound by memory: what counts is bytes. Per element of a bf16 tensor the forward reads branch and residual and
-writes the new residual and its normal form, 8 bytes; the backward reads the gradients of both and the residual and
-writes one gradient, 8 bytes (10 with dropout, where branch and residual have different ones). The normal form is made
-again from the residual, the mask from its hash. For a bias that is None the kernels have no load and no sum.
+Both passes are bound by memory. Per element of a bf16 tensor, the forward reads branch and residual and writes the new
+residual and its normed copy, 8 bytes. The backward reads the gradients of both and the residual and writes one
+gradient, 8 bytes (10 with dropout, where branch and residual have different gradients). It recomputes the normed values
+from the residual, and the mask from its hash. For a bias that is None the kernels have no load and no sum.
 
-Gradients of weight, bias and norm bias are sums over all tokens. A fixed grid of programs, each with every G-th tile of
-rows, keeps them in registers and writes one partial sum each, which torch adds up: no atomics, the same bits each time.
+The gradients of weight, bias and norm bias are sums over all tokens. A fixed grid of G programs, each with every G-th
+tile of rows, keeps the sums in registers and writes one partial sum each, which torch adds up. There are no atomics, so
+the bits are the same every time.
 """
 
 from __future__ import annotations
@@ -23,35 +24,35 @@ from minisobert.ops.kernels.dropout import column_hash, keep, row_hash, settings
 
 WIDTHS = range(128, 8_192 + 1)
 
-# padded width: (rows of a tile, warps forward, warps backward). 16 elements a thread, in half precision two loads of 16
-# bytes from each input; 8 or 32 where 16 would spill. Tuned on no GPU yet.
+# padded width: (rows of a tile, warps forward, warps backward). 16 elements per thread, which in half precision are two
+# 16-byte loads from each input; 8 or 32 where 16 would spill. Not tuned on a GPU yet.
 TILES = {
     128: (16, 4, 4), 256: (4, 2, 2), 512: (4, 4, 8), 1_024: (2, 4, 4), 2_048: (2, 8, 8), 4_096: (1, 16, 8),
     8_192: (1, 8, 16),
 }  # fmt: skip
-WIDE = tl.constexpr(4_096)  # above it the backward's sums do not fit into registers: torch makes that of bias
-# Of the backward's programs, per multiprocessor: as many as its registers hold. Each writes 12 bytes per feature.
+WIDE = tl.constexpr(4_096)  # beyond it the backward's sums do not fit into registers; torch computes that of bias
+# Warps of the backward per multiprocessor, as many as its registers hold. Each program writes 12 bytes per feature.
 RESIDENT_WARPS = 16
 
 
-# What the kernels take. T tokens, h hidden. Pointers are to contiguous tensors of one dtype unless fp32 is said; the
-# letters are those of the formulas in `ops/add_norm.py`, where the arguments of `add_norm` are described.
+# Arguments of the kernels. T tokens, h hidden. Pointers are to contiguous tensors of one dtype, fp32 where stated.
+# The letters are those of the formulas in `ops/add_norm.py`.
 #   branch, bias, residual    (T, h), (h,) or None, (T, h): x, b, r
 #   weight, norm_bias         (h,), (h,) or None: w, c
 #   new_residual, normal      (T, h): r', n; written by the forward
 #   mean, rstd                (T,) fp32: μ, 1/sqrt(σ² + ε) of each token; written by the forward
-#   d_new_residual, d_normal  (T, h): the gradients of r' and n; the first is None where nobody uses r'
-#   d_residual, d_branch      (T, h): the gradients of r and x; equal without dropout, and then one tensor
-#   partial                   (programs, 1 to 3, h) fp32: what each program adds up for w, then for c and b if given
+#   d_new_residual, d_normal  (T, h): the gradients of r' and n; the first is None if r' is not used
+#   d_residual, d_branch      (T, h): the gradients of r and x; one tensor if nothing is dropped
+#   partial                   (programs, 1 to 3, h) fp32: the sums of each program for w, then for c and b if given
 #   tokens, eps               T; ε
-#   key, offset, rescale      of the dropout mask, by `settings`: pointer to its key, index of the first token, 1/(1-p)
-#   THRESHOLD                 of the mask: p in 2**32ths; 0 compiles a kernel without dropout
+#   key, offset, rescale      the dropout mask, from `settings`: pointer to its key, index of the first token, 1/(1-p)
+#   THRESHOLD                 p in units of 2**-32; 0 compiles a kernel without dropout
 #   WIDTH, BLOCK              h, and the power of two that a row is padded to
 #   ROWS                      rows of a tile
 #   NORM_BIAS, BIAS           whether norm_bias and bias were given
 #
-# Do not specialise on values that change between calls, nor on where rstd begins, T numbers behind mean: each new value
-# would trigger a recompile.
+# Do not specialise on values that change between calls, nor on the alignment of rstd, which begins T numbers after
+# mean: each new value would trigger a recompile.
 
 
 @triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
@@ -71,7 +72,7 @@ def _forward(
         x = tl.where(stays, x * rescale, 0.0)
     rounded = (x + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(new_residual.dtype.element_ty)
     tl.store(new_residual + at, rounded, inside)
-    # what is normalised is the rounded residual, since that is all that the backward will have
+    # normalise the rounded residual, which is all that the backward will have
     r = rounded.to(tl.float32)
     mu = tl.sum(r, 1) / WIDTH
     centred = tl.where(inside, r - mu[:, None], 0.0)
@@ -98,13 +99,13 @@ def _backward(
     EARLY: tl.constexpr = BLOCK <= WIDE
     column = tl.arange(0, BLOCK)
     features = column < WIDTH
-    # as wide as the tile, so that rows are added up across threads only once, at the end
+    # as large as the tile, so that sums across threads happen only once, at the end
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     dc = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
     rows = tl.arange(0, ROWS)
     at = rows[:, None] * WIDTH + column[None, :]
-    # of the widest, hashes of columns are made anew for each row: there are no registers to keep them in
+    # the widest tiles recompute the column hashes for each row: no registers are left to keep them
     for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS, disable_licm=BLOCK > WIDE):
         row = first + rows
         inside = (row < tokens)[:, None] & features[None, :]
@@ -113,14 +114,14 @@ def _backward(
         scale = tl.load(rstd + row, row < tokens, 0.0)[:, None]
         dn = tl.load(d_normal + base + at, inside, 0.0).to(tl.float32)
         r = tl.load(new_residual + base + at, inside, 0.0).to(tl.float32)
-        if EARLY and d_new_residual is not None:  # with the other loads, and not behind the sums that wait for them
+        if EARLY and d_new_residual is not None:  # with the other loads, not after the sums that wait for them
             d = tl.load(d_new_residual + base + at, inside, 0.0)
         unit = (r - mu) * scale
-        # loaded anew each time, from the cache: registers are what limits how many programs run side by side
+        # reloaded from the cache each time: registers limit how many programs run side by side
         g = dn * tl.load(weight + column, features, 0.0).to(tl.float32)[None, :]
         sum_g, sum_gu = tl.reduce((g, g * unit), 1, _add_pairs)
         mean_g, mean_gu = sum_g[:, None] / WIDTH, sum_gu[:, None] / WIDTH
-        if BLOCK > WIDE:  # the more so here: read once more, from the cache, rather than keep
+        if BLOCK > WIDE:  # even more so here: read again from the cache instead of keeping it
             dn = tl.load(d_normal + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
             r = tl.load(new_residual + base + at, inside, 0.0, eviction_policy="evict_first").to(tl.float32)
             unit = (r - mu) * scale
@@ -153,7 +154,7 @@ def _backward(
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, branch, bias, residual, weight, norm_bias, eps: float, dropout: Dropout | None):
-        ctx.set_materialize_grads(False)  # the last block's residual is used by nobody: no zeros to read
+        ctx.set_materialize_grads(False)  # the residual of the last block is unused: no zeros to read
         ctx.dropout, ctx.norm_bias, ctx.bias = dropout, norm_bias is not None, bias is not None
         tokens, width = branch.shape
         new_residual, normal = torch.empty_like(branch), torch.empty_like(branch)
@@ -179,18 +180,18 @@ class _AddNorm(torch.autograd.Function):
         d_new_residual = d_new_residual if d_new_residual is None else d_new_residual.contiguous()
         d_residual = torch.empty_like(new_residual)
         key, offset, threshold, rescale = settings(ctx.dropout, weight)
-        # where nothing is dropped branch and residual have one gradient
+        # without dropout, branch and residual have the same gradient
         d_branch = torch.empty_like(new_residual) if threshold else d_residual
         block = triton.next_power_of_2(width)
         rows, _, warps = TILES[block]
-        if block > WIDE.value and width % 8:  # rows begin anywhere: loads of single elements take more registers
+        if block > WIDE.value and width % 8:  # rows are not aligned: loads of single elements take more registers
             warps *= 2
         programs = max(RESIDENT_WARPS // warps, 1) * multiprocessors(weight.device)
         programs = min(programs, triton.cdiv(max(tokens, 1), rows))
         sums = 1 + ctx.norm_bias + ctx.bias
         partial = torch.empty(programs, sums, width, dtype=torch.float32, device=weight.device)
-        # With fewer sums ptxas aims at 80 registers a thread and spills a few on some chips. It does not where it is
-        # told how many there are: 65,536 for the warps that run side by side.
+        # With fewer sums ptxas aims at 80 registers per thread and spills a few on some chips. It does not if told how
+        # many there are: 65,536 for the warps that run side by side.
         few = block <= WIDE.value and not (ctx.norm_bias or ctx.bias)
         limit = {"maxnreg": 65_536 // (32 * RESIDENT_WARPS)} if few else {}
         with on_device(weight):

@@ -1,7 +1,8 @@
 """Bias and GELU in Triton, one pass each way.
 
-The backward makes the input of the GELU again from x and bias. The bias' gradient is a sum over all tokens: a fixed
-grid of programs keeps it in registers, as in `add_norm`. Without a bias the kernels have neither load nor sum for it.
+The backward recomputes the input of the GELU from x and bias. The gradient of the bias is a sum over all tokens, which
+a fixed grid of programs keeps in registers, as in `add_norm`. Without a bias the kernels have neither its load nor its
+sum.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, multiprocessors, on_device, options
 
-TILE = 8, 512, 8  # rows, columns, warps: 16 elements a thread. Not tuned yet.
-PROGRAMS = 4  # of the backward, per multiprocessor: as many as fit with 64 registers a thread
+TILE = 8, 512, 8  # rows, columns, warps: 16 elements per thread. Not tuned yet.
+PROGRAMS = 4  # programs of the backward per multiprocessor: as many as fit at 64 registers per thread
 
-# What the kernels take. T tokens, n columns. Pointers are to contiguous tensors of one dtype, but for `partial`.
+# Arguments of the kernels. T tokens, n columns. Pointers are to contiguous tensors of one dtype, except `partial`.
 #   x, bias        (T, n), (n,); bias may be None
 #   y              (T, n): GELU(x + bias); written by the forward
 #   dy, dx         (T, n): the gradients of y and x
-#   partial        (programs along the rows, n) fp32: what each program adds up for the gradient of bias, or None
+#   partial        (programs along the rows, n) fp32: the sums of each program for the gradient of bias, or None
 #   tokens         T
 #   WIDTH          n
 #   ROWS, COLUMNS  rows and columns of a tile
-#   TANH           whether GELU is the tanh form; else it is the erf form
+#   TANH           whether GELU has the tanh form instead of the erf form
 
 
 @triton.jit
 def _normal(z):
-    """Φ(z), the normal distribution, and exp(-z²/2). Abramowitz and Stegun 7.1.26: that exponential times a polynomial
-    in 1/(1 + c|z|), off by 7e-8 at most, as much as fp32 rounds 1. The library's erf takes twice the instructions."""
+    """Φ(z), the normal distribution function, and exp(-z²/2). Abramowitz and Stegun 7.1.26: this exponential times a
+    polynomial in 1/(1 + c|z|), off by at most 7e-8, which is how coarsely fp32 rounds 1. The library's erf takes twice
+    the instructions."""
     bell = tl.exp2(-0.7213475204444817 * z * z)
     root = tl.rsqrt(1 + 0.2316418882663604 * tl.abs(z))
-    t = root * root  # 1 / x is a division, which takes more
+    t = root * root  # a division, 1 / x, would take more instructions
     tail = 0.5307027145 * t - 0.7265760135
     tail = ((tail * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
     tail *= t * bell

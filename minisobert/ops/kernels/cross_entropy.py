@@ -1,11 +1,11 @@
 """Cross-entropy in Triton: each row of logits is read once for the loss and once for its gradient.
 
-The forward leaves three numbers per row, max, target logit and Σ exp(z - max). Each can be reduced over slices of the
-vocabulary that lie on several ranks, which is what a vocabulary-parallel loss needs; here there is one slice.
+The forward computes three numbers per row: max, target logit and Σ exp(z - max). A vocabulary-parallel loss reduces
+them over the ranks' slices of the vocabulary; here there is one slice.
 
-The backward writes softmax - onehot over the logits, in their memory: at V = 50,048 the logits of 20,000 masked tokens
-are 2 GB in bf16, and a second tensor of that size would be the largest of the whole step. Until then the logits can be
-used freely; whoever still needs them afterwards for a gradient of his own gets autograd's error about in-place changes.
+The backward overwrites the logits with their gradient. At V = 50,048 the logits of 20,000 masked tokens are 2 GB in
+bf16, and a separate gradient would take as much again. Until then the logits can be used freely. If another gradient
+needs them afterwards, autograd raises its error about in-place changes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
-TILE = 4_096, 8  # columns of a tile, warps: 16 elements a thread. Not tuned yet.
+TILE = 4_096, 8  # columns of a tile, warps: 16 elements per thread. Not tuned yet.
 
-# What the kernels take: one program per row. M rows, n columns of the vocabulary.
+# Arguments of the kernels, which run one program per row. M rows, n columns of the vocabulary.
 #   logits                        (M, n), contiguous; `_gradient` writes their gradient over them
 #   targets                       (M,) int64: ids in the whole vocabulary
-#   maximum, target_logit, total  (M,) fp32: of each row max z, z_t (0 where t is in another slice) and Σ exp(z - max z)
+#   maximum, target_logit, total  (M,) fp32: per row, max z, z_t (0 if t is in another slice) and Σ exp(z - max z)
 #   lse, d_loss                   (M,) fp32: log Σ exp(z) over all slices of a row; the gradient of its loss
 #   first                         id of the first column
 #   WIDTH, COLUMNS                n; columns of a tile
 #
-# target_logit and total lie M and 2 M numbers behind maximum: do not specialise on their alignment, which M changes.
+# target_logit and total begin M and 2 M numbers after maximum: do not specialise on their alignment, which M changes.
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["target_logit", "total"])
 def _parts(logits, targets, maximum, target_logit, total, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * WIDTH
-    # the lowest number but finite, so that a tile or slice that is all -inf adds exp(-inf) = 0 and not NaN
+    # the lowest finite number, so that a tile or slice that is all -inf adds exp(-inf) = 0 and not NaN
     peak, running = -3.4028234663852886e38, 0.0
     for j in tl.range(0, WIDTH, COLUMNS):
         column = j + tl.arange(0, COLUMNS)
@@ -81,7 +81,7 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss:
     with on_device(logits):
         if rows:
             _gradient[rows,](logits, targets, lse, d_loss.contiguous(), first, width, columns, **options(warps))
-    torch.autograd.graph.increment_version(logits)  # a launch is no in-place operation that autograd would notice
+    torch.autograd.graph.increment_version(logits)  # autograd does not see that a launch changes logits in place
     return logits
 
 

@@ -1,7 +1,7 @@
 """The dropout mask in Triton: hashes of rows and columns, the decision, and dropout by itself.
 
-A kernel that drops makes the hashes of its rows and columns, broadcasts them against each other and asks `keep`; its
-backward asks again, so that no mask is ever stored. Bit for bit the mask of `ops.dropout.Dropout`.
+A kernel with dropout computes the hashes of its rows and columns, broadcasts them against each other and calls `keep`.
+Its backward does so again, so no mask is stored. The mask is bit for bit that of `ops.dropout.Dropout`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minisobert.ops.dropout import Dropout
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
 HASHES = 1_024, 4  # tokens, warps
-TILE = 2_048, 4  # elements, warps. By arithmetic, not tuned yet: 16 elements a thread fill its loads of 16 bytes
+TILE = 2_048, 4  # elements, warps. Not tuned yet: 16 elements per thread, because they fill loads of 16 bytes
 
 
 @triton.jit
@@ -43,13 +43,14 @@ def column_hash(column):
 
 @triton.jit
 def keep(row, column, THRESHOLD: tl.constexpr):
-    """True where an element stays. row, column: hashes, uint32, that broadcast against each other."""
+    """True where an element is kept. row, column: hashes, uint32, that broadcast against each other."""
     return (row * column).to(tl.int32, bitcast=True) >= THRESHOLD - 2**31
 
 
 def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int, int, float]:
-    """Of the mask for `like`: pointer to the key, first token, threshold in 32 bits, 1/(1-p). (None, 0, 0, 1.0): all
-    stay, which is a compile-time path. Raises ValueError where the keys are not one int32 on the device of `like`."""
+    """The mask of `like`: (pointer to the key, index of the first token, p in units of 2**-32, 1/(1-p)). (None, 0, 0,
+    1.0) keeps everything and compiles a kernel without dropout. Raises ValueError unless the keys are one int32 on the
+    device of `like`."""
     if dropout is None:
         return None, 0, 0, 1.0
     keys = dropout.keys
@@ -61,9 +62,9 @@ def settings(dropout: Dropout | None, like: Tensor) -> tuple[Tensor | None, int,
 
 @triton.jit(do_not_specialize=["token_offset", "head_offset", "tokens"], do_not_specialize_on_alignment=["key"])
 def _attention_hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """rows: (T,), hashes of queries; keys: (H, T), of keys; key: pointer to the mask's. token_offset, head_offset: of
-    the first token and head in the global batch. tokens: T. PER_HEAD: numbers that a head takes. BLOCK: tokens of a
-    program."""
+    """rows: (T,), hashes of queries; keys: (H, T), hashes of keys; key: pointer to the mask's key. token_offset,
+    head_offset: index of the first token in the global batch, and of the first head in the model. tokens: T. PER_HEAD:
+    columns per head. BLOCK: tokens per program."""
     token, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     column = column_hash((head + head_offset).to(tl.uint32) * PER_HEAD + (token + token_offset).to(tl.uint32))
     tl.store(keys + head * tokens + token, column.to(tl.int32, bitcast=True), token < tokens)
@@ -73,10 +74,9 @@ def _attention_hashes(rows, keys, key, token_offset, head_offset, tokens, PER_HE
 
 
 def attention_hashes(dropout: Dropout | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of q's mask, (T, H, d): the hashes of queries (T,) and of keys (H, T), int32; None where all stay.
+    """The hashes of queries (T,) and of keys (H, T), int32, for the mask of q, (T, H, d). (None, None) if all are kept.
 
-    Made once a call: a visit of attention that hashed its rows and columns itself would pay as much again as half of
-    `keep`.
+    They are computed once per call: hashing rows and columns at every visit of a tile would cost half of `keep` more.
     """
     key, token_offset, threshold, _ = settings(dropout, q)
     if not threshold:
@@ -92,12 +92,12 @@ def attention_hashes(dropout: Dropout | None, q: Tensor) -> tuple[Tensor | None,
     return rows, keys
 
 
-# What the kernel takes. T tokens, h features.
+# Arguments of the kernel. T tokens, h features.
 #   x, out           (T, h) each, contiguous, of one dtype
 #   elements, width  T * h; h
-#   key, offset      by `settings`: pointer to the key of the mask, index of the first token in the global batch
+#   key, offset      from `settings`: pointer to the key of the mask, index of the first token in the global batch
 #   rescale          1/(1-p)
-#   THRESHOLD        p in 2**32ths
+#   THRESHOLD        p in units of 2**-32
 #   BLOCK            elements of a tile
 #
 # Do not specialise on the offset of a micro-batch: each new value would trigger a recompile.

@@ -1,7 +1,8 @@
 """Gated GELU in Triton, one pass each way.
 
-Bound by memory. Per element of the result in bf16 the forward reads a and b and writes one number, 6 bytes; the
-backward reads a, b and dy and writes da and db, 10 bytes. Only x is kept: GELU(a) and its slope are made again.
+Both are bound by memory. Per element of the result in bf16, the forward reads a and b and writes one number, 6 bytes;
+the backward reads a, b and dy and writes da and db, 10 bytes. Only x is saved: the backward recomputes GELU(a) and its
+slope.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch.autograd.function import once_differentiable
 from minisobert.ops.kernels import check, check_contiguous, on_device, options
 from minisobert.ops.kernels.bias_gelu import _gelu, _gelu_slope
 
-# Rows, columns, warps: 16 elements a thread. Narrow, since presets have 576, 1,152 and 2,624 columns, of which tiles of
-# 512 would cover up to a third too much. Not tuned yet.
+# Rows, columns, warps: 16 elements per thread. Tiles are narrow because presets have 576, 1,152 and 2,624 columns:
+# tiles of 512 would cover 576 with 1,024. Not tuned yet.
 TILE = 32, 128, 8
 
-# What the kernels take. T tokens, f features of each half. Pointers are to contiguous tensors of one dtype.
+# Arguments of the kernels. T tokens, f features of each half. Pointers are to contiguous tensors of one dtype.
 #   x, dx          (T, 2f): [a, b], and its gradient
 #   y, dy          (T, f): GELU(a) ∘ b, written by the forward, and its gradient
 #   tokens         T
 #   WIDTH          f
 #   ROWS, COLUMNS  rows and columns of a tile
-#   TANH           whether GELU is the tanh form; else it is the erf form
+#   TANH           whether GELU has the tanh form instead of the erf form
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -74,7 +75,7 @@ class _GatedGelu(torch.autograd.Function):
 
 
 def _launch(kernel, *tensors: Tensor, tanh: bool) -> None:
-    x = tensors[-2]  # of both kernels: before the last, which is written
+    x = tensors[-2]  # in both kernels the last but one, before the output
     tokens, width = x.shape[0], x.shape[1] // 2
     rows, columns, warps = TILE
     with on_device(x):

@@ -1,11 +1,12 @@
-"""Rotary positions in Triton: queries and keys are turned in place, and their gradients turned back.
+"""Rotary positions in Triton: queries and keys are rotated in place, and their gradients are rotated back.
 
-Both are bound by memory. Per token and head in bf16 the forward reads and writes q and k, 8d bytes, and leaves v alone;
-a copy of qkv would move 12d. The backward reads and writes the gradients of all three, 12d bytes. The cos and sin of a
-token are another 4d bytes, which all its heads share. Heads of one token are neighbours in the grid, so that only the
-first reads them from memory and the others find them in the L2 cache.
+Both are bound by memory. Per token and head in bf16, the forward reads and writes q and k, 8d bytes, and leaves v
+alone; a copy of qkv would move 12d. The backward reads and writes the gradients of all three, 12d bytes. The cos and
+sin of a token are another 4d bytes, which all its heads share. Heads of one token are neighbours in the grid, so that
+only the first reads them from memory, and the others from the L2 cache.
 
-Half precision loads 16 bytes a thread: the halves a and b of q and of k are each d/2 elements side by side.
+In half precision a thread loads 16 bytes at once, because the halves a and b of q and of k are each d/2 contiguous
+elements.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from minisobert.ops.kernels import check, check_contiguous, check_device, on_device, options
 
-# Pairs of q, and as many of k; warps. 8 pairs a thread fill a load of 16 bytes in half precision. Not tuned yet.
+# Pairs of q and as many of k, warps. In half precision 8 pairs per thread fill a load of 16 bytes. Not tuned yet.
 TILE = 512, 2
 
-# What the kernel takes. T tokens, H heads, d head width.
-#   x, out         (T, H, 3, d) each, contiguous, of one dtype; the forward's are the same memory
+# Arguments of the kernel. T tokens, H heads, d head width.
+#   x, out         (T, H, 3, d) each, contiguous, of one dtype; in the forward they are the same memory
 #   rotation       (2, T, d/2) fp32: cos and sin, contiguous
 #   tokens         T
 #   HEADS, D       H; d
 #   TOKENS, BLOCK  tokens of a tile; the power of two that d/2 is padded to
-#   BACKWARD       whether to turn back, and to copy v
+#   BACKWARD       whether to rotate back, and to copy v
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -76,13 +77,13 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (rotation,) = ctx.saved_tensors
         grad = grad.contiguous()
-        # not in place: behind a sum autograd hands the same memory to every summand, and a hook may have kept it
+        # not in place: autograd hands the same memory to every input of a sum, and a hook may have kept it
         return turn(grad, torch.empty_like(grad), rotation, ctx.heads, back=True), None, None
 
 
 def turn(x: Tensor, out: Tensor, rotation: Tensor, heads: int, back: bool = False) -> Tensor:
-    """Writes to out, (T, H, 3, d) as x or x itself, the turned queries and keys of x. Forward, values are left out: out
-    is x. back: turns them back, and writes all three."""
+    """Writes the rotated queries and keys of x, (T, H, 3, d), to out. Forward, out must be x, because values are not
+    copied. back: rotates back, and copies the values."""
     _, tokens, half = rotation.shape
     pairs, warps = TILE
     block = triton.next_power_of_2(half)
@@ -95,7 +96,7 @@ def turn(x: Tensor, out: Tensor, rotation: Tensor, heads: int, back: bool = Fals
 
 
 def check_rotation(qkv: Tensor, rotation: Tensor) -> None:
-    """Raises ValueError where rotation is not fp32, on another device, or one of the two not contiguous."""
+    """Raises ValueError if rotation is not fp32 or on another device, or if either is not contiguous."""
     if rotation.dtype != torch.float32:
         raise ValueError(f"rotation is {rotation.dtype}; it must be torch.float32")
     check_device(qkv=qkv, rotation=rotation)
@@ -111,7 +112,7 @@ def rotary(qkv: Tensor, rotation: Tensor) -> Tensor:
     check_rotation(qkv, rotation)
     # qkv is a view of what a linear returned. Changing a view in place is allowed, but its backward copies the whole
     # gradient four times (CopySlices, AsStrided). Changing the base, which is the same memory, copies nothing, and
-    # autograd sees to it that whoever still uses qkv gets the right gradient.
+    # autograd still gives other users of qkv the right gradient.
     base = qkv._base
     whole = qkv if base is None or base.numel() != qkv.numel() or not base.is_contiguous() else base
     return _Rotary.apply(whole, rotation, qkv.shape[1]).view(qkv.shape)
