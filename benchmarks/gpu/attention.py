@@ -24,6 +24,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.setting import DTYPE, Setting
 from minisobert import ops
 from minisobert.ops import Dropout
+from minisobert.ops.attention import WithBias
 from minisobert.ops.kernels import attention_tiles
 
 EARLIER = {  # d = 64: the tiles before anybody counted instructions, two stages in the gradients
@@ -158,7 +159,7 @@ def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: fl
     def run(qkv, bias=None):
         qkv = qkv.clone()  # as a linear gives it, since rotary positions overwrite it
         if what == "bias apart":
-            return ops.self_attention(BiasApart.apply(qkv, bias), case.documents, dropped)
+            return ops.self_attention(WithBias.apply(qkv, bias), case.documents, dropped)
         if what == "rotary apart":
             return ops.self_attention(RotaryApart.apply(qkv, rotation), case.documents, dropped)
         turned = rotation if what == "rotary" else None
@@ -170,18 +171,6 @@ def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: fl
         "forward_tflops": work / result["forward_seconds"] / 1e12,
         "backward_tflops": BACKWARD * work / result["backward_seconds"] / 1e12,
     }
-
-
-class BiasApart(torch.autograd.Function):
-    """A bias that x holds already gets its gradient by a pass over that of x, as a linear gives it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, grad.flatten(1).sum(0)
 
 
 class RotaryApart(torch.autograd.Function):
