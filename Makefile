@@ -25,7 +25,7 @@ lint: .venv/installed-test
 gpu:    ## tests, kernels and training on one GPU, in under nine minutes; results in $OUT or runs/gpu
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
-gpu-dry: .venv/installed-test    ## the same at toy sizes on the CPU, so that it can't rot
+gpu-dry: .venv/installed-test    ## the same at toy sizes on the CPU, with the kernels in Triton's interpreter
 	.venv/bin/python -m benchmarks.gpu --dry --fresh
 
 # without torch's caching each tensor is an allocation of its own, and a step past its end is seen

@@ -198,7 +198,7 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
     usage = tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     meta = kernel.metadata
-    name = f"{kernel.src.fn.__module__.split('.')[-1]} {meta.name.strip('_')}".replace("_", " ")
+    name = meta.name.strip("_").replace("_", " ")
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if constants.get("TANH"):
         name += ", tanh"
@@ -242,9 +242,9 @@ def result(compiled: list[Compiled]) -> list[str]:
     ]
 
 
-# What is counted: sm_90 in bf16, at the widths of base and large, and of the modern presets
+# What is counted: sm_90 in bf16, at the widths of base and large, of the modern presets, and of common models
 COUNTED = [
-    *((attention, "bfloat16", 90, width, p) for width in (64, 96) for p in (0.0, 0.1)),
+    *((attention, "bfloat16", 90, width, p) for width in (64, 96, 128) for p in (0.0, 0.1)),
     (rotary_attention, "bfloat16", 90, 64, 0.0),
     (windowed_attention, "bfloat16", 90, 64, 0.0),
     *((add_norm, "bfloat16", 90, width, p) for width in (768, 1_536) for p in (0.0, 0.1)),
@@ -279,7 +279,7 @@ def _count(job) -> list[list[str]]:
             mean = (of_posts["whole"] * whole + of_posts["masked"] * masked) / of_posts["seen"]
             counts = [f"{whole:.2f}", f"{masked:.2f}", f"{mean:.2f}", f"{goal:g}" if goal else ""]
             tile = f"{held} × {visited}"
-        elif columns and c.kernel.split()[0] not in ("attention", "rotary") and "hashes" not in c.kernel:
+        elif columns and c.kernel.split()[0] not in ("attention", "rotary"):
             elements = sizes.get("ROWS", 1) * columns
             counts, tile = [f"{per_element(cubin, threads, elements):.1f}", "", "", ""], f"{elements:,}"
         else:

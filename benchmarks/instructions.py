@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,20 @@ def per_element(cubin: bytes, threads: int, elements: int) -> float:
     code = instructions(cubin)
     bodies = loops(code) or [[text for _, text in code if not text.startswith("NOP")]]
     return max(map(len, bodies)) * threads / elements
+
+
+class Loop(NamedTuple):
+    """Instructions per score in tiles that are seen whole, and in masked ones."""
+
+    whole: float
+    masked: float
+
+
+def read_loops(page: str) -> dict[tuple[str, int, float], Loop]:
+    """Attention's loops by kernel, head width and dropout, from the page that `benchmarks.compiled --count` writes."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| att")]
+    return {(name, int(width), float(p)): Loop(float(whole), float(masked))
+            for name, width, p, _, _, whole, masked, *_ in rows}  # fmt: skip
 
 
 def visits(bounds: np.ndarray, held: int, visited: int, window: int | None = None) -> dict[str, int]:

@@ -21,6 +21,8 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if interpreter._get_np_dtype.__module__.endswith("bfloat16"):  # a second time would mend what is mended
+        return
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     np_dtype, is_of_size, check = interpreter._get_np_dtype, interpreter._validate_np_data_size, handle.__post_init__
     load, store, cast = builder.create_masked_load, builder.create_masked_store, builder.cast_impl

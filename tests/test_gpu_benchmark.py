@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import subprocess
 import sys
@@ -14,15 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from against_reference import interpreted
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks import RESULTS, lengths
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, records, rowwise, timing, training
+from benchmarks.gpu import attention, predict, records, report, rowwise, timing, training
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import DRY, Goal
 from benchmarks.gpu.setting import DTYPE, LENGTHS, TOY
 from benchmarks.gpu.timing import Disagreement, check
+from benchmarks.instructions import read_loops
 from minisobert.ops.kernels import attention_tiles
 
 ROOT = Path(__file__).parents[1]
@@ -64,11 +67,11 @@ def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, 
     before = sorted(RESULTS.rglob("*"))
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True,
-                          timeout=60)  # fmt: skip
+                          timeout=200)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ", 0 were there already, 0 not reached" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
-        "gpu.json", "gpu.md", "tests.log", "attention.png", "bandwidth.png", "training.png",
+        "gpu.json", "gpu.md", "tests.log", "rates.png", "step.png", "cost.png",
     }  # fmt: skip
     assert sorted(RESULTS.rglob("*")) == before
 
@@ -77,7 +80,9 @@ def test_a_dry_run_walks_every_stage_and_a_second_one_repeats_nothing(tmp_path, 
     failed = {name for name, record in kept["measurements"].items() if "failed" in record}
     assert {name.split("/")[-1] for name in failed} == {"varlen", "flex"}, "these two alone need a GPU"
     peer = kept["measurements"]["training/base/posts/0.0/MegatronBert"]["result"]
-    assert 0 < peer["padding_share"] < 1
+    assert 0 <= peer["padding_share"] < 1
+    steps = kept["measurements"]["train.py/modern-base"]["result"]
+    assert steps["steps"] == TOY.steps and steps["tokens_per_second"] > 0
 
     assert call(monkeypatch, tmp_path, "--dry") == 0
     count = len(kept["measurements"])
@@ -94,6 +99,73 @@ def test_what_there_was_no_time_for_is_listed(tmp_path, monkeypatch, capfd):
     page = (tmp_path / "gpu.md").read_text()
     assert len(planned) == len(set(planned)) and all(f"- `{name}`\n" in page for name in planned)
     assert f"0 measured, 0 were there already, {len(planned)} not reached" in capfd.readouterr().out
+
+
+@interpreted
+def test_a_broken_call_of_a_kernel_fails_the_dry_run_and_is_ours(tmp_path, monkeypatch):
+    kept = Records(tmp_path, TOY)
+    one = next(each for each in gpu.plan(TOY, dict) if each.name == "attention/64/rows/0.0/minisobert")
+    assert gpu.on_kernels(one.name)
+    with gpu.in_interpreter():
+        gpu.make(one, kept)
+        assert not kept.failures(ours=True)
+        monkeypatch.setattr(attention_tiles, "FORWARD", {})  # no tile: a KeyError in the launch
+        gpu.make(one, kept)
+    assert "KeyError" in kept.failures(ours=True)[one.name]
+
+
+def test_every_kernel_is_walked_by_a_dry_run():
+    """By the measurements that take the kernels; attention's and a model's have all but those of a whole loss."""
+    names = [each.name for each in gpu.plan(TOY, dict) if gpu.on_kernels(each.name)]
+    for stage in ("attention", "tables", "surroundings", "tiles", "add_norm", "bias_gelu", "cross_entropy"):
+        assert any(name.startswith(stage) for name in names), stage
+    assert {name.split("/")[1] for name in names if name.startswith("training")} == {"base", "modern-base"}
+
+
+def test_every_kernel_of_ours_has_a_part_of_its_own_in_the_profile():
+    found = set()
+    for path in (ROOT / "minisobert/ops/kernels").glob("*.py"):
+        found |= set(re.findall(r"\b(_\w+)\[", path.read_text()))  # what is launched: _name[grid](…)
+    assert len(found) > 10
+    parts = {name: [part for part, names in training.PARTS.items() if re.search(names, name)] for name in found}
+    assert {name for name, of in parts.items() if not of} == {"_dropout", "_rotary"}, "these are the rest"
+    assert all(len(of) <= 1 for of in parts.values())
+
+
+def test_the_model_of_the_chip_gives_the_figure_that_it_was_fitted_to():
+    """Triton's 396 TFLOP/s of FlashAttention-3's paper, at d = 64 on whole rows."""
+    chip, rows = predict.CHIPS["H100"], np.arange(0, 65_537, 2_048)
+    found = predict.attention(chip, rows, 12, 64, 0.0)
+    rate = attention.flops(32 * 2_048**2, 12, 64) / found.forward / 1e12
+    assert rate == pytest.approx(396, rel=0.03)
+    assert predict.attention(chip, rows, 12, 64, 0.1).forward > found.forward
+    assert predict.attention(chip, rows, 12, 64, 0.0, window=64, rotary=True).backward < found.backward / 4
+    assert predict.attention(chip, rows, 12, 48, 0.0) is None, "nobody counted that"
+
+
+def test_the_predicted_parts_of_a_micro_batch_are_those_of_the_profile_and_go_with_its_rows():
+    chip = predict.CHIPS["H100"]
+    one, two = (predict.micro_batch(chip, TOY, "base", "rows", 0.1, rows) for rows in (32, 64))
+    assert set(one) == {*training.PARTS, "the rest"}
+    for part in one:
+        assert one[part] < two[part] <= 2.2 * one[part], part
+
+
+def test_what_is_far_from_its_prediction_is_listed_and_nothing_else(tmp_path):
+    copied = predict.CHIPS["H100"].copied
+    for share, listed in ((1.0, []), (0.9, []), (1.2, [1.2]), (0.5, [0.5])):
+        kept = Records(tmp_path, TOY)
+        kept.machine["chip"] = "NVIDIA H100 80GB HBM3"
+        result = {"seconds": 1.0, "bytes_per_second": share * copied}
+        kept.measurements["ceilings/copy"] = {"ours": True, "result": result}
+        assert [each["ratio"] for _, each in report.surprises(kept)] == pytest.approx(listed)
+    assert predict.chip_of("a chip that nobody described", dry=False) is None
+
+
+def test_loops_are_read_as_they_were_written():
+    for path in RESULTS.glob("instructions-*.md"):
+        loops = read_loops(path.read_text())
+        assert len(loops) >= 20 and all(2 < whole < masked for whole, masked in loops.values()), path.name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -147,11 +219,12 @@ def test_plots_are_drawn_before_a_whole_model_is_compiled(tmp_path, monkeypatch)
         raise Killed
 
     monkeypatch.setattr(training, "measure_peer", measure_peer)
+    monkeypatch.setattr(gpu, "on_kernels", lambda name: False)
     monkeypatch.setattr(gpu, "run_tests", lambda *_: {"summary": "none"})
     monkeypatch.setattr(gpu, "BEGAN", time.monotonic())  # or pytest's own time would count
     with pytest.raises(Killed):
         call(monkeypatch, tmp_path, "--dry")
-    assert {path.name for path in tmp_path.glob("*.png")} == {"attention.png", "bandwidth.png", "training.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"rates.png", "step.png", "cost.png"}
 
 
 def test_what_the_tests_take_to_be_equal_is_part_of_their_fingerprint(tmp_path, monkeypatch):
@@ -172,7 +245,7 @@ def test_failures_are_told_apart(tmp_path):
     def wrong():
         check([torch.ones(4)], [torch.tensor([1.0, 1, 1, math.nan])])
 
-    kept = Records(tmp_path, TOY.device)
+    kept = Records(tmp_path, TOY)
     for name, measure, ours in (("a", broken, True), ("b", broken, False), ("c", wrong, False)):
         gpu.make(gpu.Measurement(name, measure, ours), kept)
     assert kept.failures(ours=False) == {"b": "no kernel at all"}

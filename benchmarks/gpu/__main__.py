@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,17 +25,22 @@ from pathlib import Path
 import torch
 
 from benchmarks import RESULTS
-from benchmarks.gpu import BEGAN, attention, plots, report, rowwise, training
+from benchmarks.gpu import BEGAN, attention, plots, report, rowwise, steps, training
 from benchmarks.gpu.records import ROOT, Records
 from benchmarks.gpu.setting import DROPOUTS, LENGTHS, REAL, TOY, Setting
 from benchmarks.gpu.timing import Disagreement
 from minisobert.cli import Parser, fail
+from minisobert.ops import dispatch
 
 TESTS_SHARE = 0.5  # of the time: tests that hang leave the rest for the measurements
 # Seconds that must be left to begin with what torch compiles first. A whole model then has 150 until minute nine.
 COMPILED, COMPILED_MODEL = 25, 120
 FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # peers to have before others
+SWEEP = 45  # of tiles: a minute in all, which is worth less than train.py
 SECONDS = 510
+OURS = "ceilings", "profile", "rows", "tiles", "tables", "surroundings", "train.py"  # stages without peers
+ON_KERNELS = "training/base/posts/0.1/minisobert", "training/modern-base/posts/0.0/minisobert"  # in a dry run
+STEPPED = "base", "modern-base"  # presets that train.py runs, and of which there is a profile
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,9 @@ class Measurement:
 
 def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
     """Everything, the most valuable first: tests, what is ours, the peers that need no compiler, those that do."""
-    presets, implementations = list(setting.models), list(attention.IMPLEMENTATIONS)
-    hidden, ffn = zip(*((model.hidden, model.ffn) for model, *_ in setting.models.values()))
+    implementations = list(attention.IMPLEMENTATIONS)
+    bert = {preset: model for preset, (model, *_) in setting.models.items() if not model.is_modern}
+    hidden, ffn = zip(*((model.hidden, model.ffn) for model in bert.values()))
     table = [  # stage, what measures it, and its arguments, the other parts of names; of several, each
         ("ceilings/copy", rowwise.measure_copy),
         ("ceilings/gemm", rowwise.measure_gemm),
@@ -57,23 +64,30 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
         ("add_norm", rowwise.measure_norm, hidden, (0.0,), ("layer_norm",)),
         ("bias_gelu", rowwise.measure_gelu, ffn, ("minisobert", "eager", "compiled")),
         ("cross_entropy", rowwise.measure_cross_entropy, rowwise.CROSS_ENTROPIES),
-        ("training", training.measure, presets, LENGTHS, DROPOUTS, ("minisobert", *training.PEERS)),
-        ("rows", training.measure_few, setting.few_rows, DROPOUTS),
-        ("profile", training.profile),
-        ("ceilings/gemm", rowwise.measure_gemm, presets, rowwise.PRODUCTS),
+        ("rows", training.measure_rows, setting.rows, DROPOUTS),
+        ("ceilings/gemm", rowwise.measure_gemm, bert, rowwise.PRODUCTS),
+        ("tables", attention.measure_earlier, (64,), LENGTHS, DROPOUTS),
+        ("surroundings", attention.measure_surroundings, (64,), ("posts",), (0.0,), attention.SURROUNDINGS),
+        *(("tiles", attention.measure_tile, (kernel,), tiles) for kernel, tiles in attention.TILES.items()),
     ]
-    table += [("tiles", attention.measure_tile, (kernel,), tiles) for kernel, tiles in attention.TILES.items()]
+    for preset, (model, *_) in setting.models.items():
+        names = ["minisobert", *filter(installed, training.PEERS[model.architecture])]
+        table.append(("training", training.measure, (preset,), LENGTHS, setting.dropouts(preset), names))
+    for preset in STEPPED:
+        table.append(("profile", training.profile, (preset,)))
+        if find_spec("tokenizers"):
+            table.append(("train.py", steps.measure, (preset,)))
     measurements = []
     for stage, measure, *parts in table:
         for arguments in product(*parts):
             if stage == "attention" and not attention.takes(*arguments[1:]):
                 continue
             name = "/".join(map(str, (stage, *arguments)))
-            ours = name.endswith("minisobert") or stage.startswith(("ceilings", "profile", "rows", "tiles"))
-            if stage in ("training", "rows", "profile"):
-                needs = 15 if ours else COMPILED_MODEL
+            ours = name.endswith("minisobert") or stage.startswith(OURS)
+            if stage in ("training", "rows", "profile", "train.py"):
+                needs = (40 if stage == "train.py" else 15) if ours else COMPILED_MODEL
             else:
-                needs = COMPILED if name.endswith("flex") or "compiled" in name else 4
+                needs = SWEEP if stage == "tiles" else COMPILED if name.endswith("flex") or "compiled" in name else 4
             measurements.append(Measurement(name, partial(measure, setting, *arguments), ours, needs))
 
     def order(each: Measurement) -> tuple:
@@ -81,6 +95,10 @@ def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
         return not each.ours, compiles, each.needs, "/0.1/" in each.name
 
     return [Measurement("tests", run_tests, ours=True, needs=10), *sorted(measurements, key=order)]
+
+
+def installed(peer: str) -> bool:
+    return not peer.endswith("-flash") or find_spec("flash_attn") is not None
 
 
 def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
@@ -137,6 +155,27 @@ def device_works() -> bool:
     return True
 
 
+def on_kernels(name: str) -> bool:
+    """Whether a dry run makes this measurement with the kernels, in Triton's interpreter: what calls each of them, and
+    a model of each architecture. The references, far faster there, make the rest."""
+    of_kernels = name.endswith("minisobert") and not name.startswith("training")
+    return of_kernels or name.startswith(("tables", "surroundings", "tiles")) or name in ON_KERNELS
+
+
+@contextmanager
+def in_interpreter() -> Iterator[None]:
+    """Inside, tensors on a CPU take the kernels."""
+    from tests import bfloat16
+
+    bfloat16.install()
+    usual = dispatch.takes_kernel
+    dispatch.takes_kernel = lambda x: dispatch.HAVE_TRITON
+    try:
+        yield
+    finally:
+        dispatch.takes_kernel = usual
+
+
 def main() -> int:
     about = "Results go to $OUT or runs/gpu. Repeat the command to measure what is missing; `make gpu` does the same."
     parser = Parser("benchmarks.gpu", about, "python -m benchmarks.gpu --dry --fresh", allow_abbrev=False)
@@ -151,13 +190,14 @@ def main() -> int:
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")
     if options.dry:
         torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
     setting = TOY if options.dry else REAL
     usual, kept = ROOT / ("runs/gpu-dry" if options.dry else "runs/gpu"), RESULTS / "gpu"
     folder = kept if options.write else Path(os.environ.get("OUT") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "tests.log"
-    records = Records(folder, setting.device)
+    records = Records(folder, setting)
     for earlier in (folder,) if options.dry else (folder, usual, kept):
         records.load(earlier / "gpu.json")
         if (earlier / log.name).exists() and not log.exists():
@@ -178,7 +218,8 @@ def main() -> int:
         if each.needs == COMPILED_MODEL and not drawn:
             plots.write(records, folder)  # now: nobody knows how long compiling takes
             drawn = True
-        make(each, records)
+        with in_interpreter() if setting.dry and on_kernels(each.name) else nullcontext():
+            make(each, records)
         records.not_reached.remove(each.name)
         records.save()
         report.write(records, folder)

@@ -11,7 +11,8 @@ spares them the pairs of different rows; a mask is built for each batch, and tim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,8 +24,13 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.setting import DTYPE, Setting
 from minisobert import ops
 from minisobert.ops import Dropout
+from minisobert.ops.attention import WithBias
 from minisobert.ops.kernels import attention_tiles
 
+EARLIER = {  # d = 64: the tiles before anybody counted instructions, two stages in the gradients
+    "FORWARD": (128, 64, 4, 3), "FORWARD_DROPOUT": (64, 64, 4, 3),
+    "KEY_GRADIENT": (64, 64, 4, 2), "QUERY_GRADIENT": (64, 64, 4, 2),
+}  # fmt: skip
 TILES = {  # d = 64, dropout 0.1: (rows held, tokens visited, warps, stages) that no count of instructions rules out
     "forward": ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
     "key gradient": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 3)),
@@ -114,13 +120,72 @@ def takes(lengths: str, dropout: float, name: str) -> bool:
 
 def measure_tile(setting: Setting, kernel: str, tile: tuple[int, int, int, int]) -> dict:
     """On posts, with this tile for one kernel and the others as they ship."""
-    table = getattr(attention_tiles, TABLES[kernel])
-    shipped = table[2, 64]
-    table[2, 64] = [tile] * 3
-    try:
+    with in_place({TABLES[kernel]: tile}):
         return measure(setting, 64, "posts", 0.1, "minisobert")
+
+
+def measure_earlier(setting: Setting, width: int, lengths: str, dropout: float) -> dict:
+    with in_place(EARLIER):
+        return measure(setting, width, lengths, dropout, "minisobert")
+
+
+@contextmanager
+def in_place(tiles: dict[str, tuple[int, int, int, int]]) -> Iterator[None]:
+    """Inside, these tables have this tile for bf16 and d = 64."""
+    tables = {name: getattr(attention_tiles, name) for name in tiles}
+    shipped = {name: table[2, 64] for name, table in tables.items()}
+    try:
+        for name, tile in tiles.items():
+            tables[name][2, 64] = [tile] * 3
+        yield
     finally:
-        table[2, 64] = shipped
+        for name, table in tables.items():
+            table[2, 64] = shipped[name]
+
+
+SURROUNDINGS = ("nothing", "bias", "bias apart", "rotary", "rotary apart")
+
+
+def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: float, what: str) -> dict:
+    """Attention of one (T, H, 3, d), copied first, with what stands around it in a block; "apart" where that makes
+    passes of its own, as it did before `self_attention` took it along."""
+    case, heads = Case(setting, lengths, dropout), setting.heads[width]
+    step = Dropout.for_step(dropout, 0, 0, 1, setting.device)
+    dropped = step and step.at(0, "attention")
+    qkv = torch.randn(setting.tokens, heads, 3, width, dtype=DTYPE, device=setting.device, requires_grad=True)
+    bias = torch.zeros(3 * heads * width, dtype=DTYPE, device=setting.device, requires_grad=True)
+    rotation = ops.rotation(case.documents.start * 0, width, 10_000.0)
+
+    def run(qkv, bias=None):
+        qkv = qkv.clone()  # as a linear gives it, since rotary positions overwrite it
+        if what == "bias apart":
+            return ops.self_attention(WithBias.apply(qkv, bias), case.documents, dropped)
+        if what == "rotary apart":
+            return ops.self_attention(RotaryApart.apply(qkv, rotation), case.documents, dropped)
+        turned = rotation if what == "rotary" else None
+        return ops.self_attention(qkv, case.documents, dropped, None, turned, bias)
+
+    result = timing.measure(run, None, [qkv, bias] if what.startswith("bias") else [qkv])
+    work = flops(case.pairs, heads, width)
+    return result | {
+        "forward_tflops": work / result["forward_seconds"] / 1e12,
+        "backward_tflops": BACKWARD * work / result["backward_seconds"] / 1e12,
+    }
+
+
+class RotaryApart(torch.autograd.Function):
+    """Turns in place, and turns the gradient back in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rotation: Tensor) -> Tensor:
+        from minisobert.ops.kernels.rotary import turn  # Triton, which a dry run has to tell something first
+
+        ctx.rotation, ctx.turn = rotation, turn
+        return turn(x, x, rotation, x.shape[1]).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.turn(grad, torch.empty_like(grad), ctx.rotation, grad.shape[1], back=True), None
 
 
 def measure(setting: Setting, width: int, lengths: str, dropout: float, name: str) -> dict:

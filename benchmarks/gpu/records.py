@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import predict
+from benchmarks.gpu.setting import Setting
 from minisobert.files import write_json
 
 ROOT = Path(__file__).parents[2]
-PRESENTATION = {"report.py", "plots.py"}  # a reworded table is no reason to measure again
+PRESENTATION = {"report.py", "plots.py", "predict.py"}  # a reworded table is no reason to measure again
 SOURCES = ("minisobert/**/*.py", "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py",
            "tests/gpu/*.py", "tests/conftest.py", "tests/against_reference.py")  # fmt: skip
 
@@ -63,11 +65,12 @@ class Records:
     """measurements: by name, parts with slashes between them: {"fingerprint", "seconds" that it took, "ours" (whether a
     failure is a mistake of this project), "result" or "failed"}."""
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.path, self.dry = folder / "gpu.json", device.type != "cuda"
-        self.machine = machine(device)
+    def __init__(self, folder: Path, setting: Setting):
+        self.path, self.dry, self.setting = folder / "gpu.json", setting.dry, setting
+        self.machine = machine(setting.device)
         self.measurements: dict[str, dict] = {}
         self.not_reached: list[str] = []
+        self._predicted: dict[str, dict] = {}
         self.fingerprint = fingerprint(self.dry, self.machine["chip"], self.machine["versions"])
 
     def load(self, path: Path) -> None:
@@ -82,14 +85,24 @@ class Records:
         write_json(self.path, {name: getattr(self, name) for name in names})
 
     def results(self, stage: str) -> dict[tuple[str, ...], dict]:
-        """The rest of the name → result, by size and dropout, "rows" before "posts"; then in the order of the plan."""
+        """The rest of the name → result with "predicted", what its fields should be; by size and dropout, "rows" before
+        "posts"; then in the order of the plan."""
 
         def order(name: tuple[str, ...]) -> list:
             return [(part == "posts", float(part) if part[0].isdigit() else 0, part) for part in name[:-1]]
 
-        done = [(name.split("/"), r["result"]) for name, r in self.measurements.items() if "result" in r]
+        done = [
+            (name.split("/"), r["result"] | {"predicted": self.predicted(name, r["result"])})
+            for name, r in self.measurements.items()
+            if "result" in r
+        ]
         found = {tuple(rest): result for (first, *rest), result in done if first == stage}
         return {name: found[name] for name in sorted(found, key=order)}
+
+    def predicted(self, name: str, result: dict) -> dict[str, float | None]:
+        if name not in self._predicted:
+            self._predicted[name] = predict.figures(name, self.setting, self.machine["chip"], result)
+        return self._predicted[name]
 
     def get(self, *name) -> dict:
         """The result of the measurement of this name; empty where there is none."""

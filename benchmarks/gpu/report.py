@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.gpu import attention, rowwise, training
+from benchmarks.gpu import attention, predict, rowwise, steps, training
+from benchmarks.gpu.predict import WITHIN
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.setting import DROPOUTS, LENGTHS
+from benchmarks.gpu.setting import DROPOUTS, LENGTHS, recipe
 from minisobert.cli import table
 from minisobert.training.meter import dollars
 
@@ -17,6 +19,10 @@ DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"
 TOKENS = 27e9  # of a whole pre-training
 PRICE = 3.0  # dollars per GPU-hour
 DIRECTIONS = ("forward", "backward")
+TELLING = {  # fields to be compared with their predictions; times say the same again
+    "bytes_per_second", "tflops", "tokens_per_second", "peak_bytes",
+    *(f"{direction}_{rate}" for direction in DIRECTIONS for rate in ("tflops", "bytes_per_second")),
+}  # fmt: skip
 UNITS = {"bytes": 1e9, "bytes_per_second": 1e12, "seconds": 1e-3}  # GB, TB/s, ms; by what a field's name ends in
 
 
@@ -35,6 +41,26 @@ def cell(field: str, value) -> str:
         return f"{value:.1%}"
     unit = next((UNITS[end] for end in UNITS if field.endswith(end)), 1)
     return number(value / unit)
+
+
+def both(field: str, result: dict) -> str:
+    """What was measured, and in parentheses what was predicted."""
+    expected = result.get("predicted", {}).get(field)
+    return cell(field, result.get(field)) + (f" ({cell(field, expected)})" if expected is not None else "")
+
+
+def surprises(records: Records) -> Iterator[tuple[tuple[str, str], dict]]:
+    """((measurement, field), {"measured", "expected", "ratio"}) of what is further from its prediction than the model
+    is good for, the furthest first."""
+    found = []
+    for name, record in records.measurements.items():
+        result = record.get("result", {})
+        for field, expected in (records.predicted(name, result) if result else {}).items():
+            measured = result.get(field)
+            if field in TELLING and measured and expected and not 1 - WITHIN < measured / expected < 1 + WITHIN:
+                cells = {"measured": cell(field, measured), "expected": cell(field, expected)}
+                found.append(((name, field), {**cells, "ratio": measured / expected}))
+    yield from sorted(found, key=lambda each: -abs(math.log(each[1]["ratio"])))
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,29 @@ def in_training(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
         yield (*case, name), result | more
 
 
+def beside_shipped(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """What was measured with earlier tiles, "predicted" being what the shipped ones take."""
+    for case, result in records.results("tables").items():
+        yield case, result | {"predicted": records.get("attention", *case, "minisobert")}
+
+
+def by_rows(records: Records) -> list[tuple[tuple[str, ...], dict]]:
+    """base on posts, by rows of a micro-batch: the usual ones too, which are measured in training."""
+    usual = {
+        (str(records.setting.models["base"][1]), case[2]): result
+        for case, result in records.results("training").items()
+        if (case[0], case[1], case[3]) == ("base", "posts", "minisobert")
+    }
+    return sorted((records.results("rows") | usual).items(), key=lambda each: (int(each[0][0]), each[0][1]))
+
+
+def predicted_parts(records: Records, preset: str) -> dict[str, float | None]:
+    """Seconds of the parts of a micro-batch, by the names of `training.PARTS`."""
+    chip = predict.chip_of(records.machine["chip"], records.dry)
+    dropout = recipe(preset).dropout
+    return predict.micro_batch(chip, records.setting, preset, "posts", dropout) if chip else {}
+
+
 def write(records: Records, folder: Path) -> None:
     about = records.machine
     lines = [
@@ -124,10 +173,19 @@ def write(records: Records, folder: Path) -> None:
         f"{about['chip']}; {about['versions']}.",
         f"{about['date']}, commit {about['commit']}. bf16 throughout. Times are medians of several calls, "
         "by CUDA events, with a cold L2. *Differs*: how far results and gradients are from minisobert's, relative, by "
-        "root mean square; in training, nats between the first losses. With dropout each draws its own mask.",
+        "root mean square; in training, nats between the first losses. With dropout each draws its own mask. In "
+        "parentheses: what was predicted; for SDPA and varlen, what others have published.",
         "",
         f"`pytest tests/gpu`: {records.get('tests').get('summary', 'no outcome')}. The log is `tests.log`.",
         *goal_lines(records),
+        *_section(
+            "Not as predicted",
+            f"More than {WITHIN:.0%} from what [predict.py](../../gpu/predict.py) says, the furthest first. Wrong is "
+            "the kernel, the measurement or the model of the chip.",
+            ["measurement", "figure"],
+            {"measured": "measured", "predicted": "expected", "ratio": "ratio"},
+            surprises(records),
+        ),
         *_trouble(records),
         *_measured(records),
     ]
@@ -136,8 +194,8 @@ def write(records: Records, folder: Path) -> None:
 
 def _section(title: str, text: str, names: list[str], columns: dict[str, str], results: Iterable) -> list[str]:
     """A table with a line for each (name, result): the parts of the name, under `names`, then the fields of columns,
-    {heading: field}. Nothing where there are no results."""
-    rows = [[*name, *(cell(field, result.get(field)) for field in columns.values())] for name, result in results]
+    {heading: field}, each with its prediction in parentheses. Nothing where there are no results."""
+    rows = [[*name, *(both(field, result) for field in columns.values())] for name, result in results]
     head, _, *body = table([*names, *columns], rows)
     lines = ["", f"## {title}", "", text.strip(), "", head, "|---" * len(names) + "|--:" * len(columns) + "|", *body]
     return lines if rows else []
@@ -177,6 +235,22 @@ def _measured(records: Records) -> Iterator[str]:
         "backward TFLOP/s": "backward_tflops", "build ms": "build_seconds", "differs": "difference",
     }, records.results("attention").items())  # fmt: skip
     yield from _section(
+        "Attention with what surrounds it",
+        "d = 64, posts, dropout 0, of one qkv that is copied first: with the bias that it holds or with rotary "
+        "positions, taken along, and with a pass of its own for each (apart).",
+        ["d", "documents", "dropout", "with"],
+        {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
+        records.results("surroundings").items(),
+    )
+    yield from _section(
+        "The tiles before",
+        "d = 64, with the tiles that were chosen before instructions were counted: beside them the times above, in "
+        "parentheses.",
+        ["d", "documents", "dropout"],
+        {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
+        beside_shipped(records),
+    )
+    yield from _section(
         "Tiles of attention",
         "d = 64, posts, dropout 0.1: one kernel with another tile (rows held, tokens visited, warps, stages), the rest "
         "as they ship. The first of each kernel ships on sm_90.",
@@ -204,14 +278,28 @@ def _measured(records: Records) -> Iterator[str]:
             "micro-batch ms": "micro_batch_seconds",
             "peak GB": "peak_bytes",
         },
-        records.results("rows").items(),
+        by_rows(records),
     )
-    profile = records.get("profile")
+    yield from _section("train.py", steps.__doc__, ["", "rows a micro-batch"], {
+        "steps": "steps", "dropout": "dropout", "tokens/s": "tokens_per_second", "MFU": "mfu", "peak GB": "peak_bytes",
+    }, (((*name, result["rows"]), result) for name, result in records.results("train.py").items()))  # fmt: skip
     what = "torch's operations on the CPU" if records.dry else "kernels"
-    yield from _section(
-        "Where a micro-batch's time goes",
-        f"base, posts, dropout 0, forward and backward: {cell('seconds', profile.get('seconds'))} ms in {what}.",
-        [""],
-        {"calls": "calls", "ms": "seconds", "share": "share"},
-        [((f"`{kernel['name'][:90]}`",), kernel) for kernel in profile.get("kernels", [])],
-    )
+    for (preset,), profile in records.results("profile").items():
+        yield from _section(
+            f"Where the time of a micro-batch of {preset} goes",
+            f"Posts, dropout {profile['dropout']:g}, forward and backward: {both('seconds', profile)} ms in {what}.",
+            [""],
+            {"ms": "seconds", "share": "share"},
+            [
+                ((part,), {"seconds": taken, "share": taken / profile["seconds"], "predicted": {
+                    "seconds": predicted_parts(records, preset).get(part)}})
+                for part, taken in profile["parts"].items()
+            ],
+        )  # fmt: skip
+        yield from _section(
+            f"Its kernels: {preset}",
+            "Those that take most.",
+            [""],
+            {"calls": "calls", "ms": "seconds", "share": "share"},
+            [((f"`{kernel['name'][:90]}`",), kernel) for kernel in profile["kernels"]],
+        )

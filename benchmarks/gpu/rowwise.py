@@ -56,7 +56,8 @@ def measure_gemm(setting: Setting, preset: str | None = None, product: str | Non
 def products(model: ModelConfig, tokens: int, masked: int) -> dict[str, tuple[int, int, int]]:
     """The matrix products of a model's forward pass, (m, n, k) each; backward takes each twice, transposed."""
     h, f, v = model.hidden, model.ffn, model.vocabulary
-    shapes = (tokens, 3 * h, h), (tokens, h, h), (tokens, f, h), (tokens, h, f), (masked, v, h)
+    gated = 2 if model.is_modern else 1
+    shapes = (tokens, 3 * h, h), (tokens, h, h), (tokens, gated * f, h), (tokens, h, f), (masked, v, h)
     return dict(zip(PRODUCTS, shapes))
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a run. REAL is for a GPU of 80 GB or more; TOY walks the same stages on a CPU in seconds."""
+"""The sizes of a run. REAL is for a GPU of 80 GB or more; TOY walks the same stages on a CPU in a minute."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 import torch._functorch.config as functorch_config
 
 from benchmarks.lengths import draw
-from minisobert.config import PRESETS, ModelConfig
+from minisobert.config import PRESETS, ModelConfig, TrainConfig
 from minisobert.corpus.loader import MicroBatch, Rows
+from minisobert.corpus.masking import EVALUATION_RATE
 from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID
@@ -34,7 +35,9 @@ class Setting:
     copy_bytes: int
     tokens_per_batch: int
     models: dict[str, tuple[ModelConfig, int, int]]  # and its micro-batches: rows of ours, documents of the peers'
-    few_rows: tuple[int, ...]  # of smaller micro-batches of base: where do kernels wait for the host?
+    rows: tuple[int, ...]  # of other micro-batches of base: where do kernels wait for the host?
+    steps: int  # of train.py
+    distinct: int  # micro-batches that are timed one after the other, so that packed rows differ as they do in a run
 
     @property
     def dry(self) -> bool:
@@ -51,19 +54,36 @@ class Setting:
         functorch_config.donated_buffer = not repeat_backward
         return torch.compile(function, dynamic=False)
 
-    def micro_batch(self, lengths: str, tokens: int, seed: int) -> MicroBatch:
-        """The first rows, so many tokens, of a large epoch of random pieces, packed and masked as pre-training does."""
-        rows = tokens // self.row_tokens
-        return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed).to(self.device)
+    def dropouts(self, preset: str) -> tuple[float, ...]:
+        """None, and the recipe's where it has some."""
+        return tuple(dict.fromkeys((0.0, recipe(preset).dropout)))
+
+    def micro_batch(self, lengths: str, tokens: int, seed: int, preset: str = "base") -> MicroBatch:
+        """The first rows, so many tokens, of a large epoch of random pieces, packed as pre-training does and masked as
+        the preset's recipe says."""
+        rows, rate = tokens // self.row_tokens, recipe(preset).mask_rate
+        return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed, rate).to(self.device)
+
+
+@cache
+def recipe(preset: str) -> TrainConfig:
+    return TrainConfig(preset=preset)
+
+
+def random_documents(lengths: np.ndarray, vocabulary: int, seed: int, folder: Path = Path()) -> Shards:
+    """Documents so many tokens long with [CLS] and [SEP], of random pieces. folder: where they will be."""
+    offsets = np.concatenate([[0], np.cumsum(lengths - SPECIALS)])
+    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, vocabulary, offsets[-1], dtype=np.int32)
+    return Shards(folder, {"vocab_size": vocabulary}, tokens, offsets)
 
 
 @cache  # by far most measurements take the same one
-def _micro_batch(lengths: str, rows: int, row_tokens: int, vocabulary: int, seed: int) -> MicroBatch:
+def _micro_batch(
+    lengths: str, rows: int, row_tokens: int, vocabulary: int, seed: int, rate: float = EVALUATION_RATE
+) -> MicroBatch:
     drawn = draw(max(20_000, 100 * rows), seed) if lengths == "posts" else np.full(rows, row_tokens)
-    offsets = np.concatenate([[0], np.cumsum(drawn - SPECIALS)])
-    tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, vocabulary, offsets[-1], dtype=np.int32)
-    shards = Shards(Path(), {"vocab_size": vocabulary}, tokens, offsets)
-    return Rows(shards, range(len(drawn)), seed, row_tokens).micro_batch(0, rows)
+    shards = random_documents(drawn, vocabulary, seed)
+    return Rows(shards, range(len(drawn)), seed, row_tokens).micro_batch(0, rows, rate)
 
 
 REAL = Setting(
@@ -75,19 +95,32 @@ REAL = Setting(
     gemm=8_192,
     copy_bytes=1 << 32,
     tokens_per_batch=524_288,
-    models={"base": (PRESETS["base"], 32, 16), "large": (PRESETS["large"], 16, 8)},
-    few_rows=(4, 8, 16),
+    models={
+        "base": (PRESETS["base"], 32, 16),
+        "large": (PRESETS["large"], 8, 8),
+        "modern-base": (PRESETS["modern-base"], 32, 16),
+    },
+    rows=(4, 8, 16),
+    steps=20,
+    distinct=4,
 )
-_toy_model = ModelConfig(layers=2, hidden=64, heads=2, ffn=256, vocabulary=256, positions=256)
+_toy = ModelConfig(layers=1, hidden=128, heads=2, ffn=256, vocabulary=256, positions=128)
+_toy_modern = replace(_toy, architecture="modernbert", layers=2, ffn=192, global_every=2, window=16)
 TOY = Setting(
     device=torch.device("cpu"),
-    row_tokens=256,
-    tokens=1_024,
-    heads={64: 2, 96: 2, 128: 2},
+    row_tokens=128,
+    tokens=256,
+    heads={64: 1, 96: 1, 128: 1},
     vocabulary=256,
     gemm=128,
     copy_bytes=1 << 20,
-    tokens_per_batch=2_048,
-    models={"base": (_toy_model, 2, 2), "large": (replace(_toy_model, hidden=96, ffn=384), 2, 2)},
-    few_rows=(1,),
+    tokens_per_batch=1_024,
+    models={
+        "base": (_toy, 1, 1),
+        "large": (replace(_toy, hidden=192, ffn=384), 1, 1),
+        "modern-base": (_toy_modern, 1, 1),
+    },
+    rows=(2,),
+    steps=4,
+    distinct=1,
 )

@@ -1,18 +1,19 @@
 """Training throughput: a batch of 524,288 tokens by its micro-batches, bf16, forward, backward and AdamW.
 
 A step takes accumulation × micro-batch + optimizer, which are timed apart. Tokens are real ones. The peers are
-transformers' classes of the same layers, width and heads, compiled, in plain bf16, on the same documents: shuffled, in
-batches padded to their longest, rounded up to a multiple of 128. Of their batches the one with the median share of
-padding is timed, so that one shape is compiled. They compute logits for all tokens, as their classes do, and their
-optimizer is left out, so that they are to be compared with our micro-batches alone. MegatronBert computes what
-minisobert does, with the same weights; ModernBert, with random ones, is a cheaper model: two of three layers see 128
-tokens. "Times as fast" is minisobert. MFU is of the datasheet's bf16 rate, recomputation not counted.
+transformers' classes with the same weights, compiled, in plain bf16, on the same documents: shuffled, in batches padded
+to their longest, rounded up to a multiple of 128. Of their batches the one with the median share of padding is timed,
+so that one shape is compiled. They compute logits for all tokens, as their classes do, and their optimizer is left out,
+so that they are to be compared with our micro-batches alone. MegatronBert stands beside the paper's models, ModernBert
+beside the modern one, with SDPA and, where it is installed, with FlashAttention. "Times as fast" is minisobert. MFU is
+of the datasheet's bf16 rate, recomputation not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import torch
@@ -20,22 +21,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.gpu.setting import DTYPE, Setting
+from benchmarks.gpu.setting import DTYPE, Setting, recipe
 from benchmarks.gpu.timing import Disagreement, seconds
 from benchmarks.peers import peer
 from minisobert.config import ModelConfig
 from minisobert.corpus.loader import MicroBatch
 from minisobert.corpus.tokenizer import PAD
-from minisobert.hub.configuration import configuration
 from minisobert.model import MaskedLM
 from minisobert.ops import Dropout, cross_entropy, cross_entropy_reference
 from minisobert.training import meter
 from minisobert.training.optimizer import Optimizer
 
-PEERS = ("ModernBert", "MegatronBert")
-DISTINCT = 4  # micro-batches that are timed one after the other, so that packed rows differ as they do in a run
+# of transformers, by architecture: name → attention; flash_attention_2 where it is installed
+PEERS = {
+    "megatron-bert": {"MegatronBert": "eager"},
+    "modernbert": {"ModernBert": "sdpa", "ModernBert-flash": "flash_attention_2"},
+}
 PAD_TO = 128
 KERNELS = 15  # rows of the profile
+PARTS = {  # of a micro-batch: what the names of their kernels begin with or hold
+    "attention, forward": r"^_attention_forward|^_attention_hashes",
+    "attention, backward": r"^_attention_(key|query)_gradient|^_attention_delta",
+    "layer norms": r"^_add_norm",
+    "GELU": r"gelu",
+    "loss": r"^_cross_entropy",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|addmm|::mm$",
+}
 SAME_WEIGHTS = 0.01  # nats between mean losses with the same weights: a bf16 logit near 1 is off by up to 0.004
 AT_START = 0.5  # nats between the loss of new random weights and ln V, which guessing gives
 
@@ -61,10 +72,11 @@ class Ours:
     def __init__(self, setting: Setting, preset: str, lengths: str, dropout: float):
         (self.config, rows, _), device = setting.models[preset], setting.device
         self.model = new_model(self.config, device)
-        self.optimizer = Optimizer(self.model, DTYPE, betas=(0.9, 0.999), weight_decay=0.01)
+        momentum = recipe(preset).muon_momentum if self.config.is_modern else None
+        self.optimizer = Optimizer(self.model, DTYPE, (0.9, 0.999), 0.01, momentum=momentum)
         self.tokens = rows * setting.row_tokens
         self.dropout = Dropout.for_step(dropout, 0, 0, self.config.layers, device)
-        self.batches = [setting.micro_batch(lengths, self.tokens, seed) for seed in range(DISTINCT)]
+        self.batches = [setting.micro_batch(lengths, self.tokens, seed, preset) for seed in range(setting.distinct)]
 
     def micro_batches(self) -> Tensor:
         """Forward and backward of each. Returns the mean loss of the last, in nats."""
@@ -76,7 +88,7 @@ class Ours:
 
 
 def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
-    """name: "minisobert", or one of PEERS."""
+    """name: "minisobert", or one of the PEERS of its architecture."""
     if name != "minisobert":
         return measure_peer(setting, preset, lengths, dropout, name)
     ours = Ours(setting, preset, lengths, dropout)
@@ -84,13 +96,13 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     if not abs(loss - guessing) < AT_START:
         raise Disagreement(f"the first loss is {loss:.3f}; guessing, which random weights do, gives {guessing:.3f}")
     real, pairs, masked = (
-        sum(counts) / DISTINCT
+        sum(counts) / setting.distinct
         for counts in zip(
             *((b.real_tokens, meter.attention_pairs(ours.config, b.lengths), len(b.masked)) for b in ours.batches)
         )
     )
-    optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked * DISTINCT, 1.0), setting.device, flush=False)
-    micro_batch = seconds(ours.micro_batches, setting.device, flush=False) / DISTINCT
+    optimizer = seconds(lambda: ours.optimizer.step(1e-4, masked * setting.distinct, 1.0), setting.device, flush=False)
+    micro_batch = seconds(ours.micro_batches, setting.device, flush=False) / setting.distinct
     accumulation, chip = setting.tokens_per_batch // ours.tokens, meter.peak_flops(setting.device)
     per_second = accumulation / (accumulation * micro_batch + optimizer)  # micro-batches
     return {
@@ -104,52 +116,41 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
     }
 
 
-def measure_few(setting: Setting, rows: int, dropout: float) -> dict:
+def measure_rows(setting: Setting, rows: int, dropout: float) -> dict:
     """base on posts with so many rows a micro-batch."""
     config, _, documents = setting.models["base"]
     models = {**setting.models, "base": (config, rows, documents)}
     return measure(dataclasses.replace(setting, models=models), "base", "posts", dropout, "minisobert")
 
 
-def profile(setting: Setting) -> dict:
-    """Where a micro-batch's time goes: the kernels that take most of it (on a CPU: torch's operations)."""
-    ours = Ours(setting, "base", "posts", 0.0)
+def profile(setting: Setting, preset: str) -> dict:
+    """Where the time of a micro-batch of the recipe goes: the parts of it, and the kernels that take most (on a CPU:
+    torch's operations)."""
+    dropout = recipe(preset).dropout
+    ours = Ours(setting, preset, "posts", dropout)
     ours.micro_batches()
     with torch.profiler.profile() as seen:
         float(ours.micro_batches())  # waits for the device
     # operations on the host carry the time of the kernels they start, which would count it twice
     kind, time = ("CPU", "self_cpu_time_total") if setting.dry else ("CUDA", "self_device_time_total")
     found = [each for each in seen.key_averages() if each.device_type == getattr(torch.autograd.DeviceType, kind)]
-    spent = {each: getattr(each, time) / DISTINCT / 1e6 for each in found}
+    spent = {each: getattr(each, time) / setting.distinct / 1e6 for each in found}
     total = sum(spent.values())
     kernels = [
-        {"name": each.key, "calls": each.count / DISTINCT, "seconds": spent[each], "share": spent[each] / total}
+        {"name": each.key, "calls": each.count / setting.distinct, "seconds": spent[each], "share": spent[each] / total}
         for each in sorted(found, key=spent.get, reverse=True)[:KERNELS]
     ]
-    return {"seconds": total, "kernels": kernels}
-
-
-def their_model(name: str, config: ModelConfig, dropout: float, device: torch.device, ours: MaskedLM):
-    """MegatronBert with our weights, or ModernBert with random ones of its own."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    with torch.device(device):
-        if name == "MegatronBert":
-            model = peer(ours, "megatron-bert", dropout)
-        else:
-            # its MLP has three matrices where ours has two: two thirds as wide has as many weights, as many FLOPs
-            narrow = dataclasses.replace(config, architecture="modernbert", ffn=config.ffn * 2 // 3)
-            sizes = configuration(narrow, "modernbert", dropout)
-            model = transformers.AutoModelForMaskedLM.from_config(
-                transformers.AutoConfig.for_model(**sizes), attn_implementation="sdpa"
-            )
-    return model.to(device, DTYPE).train()
+    parts = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for each, seconds_ in spent.items():
+        parts[next((part for part, names in PARTS.items() if re.search(names, each.key)), "the rest")] += seconds_
+    return {"seconds": total, "dropout": dropout, "parts": parts, "kernels": kernels}
 
 
 def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, name: str) -> dict:
+    import transformers
+
     (config, rows, documents), device = setting.models[preset], setting.device
-    packed = setting.micro_batch(lengths, rows * setting.row_tokens, seed=0)
+    packed = setting.micro_batch(lengths, rows * setting.row_tokens, 0, preset)
     bounds = packed.documents.bounds.numpy()
     length, is_padding = np.diff(bounds), packed.tokens.cpu().numpy()[bounds[:-1]] == PAD
     # Shuffled and batched as in a run of theirs; the batch whose share of padding is the median
@@ -174,7 +175,9 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
     if width > length[chosen].min():
         inputs["attention_mask"] = as_batch(torch.ones_like(packed.tokens, dtype=torch.int64), 0)
     ours = new_model(config, device)
-    model = their_model(name, config, dropout, device, ours)
+    transformers.logging.set_verbosity_error()
+    with torch.device(device):
+        model = peer(ours, config.architecture, dropout, PEERS[config.architecture][name]).to(device, DTYPE).train()
     result = {}
     if not dropout:  # with dropout each draws a mask of its own
         with torch.no_grad():
@@ -182,10 +185,9 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
             expected = float(at_masked(our_losses(ours.to(DTYPE), packed, None), 0)[masked].mean())
             # by our function: the class rounds its own to bf16
             theirs = float(cross_entropy_reference(model(**inputs).logits[masked], labels[masked]).mean())
-        tolerance = SAME_WEIGHTS if name == "MegatronBert" else AT_START
         result["difference"] = abs(theirs - expected)
-        if not result["difference"] <= tolerance:
-            raise Disagreement(f"first loss {theirs:.4f}, minisobert's {expected:.4f}: more than {tolerance} apart")
+        if not result["difference"] <= SAME_WEIGHTS:
+            raise Disagreement(f"first loss {theirs:.4f}, minisobert's {expected:.4f}: over {SAME_WEIGHTS} apart")
     del ours
     compiled = setting.compile(model, repeat_backward=False)
     time = seconds(lambda: compiled(**inputs, labels=labels).loss.backward(), device, flush=False)

@@ -142,7 +142,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
     return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
-class _WithBias(torch.autograd.Function):
+class WithBias(torch.autograd.Function):
     """qkv as it is; its gradient, and that of the bias that it holds already."""
 
     @staticmethod
@@ -163,7 +163,7 @@ def self_attention_reference(
     bias: Tensor | None = None,
 ) -> Tensor:
     if bias is not None:
-        qkv = _WithBias.apply(qkv, bias)
+        qkv = WithBias.apply(qkv, bias)
     if rotation is not None:
         qkv = rotary_reference(qkv, rotation)
     return attention_reference(*qkv.unbind(2), documents, dropout, window)

@@ -56,7 +56,7 @@ RESIDENT_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
-def _forward(
+def _add_norm_forward(
     branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps, key, offset, rescale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit(do_not_specialize=["tokens", "offset"], do_not_specialize_on_alignment=["key", "rstd"])
-def _backward(
+def _add_norm_backward(
     d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens, key, offset,
     rescale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, THRESHOLD: tl.constexpr,
     NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
@@ -165,7 +165,7 @@ class _AddNorm(torch.autograd.Function):
             rows, warps, _ = TILES[block]
             key, offset, threshold, rescale = settings(dropout, branch)
             with on_device(branch):
-                _forward[triton.cdiv(tokens, rows),](
+                _add_norm_forward[triton.cdiv(tokens, rows),](
                     branch, bias, residual, weight, norm_bias, new_residual, normal, mean, rstd, tokens, eps,
                     key, offset, rescale, width, block, rows, threshold, **options(warps),
                 )  # fmt: skip
@@ -195,7 +195,7 @@ class _AddNorm(torch.autograd.Function):
         few = block <= WIDE.value and not (ctx.norm_bias or ctx.bias)
         limit = {"maxnreg": 65_536 // (32 * RESIDENT_WARPS)} if few else {}
         with on_device(weight):
-            _backward[programs,](
+            _add_norm_backward[programs,](
                 d_new_residual, d_normal, new_residual, weight, mean, rstd, d_residual, d_branch, partial, tokens,
                 key, offset, rescale, width, block, rows, threshold, ctx.norm_bias, ctx.bias, **options(warps), **limit,
             )  # fmt: skip

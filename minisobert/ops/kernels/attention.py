@@ -99,7 +99,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
-def _forward(
+def _attention_forward(
     q, k, v, out, lse, start, stop, row_hashes, key_hashes, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, scale, rescale,
     D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -129,7 +129,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _delta(
+def _attention_delta(
     out, grad, delta, tokens, out_t, out_h, keep_rate, D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr
 ):
     """delta = rowsum(dO ∘ O) keep_rate, where keep_rate is 1-p. grad: dO, with the strides of out."""
@@ -175,7 +175,7 @@ def _visit_keys(
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
-def _query_gradient(
+def _attention_query_gradient(
     q, k, v, do, dq, lse, delta, start, stop, row_hashes, key_hashes, rotation, sums, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor,
     D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -232,7 +232,7 @@ def _visit_queries(
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
-def _key_gradient(
+def _attention_key_gradient(
     q, k, v, do, dk, dv, lse, delta, start, stop, row_hashes, key_hashes, rotation, sums, tokens, window,
     q_t, q_h, k_t, k_h, v_t, v_h, out_t, out_h, grad_t, grad_h, scale, factor, rescale,
     D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
@@ -281,7 +281,7 @@ class _Attention(torch.autograd.Function):
         grid, meta = _launch(table, q, threshold)
         scale = math.log2(math.e) / math.sqrt(d)
         with on_device(q):
-            _forward[grid](
+            _attention_forward[grid](
                 q, k, v, out, lse, start, stop, rows, keys, tokens, window, *_strides(q, k, v, out), scale, rescale,
                 **meta,
             )  # fmt: skip
@@ -297,8 +297,7 @@ class _Attention(torch.autograd.Function):
         do, delta = do.contiguous(), torch.empty_like(lse)
         grads = torch.empty(tokens, heads, 3, d, dtype=q.dtype, device=q.device)
         dq, dk, dv = grads.unbind(2)
-        table = tiles.KEY_GRADIENT_WINDOW if ctx.window else tiles.KEY_GRADIENT
-        key_grid, key_meta = _launch(table, q, ctx.threshold, held="KEYS", visited="QUERIES")
+        key_grid, key_meta = _launch(tiles.KEY_GRADIENT, q, ctx.threshold, held="KEYS", visited="QUERIES")
         table = tiles.QUERY_GRADIENT_WINDOW if ctx.window else tiles.QUERY_GRADIENT
         query_grid, query_meta = _launch(table, q, ctx.threshold)
         # a head of two parts is turned back by itself: the two of a pair are not in one part
@@ -313,11 +312,11 @@ class _Attention(torch.autograd.Function):
         with on_device(q):
             elements, warps = tiles.DELTA
             block = elements // triton.next_power_of_2(d)
-            _delta[triton.cdiv(tokens, block), heads](
+            _attention_delta[triton.cdiv(tokens, block), heads](
                 out, do, delta, tokens, *_strides(out), 1 / ctx.rescale, *PARTS[d], block, **options(warps)
             )
-            _key_gradient[key_grid](q, k, v, do, dk, dv, *shared, scale, factor, ctx.rescale, **key_meta)
-            _query_gradient[query_grid](q, k, v, do, dq, *shared, scale, factor, **query_meta)
+            _attention_key_gradient[key_grid](q, k, v, do, dk, dv, *shared, scale, factor, ctx.rescale, **key_meta)
+            _attention_query_gradient[query_grid](q, k, v, do, dq, *shared, scale, factor, **query_meta)
         if apart:
             rotary.turn(grads, grads, rotation, heads, back=True)
         bias = None
@@ -374,13 +373,14 @@ def self_attention(
         rotary.check_rotation(qkv, rotation)
         if qkv.is_leaf and qkv.requires_grad:
             raise ValueError("qkv is a parameter, which rotary positions would overwrite; give a copy (qkv.clone())")
-    return _apply(qkv, *qkv.detach().unbind(2), documents, dropout, window, rotation, bias)
+    return _apply(qkv, None, None, None, documents, dropout, window, rotation, bias)
 
 
 def _apply(qkv, q, k, v, documents, dropout, window: int | None, rotation=None, bias=None) -> Tensor:
-    check_device(q=q, **{"documents.start": documents.start, "documents.stop": documents.stop})
-    if q.shape[2] not in PARTS:
-        raise ValueError(f"q is {tuple(q.shape)}; its heads must be one of {', '.join(map(str, PARTS))} wide")
+    name, x = ("q", q) if qkv is None else ("qkv", qkv)
+    check_device(**{name: x, "documents.start": documents.start, "documents.stop": documents.stop})
+    if x.shape[-1] not in PARTS:
+        raise ValueError(f"{name} is {tuple(x.shape)}; its heads must be one of {', '.join(map(str, PARTS))} wide")
     if window is not None:
-        window = min(window, len(q))  # a larger one sees no more, and position + window must fit 31 bits
+        window = min(window, len(x))  # a larger one sees no more, and position + window must fit 31 bits
     return _Attention.apply(qkv, q, k, v, documents.start, documents.stop, dropout, window, rotation, bias)

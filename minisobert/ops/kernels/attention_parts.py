@@ -76,13 +76,6 @@ def _turned_back(x, rotation, row, tokens, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(sums, x, row, tokens, ROWS: tl.constexpr, D: tl.constexpr):
-    """sums[:D] = the columns of x added up, (ROWS, D) whose first row is token `row`, without those behind the last."""
-    inside = row + tl.arange(0, ROWS) < tokens
-    tl.store(sums + tl.arange(0, D), tl.sum(tl.where(inside[:, None], x, 0.0), 0))
-
-
-@triton.jit
 def store_gradient(
     x, value, rest, rotation, sums, which: tl.constexpr, row, tokens, stride,
     ROWS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr,
@@ -96,9 +89,9 @@ def store_gradient(
     if sums is not None:
         program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         sums += (program * 3 + which) * (D + REST)
-        _store_sums(sums, value, row, tokens, ROWS, D)
+        tl.store(sums + tl.arange(0, D), tl.sum(value, 0))  # rows behind the last token are 0: they see nothing
         if REST:
-            _store_sums(sums + D, rest, row, tokens, ROWS, REST)
+            tl.store(sums + D + tl.arange(0, REST), tl.sum(rest, 0))
 
 
 @triton.jit
@@ -162,7 +155,8 @@ def stretches(start, stop, first, tokens, window, HELD: tl.constexpr, VISITED: t
     [full, rest) is whole steps of VISITED in which every row sees everything. Without a window [lo, full) is empty."""
     last = tl.minimum(first + HELD, tokens) - 1
     lo, hi = tl.load(start + first), tl.load(stop + last)
-    one_document = tl.load(start + last) == lo
+    # a tile with rows behind the last token is masked, or their gradients would not be 0, which are added up
+    one_document = (tl.load(start + last) == lo) & (first + HELD <= tokens)
     if window is None:
         full, rest = lo, tl.where(one_document, lo + (hi - lo) // VISITED * VISITED, lo)
     else:

@@ -64,7 +64,9 @@ def _gelu_slope(z, TANH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward(x, bias, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr):
+def _bias_gelu_forward(
+    x, bias, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
@@ -76,7 +78,7 @@ def _forward(x, bias, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward(
+def _bias_gelu_backward(
     dy, x, bias, dx, partial, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +111,7 @@ class _BiasGelu(torch.autograd.Function):
         with on_device(x):
             if tokens:
                 grid = triton.cdiv(tokens, rows), triton.cdiv(width, columns)
-                _forward[grid](x, bias, y, tokens, width, rows, columns, ctx.tanh, **options(warps))
+                _bias_gelu_forward[grid](x, bias, y, tokens, width, rows, columns, ctx.tanh, **options(warps))
         return y
 
     @staticmethod
@@ -123,7 +125,7 @@ class _BiasGelu(torch.autograd.Function):
         dx = torch.empty_like(x)
         partial = None if bias is None else torch.empty(down, width, dtype=torch.float32, device=x.device)
         with on_device(x):
-            _backward[down, across](
+            _bias_gelu_backward[down, across](
                 dy.contiguous(), x, bias, dx, partial, tokens, width, rows, columns, ctx.tanh, **options(warps)
             )
         return dx, None if bias is None else partial.sum(0).to(bias.dtype), None

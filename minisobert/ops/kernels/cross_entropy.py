@@ -21,7 +21,7 @@ from minisobert.ops.kernels import check, check_contiguous, check_device, on_dev
 TILE = 4_096, 8  # columns of a tile, warps: 16 elements per thread. Not tuned yet.
 
 # Arguments of the kernels, which run one program per row. M rows, n columns of the vocabulary.
-#   logits                        (M, n), contiguous; `_gradient` writes their gradient over them
+#   logits                        (M, n), contiguous; `_cross_entropy_gradient` writes their gradient over them
 #   targets                       (M,) int64: ids in the whole vocabulary
 #   maximum, target_logit, total  (M,) fp32: per row, max z, z_t (0 if t is in another slice) and Σ exp(z - max z)
 #   lse, d_loss                   (M,) fp32: log Σ exp(z) over all slices of a row; the gradient of its loss
@@ -32,7 +32,9 @@ TILE = 4_096, 8  # columns of a tile, warps: 16 elements per thread. Not tuned y
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["target_logit", "total"])
-def _parts(logits, targets, maximum, target_logit, total, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _cross_entropy_parts(
+    logits, targets, maximum, target_logit, total, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * WIDTH
     # the lowest finite number, so that a tile or slice that is all -inf adds exp(-inf) = 0 and not NaN
@@ -51,7 +53,7 @@ def _parts(logits, targets, maximum, target_logit, total, first, WIDTH: tl.const
 
 
 @triton.jit(do_not_specialize=["first"])
-def _gradient(logits, targets, lse, d_loss, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _cross_entropy_gradient(logits, targets, lse, d_loss, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0)
     z = logits + row.to(tl.int64) * WIDTH
     target = tl.load(targets + row) - first
@@ -70,7 +72,9 @@ def cross_entropy_parts(logits: Tensor, targets: Tensor, first: int = 0) -> tupl
     columns, warps = TILE
     with on_device(logits):
         if rows:
-            _parts[rows,](logits, targets, maximum, target_logit, total, first, width, columns, **options(warps))
+            _cross_entropy_parts[rows,](
+                logits, targets, maximum, target_logit, total, first, width, columns, **options(warps)
+            )
     return maximum, target_logit, total
 
 
@@ -80,7 +84,9 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, lse: Tensor, d_loss:
     columns, warps = TILE
     with on_device(logits):
         if rows:
-            _gradient[rows,](logits, targets, lse, d_loss.contiguous(), first, width, columns, **options(warps))
+            _cross_entropy_gradient[rows,](
+                logits, targets, lse, d_loss.contiguous(), first, width, columns, **options(warps)
+            )
     torch.autograd.graph.increment_version(logits)  # autograd does not see that a launch changes logits in place
     return logits
 

@@ -104,7 +104,7 @@ def attention_hashes(dropout: Dropout | None, q: Tensor) -> tuple[Tensor | None,
 
 
 @triton.jit(do_not_specialize=["offset"], do_not_specialize_on_alignment=["key"])
-def _drop(x, out, elements, width, key, offset, rescale, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
+def _dropout(x, out, elements, width, key, offset, rescale, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
     # 64 bits: T * h passes 2**31 at 2.8 million tokens of 768
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
@@ -133,7 +133,7 @@ def _launch(x: Tensor, dropout: Dropout) -> Tensor:
     with on_device(x):
         if x.numel():
             grid = (triton.cdiv(x.numel(), block),)
-            _drop[grid](x, out, x.numel(), x.shape[1], key, offset, rescale, threshold, block, **options(warps))
+            _dropout[grid](x, out, x.numel(), x.shape[1], key, offset, rescale, threshold, block, **options(warps))
     return out
 
 

@@ -30,7 +30,9 @@ TILE = 32, 128, 8
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward(x, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr):
+def _gated_gelu_forward(
+    x, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
@@ -42,7 +44,9 @@ def _forward(x, y, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _backward(dy, x, dx, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr):
+def _gated_gelu_backward(
+    dy, x, dx, tokens, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TANH: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < tokens)[:, None] & (column < WIDTH)[None, :]
@@ -62,7 +66,7 @@ class _GatedGelu(torch.autograd.Function):
         ctx.tanh = form == "tanh"
         tokens, both = x.shape
         y = torch.empty(tokens, both // 2, dtype=x.dtype, device=x.device)
-        _launch(_forward, x, y, tanh=ctx.tanh)
+        _launch(_gated_gelu_forward, x, y, tanh=ctx.tanh)
         return y
 
     @staticmethod
@@ -70,7 +74,7 @@ class _GatedGelu(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _launch(_backward, dy.contiguous(), x, dx, tanh=ctx.tanh)
+        _launch(_gated_gelu_backward, dy.contiguous(), x, dx, tanh=ctx.tanh)
         return dx, None
 
 

@@ -32,7 +32,7 @@ TILE = 512, 2
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _turn(
+def _rotary(
     x, out, rotation, tokens,
     HEADS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def turn(x: Tensor, out: Tensor, rotation: Tensor, heads: int, back: bool = Fals
     with on_device(x):
         if tokens:
             grid = (triton.cdiv(tokens, rows) * heads,)
-            _turn[grid](x, out, rotation, tokens, heads, 2 * half, rows, block, back, **options(warps))
+            _rotary[grid](x, out, rotation, tokens, heads, 2 * half, rows, block, back, **options(warps))
     return out
 
 
