@@ -30,6 +30,7 @@ COMMANDS = {
         "benchmarks.cpu": "Time training steps on a CPU, beside transformers.",
         "benchmarks.inference": "Time vectors and classes on a CPU, beside transformers.",
         "benchmarks.gpu": "Test and time kernels and training on a GPU.",
+        "benchmarks.gpu.predict": "Predict what benchmarks.gpu should find.",
         "benchmarks.compiled": "Compile all kernels for three GPUs without having one.",
         "benchmarks.parallel": "Time a training step on 1, 2 and 4 processes.",
         "benchmarks.recipe": "Measure what each part of the modern recipe is worth.",

@@ -31,7 +31,8 @@ def runnable() -> set[str]:
     for path in ROOT.glob("**/*.py"):
         folder, *_ = path.relative_to(ROOT).parts
         text = path.read_text()
-        if folder.startswith((".", "tests", "docs", "runs")) or not re.search(r'^if __name__ == "__main__"', text, re.M):
+        is_run = re.search(r'^if __name__ == "__main__"', text, re.M)
+        if folder.startswith((".", "tests", "docs", "runs")) or not is_run:
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         names.add(".".join(parts).removesuffix(".__main__") if len(parts) > 1 else path.name)

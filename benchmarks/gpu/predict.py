@@ -241,7 +241,7 @@ def _sum(parts: dict[str, float | None]) -> float | None:
 
 
 def main() -> None:
-    options = parser("gpu.predict", __doc__, "benchmarks/results/gpu/predicted.md").parse_args()
+    options = parser("gpu.predict", "--write", writes="benchmarks/results/gpu/predicted.md").parse_args()
     setting, lines = replace(REAL, device=torch.device("cpu")), ["# What `make gpu` should find", ""]
     lines += [
         "`python -m benchmarks.gpu.predict`, before anybody has run it: by a model of the chip "
