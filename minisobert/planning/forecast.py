@@ -1,4 +1,4 @@
-"""What a layout takes: memory, collectives and the bytes they send, FLOPs. Arithmetic alone: no GPU, no data, no group.
+"""Estimates for one layout: memory, collectives and the bytes they send, FLOPs. Arithmetic alone: no GPU, no data.
 
 The estimate follows the kernels (`ops/kernels`): each storage that an operation saves for its backward pass is counted
 once, where it is saved. Tests compare it with what autograd keeps, and the collectives with those that are called.

@@ -192,7 +192,7 @@ class Optimizer:
         return shapes
 
     def slices(self) -> list[Slice]:
-        """The slices of a checkpoint that this rank writes. What several ranks hold alike, the first of them writes."""
+        """The slices of a checkpoint that this rank writes: the first of several ranks that hold one writes it."""
         mesh, slices = self.mesh, []
         for part in self.parts:
             one_of_a_kind = self.sharded or mesh.data_rank == 0
