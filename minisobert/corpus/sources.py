@@ -138,7 +138,7 @@ def lines(stream: io.TextIOBase, file: TextFile) -> Iterator[str]:
 
 
 def kind_of(name: str) -> str:
-    """The suffix in lower case, without that of a packer: ".csv" of "A.CSV.gz"."""
+    """The suffix in lower case, without that of a packer: ".csv" for "A.CSV.gz"."""
     path = PurePosixPath(name.lower())
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 

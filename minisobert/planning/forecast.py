@@ -82,7 +82,7 @@ class Collective(NamedTuple):
     """Calls of one size that one rank takes part in, in one optimizer step."""
 
     name: str
-    group: str  # "tensor", "data", "all", or "hosts" where it goes over gloo
+    group: str  # "tensor", "data", "all", or "hosts" if it goes over gloo
     operation: str  # "all-reduce", "all-gather" or "reduce-scatter"
     bytes: int  # of the whole tensor, in one call
     calls: int

@@ -205,7 +205,7 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, files: dict[str, dict[str, Tensor]], steps: int) -> None:
-        """files: whole, unsharded tensors by file and name. steps: how many were applied."""
+        """Loads a checkpoint. files: whole, unsharded tensors by file and name. steps: how many were applied."""
         mesh = self.mesh
         for part in self.parts:
             for (file, name), tensor in zip(self.checkpoint_names(part.name), self.tensors(part)):
