@@ -160,8 +160,8 @@ def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int,
     """histogram[n]: how many chunks of n tokens there are. Returns (number of rows, lengths in each of them) pairs.
 
     Best fit, longest first: a length goes to the fullest open rows that it still fits. All chunks of one length and all
-    rows with the same content are handled at once, by their counts. So the work grows with the number of lengths (2,046 in
-    a row of 2,048), not with the number of chunks (15 million).
+    rows with the same content are handled at once, by their counts. So the work grows with the number of lengths (2,046
+    in a row of 2,048), not with the number of chunks (15 million).
 
     For example, in rows of 10 places, 3 chunks of 5 tokens (7 places each) and 4 of 1 token (3 places each) become
     [(3, [5, 1]), (1, [1])]: three rows of one 5 and one 1, and one row for the 1 that is left.
