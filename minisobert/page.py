@@ -153,8 +153,7 @@ class Page:
     """Makes the HTML for a post, with what some models say about it."""
 
     def __init__(self, models: Sequence[tuple[str, Loaded]], texts: Sequence[str] = (), best: int = 5):
-        """models: with their names. texts: to compare a post with, in addition to those typed. best: guesses for each
-        mask."""
+        """models: with their names. texts: to compare a post with, besides those typed. best: guesses for each mask."""
         self.models, self.texts, self.best = models, tuple(texts), best
         # cached, so that a click on a word only asks the models for its guesses
         self._answers = lru_cache(4 * len(models))(self._answer)

@@ -54,7 +54,7 @@ class Curves:
 
 
 def pyplot():
-    """matplotlib.pyplot for files, not for windows. Raises ValueError where it is not installed."""
+    """matplotlib.pyplot for files, not for windows. Raises ValueError if it is not installed."""
     try:
         import matplotlib
     except ImportError:

@@ -1,7 +1,7 @@
-"""Members of .7z archives as streams of bytes, archives in archives too; nothing is unpacked to disk.
+"""Members of .7z archives, also of nested ones, as streams of bytes; nothing is unpacked to disk.
 
-Members are named by `inside`: one name for a member of the archive at `path`, several where all but the last are
-archives again. Names are never used as paths, so that an archive cannot write anywhere.
+`inside` names a member: one name for a member of the archive at `path`, or several, of which all but the last are
+nested archives. Names are never used as paths, so that an archive cannot write anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNSUPPORTED = {  # methods that py7zr does not read, by their ids in the format
     b"\x03\x03\x01\x1b": "BCJ2", b"\x0a": "ARM64", b"\x0b": "RISCV",
     b"\x04\xf7\x11\x04": "LZ4", b"\x04\xf7\x11\x05": "LZ5", b"\x04\xf7\x11\x06": "Lizard",
 }  # fmt: skip
-BOMB, RATIO = 1 << 30, 200  # bytes unpacked, and times the archive's size: the XML of dumps packs to a fifth or a tenth
+BOMB, RATIO = 1 << 30, 200  # unpacked bytes, and times the packed bytes: the XML of dumps packs to a fifth or a tenth
 _TAIL = 1 << 20  # bytes; holds the table of contents of an archive with some thousands of members
 
 
@@ -29,11 +29,11 @@ class Unreadable(ValueError):
 
 
 def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
-    """The size in bytes, unpacked, of each file of an archive by its name there. inside: of an archive in the archive.
+    """The unpacked size in bytes of each file in an archive, by its name there. inside: names a nested archive.
 
-    Raises ValueError for an archive that cannot be read, or that holds a path outside of it, a symlink in the place of
-    a table, or more than BOMB bytes and RATIO times as much as the file on disk; a method of compression that py7zr
-    cannot read is found here for what may be part of a dump, and otherwise by who reads it.
+    Raises ValueError if the archive cannot be read, or holds a path outside itself, a name twice, a symlink in place of
+    a table, or more than BOMB bytes and RATIO times the size of the file on disk. A method of compression that py7zr
+    cannot read is found here for files that may be part of a dump, and for others when they are read.
     """
     sizes: dict[str, int] = {}
     where = ": ".join([str(path), *inside])
@@ -62,7 +62,7 @@ def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
 
 @contextmanager
 def open_member(path: Path, inside: Sequence[str]) -> Iterator[BinaryIO]:
-    """The bytes of one member, decompressed by a thread, a little ahead of the reader."""
+    """The bytes of one member, decompressed by a thread that keeps a little ahead of the reader."""
     stream = _Stream(path, inside)
     try:
         yield io.BufferedReader(stream, 1 << 20)
@@ -71,16 +71,16 @@ def open_member(path: Path, inside: Sequence[str]) -> Iterator[BinaryIO]:
 
 
 class _End(Exception):
-    """In the queue: the member was read to its end. In the thread: nobody reads any more."""
+    """In the queue: the member was read to its end. In the thread: the reader is gone."""
 
 
 class _Stream(io.RawIOBase):
-    """One member of an archive. What goes wrong in the thread is raised by the read that runs into it."""
+    """One member of an archive. An error in the thread is raised by the read that reaches it."""
 
     def __init__(self, path: Path, inside: Sequence[str]):
         self.path, self.inside = path, inside
         self.blocks: queue.Queue[bytes | BaseException] = queue.Queue(1)  # py7zr makes blocks of up to 128 MB
-        self.block = memoryview(b"")  # what is left of the one being read
+        self.block = memoryview(b"")  # what is left of the block being read
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._decompress, daemon=True)
         self.thread.start()
@@ -92,7 +92,7 @@ class _Stream(io.RawIOBase):
         while not self.block:
             block = self.blocks.get()
             if not isinstance(block, bytes):
-                self.blocks.put(block)  # the end, or the failure, is there for the next read too
+                self.blocks.put(block)  # keeps the end, or the error, for the next read
                 if isinstance(block, _End):
                     return 0
                 raise block
@@ -148,7 +148,7 @@ class _Stream(io.RawIOBase):
 
 
 class _File(io.FileIO):
-    """An archive on disk. A thread that nobody waits for any more ends here, however much it still has to pass over."""
+    """An archive on disk. A thread whose reader is gone ends here, however much it still has to skip."""
 
     stopped: threading.Event
 
@@ -159,10 +159,10 @@ class _File(io.FileIO):
 
 
 class _Inner(io.RawIOBase):
-    """An archive in an archive as the seekable file that py7zr asks for, without a copy of it on disk.
+    """A nested archive as the seekable file that py7zr needs, without a copy of it on disk.
 
-    To go back is to decompress the outer archive again from its beginning. py7zr reads the table of contents, which is
-    the end of the file, and then the members from the front on: as the tail is kept, that makes two passes.
+    Seeking back means decompressing the outer archive again from its beginning. py7zr reads the table of contents at
+    the end of the file, and then the members from the front. Since the tail is kept, that takes two passes.
     """
 
     def __init__(self, path: Path, inside: Sequence[str], stopped: threading.Event):
@@ -217,8 +217,8 @@ class _Inner(io.RawIOBase):
 
 @contextmanager
 def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
-    """(an open archive, the py7zr package). Whatever is wrong with it is an `Unreadable` that names it. stopped: set
-    where nobody reads any more."""
+    """Yields (an open archive, the py7zr package). Whatever is wrong with the archive raises an `Unreadable` that names
+    it. stopped: set when the reader is gone."""
     try:
         import py7zr
         from py7zr.exceptions import PasswordRequired, UnsupportedCompressionMethodError
@@ -228,7 +228,7 @@ def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
     raw = _Inner(path, inside, stopped) if inside else _File(path)
     raw.stopped = stopped
     try:
-        # given as a file and not by name: py7zr would start threads of its own
+        # passed as a file, not by name, or py7zr would start threads of its own
         with io.BufferedReader(raw, 1 << 20) as file, py7zr.SevenZipFile(file) as archive:
             yield archive, py7zr
     except (_End, Unreadable):
@@ -243,17 +243,17 @@ def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
         raise Unreadable(f"{name} takes more memory to unpack than there is; {unpacking(path)}") from None
     except Exception as error:  # py7zr lets the errors of eight decompressors through
         if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of the archive
+            raise  # an error of the disk, not of the archive
         reason = f"{type(error).__name__}: {_short(error)}"
         raise Unreadable(f"{name} is truncated or no .7z archive ({reason})") from None
 
 
 def unpacking(archive: Path) -> str:
-    """What to do with an archive that cannot be read here, for the end of a message."""
+    """What to do with an archive that cannot be read here, as the end of a message."""
     folder = archive.with_name(re.sub(r"\.7z(\.\d+)?$", "", archive.name, flags=re.I))
     return f"unpack it (7z x {shlex.quote(str(archive))} -o{shlex.quote(str(folder))}) and give the folder"
 
 
 def _short(error: object) -> str:
-    """The words of an error of py7zr, some of which hold a page of bytes."""
+    """The message of a py7zr error, cut, because some hold a page of bytes."""
     return " ".join(str(error).split())[:80]

@@ -1,9 +1,9 @@
 """The comments of a site, joined to their posts on disk.
 
-A dump orders comments by their own ids, and the largest site has 90 million of them. As they are read, they go into
-runs: files of about RUN bytes of text, in each of which they stand in the order of their posts. Posts come in the order
-of their ids, so that a few hundred posts in a row find what they need of each run in one place. Memory is bounded by a
-run, and many processes can look at once.
+A dump orders comments by their own ids, and the largest site has 90 million of them. As they are read, they are written
+to runs: files of about RUN bytes of text, each in the order of its posts. Posts are read in the order of their ids, so
+a few hundred consecutive posts find their comments of each run in one place. Memory is bounded by a run, and many
+processes can read at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from minisobert.files import flush
 
 RUN = 1 << 26  # bytes of text
-_EACH = 1_024  # comments; of one in so many the post is kept in memory
+_EACH = 1_024  # comments; the post of one in so many is kept in memory
 
 
 class Runs:
-    """Writes the runs of a folder. `runs`, `comments`: how many were written so far, before and by this object."""
+    """Writes the runs of a folder. `runs`, `comments`: how many there are so far, those of earlier objects included."""
 
     def __init__(self, folder: Path, runs: int = 0, comments: int = 0):
         self.folder, self.runs, self.comments = folder, runs, comments
@@ -31,8 +31,8 @@ class Runs:
         self._size = 0
 
     def add(self, posts: np.ndarray, sizes: np.ndarray, text: bytes) -> None:
-        """Some more comments, in the dump's order. posts, sizes: (C,) int64, the post of each and its bytes in `text`,
-        in which they stand one after the other."""
+        """Adds comments, in the dump's order. posts, sizes: (C,) int64, the post of each and its number of bytes in
+        `text`, which holds them one after another."""
         self._parts.append((posts, sizes, text))
         self._size += len(text)
         self.comments += len(posts)
@@ -41,7 +41,7 @@ class Runs:
 
     @property
     def waiting(self) -> bool:
-        """Whether some are not on the disk yet."""
+        """Whether some comments are not on the disk yet."""
         return self._size > 0
 
     def flush(self) -> None:
@@ -51,7 +51,7 @@ class Runs:
         text = memoryview(b"".join(text for _, _, text in self._parts))
         self._parts, self._size = [], 0
         ends = np.cumsum(sizes)
-        order = np.argsort(posts, kind="stable")  # of one post, in the dump's order
+        order = np.argsort(posts, kind="stable")  # the comments of one post stay in the dump's order
         name = str(self.folder / str(self.runs))
         with open(f"{name}.text", "wb") as file:
             file.writelines(text[end - size : end] for end, size in zip(ends[order].tolist(), sizes[order].tolist()))
@@ -88,8 +88,8 @@ def comments_of(folder: Path, posts: Sequence[int]) -> dict[int, list[str]]:
 
 
 def _slice(path: Path, sample: np.ndarray, first: int, last: int) -> tuple[np.ndarray, int]:
-    """((C, 2), where the text of the first begins): what a run's index says of the posts from `first` to `last`, and
-    perhaps of some before and behind."""
+    """((C, 2), where the text of the first begins): the part of a run's index for posts from `first` to `last`, perhaps
+    with some before and after."""
     begin = max(int(np.searchsorted(sample, first)) - 1, 0) * _EACH
     stop = int(np.searchsorted(sample, last, "right")) * _EACH
     with open(path, "rb") as file:
@@ -100,6 +100,6 @@ def _slice(path: Path, sample: np.ndarray, first: int, last: int) -> tuple[np.nd
 
 @lru_cache(1)
 def _samples(folder: Path, modified: int) -> list[np.ndarray]:
-    """Of each run the post of every _EACH-th comment. modified: tells one site's folder from another's."""
+    """For each run, the post of every _EACH-th comment. modified: tells one site's folder from another's."""
     runs = sorted(int(path.stem) for path in folder.glob("*.index"))
     return [np.memmap(folder / f"{run}.index", np.int64, "r").reshape(-1, 2)[::_EACH, 0].copy() for run in runs]

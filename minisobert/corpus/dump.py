@@ -1,8 +1,8 @@
-"""Stack Exchange data dumps: which sites some paths hold, and their tables as streams of bytes.
+"""Stack Exchange data dumps: finds the sites in some paths, and opens their tables as streams of bytes.
 
-A dump has been published as one archive per site, one archive per table (`stackoverflow.com-Posts.7z`), and one archive
-of such archives; people also unpack them into folders. All of these are read where they lie: nothing of an archive is
-written to disk, whatever its members are called, because the largest holds hundreds of GB of XML.
+Dumps have been published as one archive per site, one archive per table (`stackoverflow.com-Posts.7z`), and one archive
+of such archives; people also unpack them into folders. All of these are read in place: nothing in an archive is written
+to disk, because the largest archive holds hundreds of GB of XML.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLE_FILE = re.compile(rf"({_TABLES})\.xml", re.I)
 _TABLE_SUFFIX = re.compile(rf"(^|-)({_TABLES})$", re.I)
 _OTHER_ARCHIVE = re.compile(rf"(.*-)?(?!posts|comments)({_TABLES})\.7z", re.I)
 _VOLUME = re.compile(r"(.*\.7z)\.\d{3,}", re.I)
-_DOMAIN = re.compile(r"\.(com|net)$", re.I)  # of every Stack Exchange site
+_DOMAIN = re.compile(r"\.(com|net)$", re.I)  # the end of every Stack Exchange domain
 
 
 class Member(NamedTuple):
@@ -51,7 +51,7 @@ class Member(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The tables of one site. source: the path, of those that were given, with its posts."""
+    """The tables of one site. source: the given path that holds its posts."""
 
     name: str
     source: Path
@@ -60,7 +60,7 @@ class Site(NamedTuple):
 
 
 def is_dump(path: Path) -> bool:
-    """Whether `sites` is to look into a path: a folder, a .7z or a volume of one, or the XML of a table."""
+    """Whether `sites` can look into a path: a folder, a .7z or a volume of one, or the XML of a table."""
     name = path.name.lower()
     return path.is_dir() or name.endswith(".7z") or bool(_VOLUME.fullmatch(name) or _TABLE_FILE.fullmatch(name))
 
@@ -68,9 +68,9 @@ def is_dump(path: Path) -> bool:
 def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
     """The sites of some dumps, in the order of the paths, and notes: lines on what is missing or is not read.
 
-    Posts and comments belong together if they lie in one place, or if the name says the same site: that of a domain, or
-    what stands before `-Posts` and `-Comments`. Raises ValueError for a path without posts, comments without their
-    posts, a site that is there twice, and archives that cannot be read.
+    Posts and comments belong together if they are in one place, or if their names give the same site: a domain, or what
+    comes before `-Posts` and `-Comments`. Raises ValueError for a path without posts, comments without their posts, a
+    site that is there twice, and archives that cannot be read.
     """
     tables: dict[str, dict[str, Member]] = {}  # the key of a site → the name of a table → the table
     names: dict[str, str] = {}  # the key of a site → its name
@@ -122,12 +122,12 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
 
 
 def files(member: Member) -> Iterator[Member]:
-    """Every file of a folder with its folders and archives; an archive that by its name has another table is a file."""
+    """Every file of a folder with its subfolders and archives. An archive named after another table is one file."""
     path, inside = member.path, member.inside
     if not inside and _VOLUME.fullmatch(path.name):
         if not _joined(path).exists():
             raise _volume(path)
-        yield member  # it is read where its volumes were joined
+        yield member  # the file that its volumes were joined into is read instead
     elif not inside and path.is_dir():
         for child in sorted(path.iterdir()):
             yield from files(Member(child))
@@ -149,12 +149,12 @@ def _volume(path: Path) -> ValueError:
 
 
 def _key(member: Member) -> tuple[str, str]:
-    """(key, name) of the site: the same key for posts and comments that belong together.
+    """(key, name) of the site: posts and comments that belong together have the same key.
 
-    It is the path of the folders and archives that hold the file, without the names of tables, from the last one on
-    that names a site, or from the root where none does.
+    The key is the path of the folders and archives that hold the file, without names of tables. It starts at the last
+    of them that names a site, or at the root if none does.
     """
-    path = Path(os.path.abspath(member.path))  # links are not followed: their names are the ones that tell the site
+    path = Path(os.path.abspath(member.path))  # links are not followed, because their own names tell the site
     parts, named = [], 0
     for part in [*path.parts, *(part for name in member.inside for part in PurePosixPath(name).parts)][:-1]:
         name = re.sub(r"\.7z$", "", part, flags=re.I)
@@ -168,7 +168,7 @@ def _key(member: Member) -> tuple[str, str]:
 
 
 def _partner(comments: Member) -> str:
-    """What should hold the posts that go with these comments, as far as names tell."""
+    """Where the posts that go with these comments should be, judging by names."""
     path, *archives = comments.path, *comments.inside[:-1]
     names = [path.name, *archives]
     renamed = [re.sub("comments", lambda m: "posts" if m[0][0] == "c" else "Posts", n, flags=re.I) for n in names]
@@ -182,7 +182,7 @@ def _begins(member: Member) -> bytes:
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """A list for one line: each name once, with how often it is there, and how many more there are."""
+    """A list for one line: each name once, with its number of occurrences, and how many more names there are."""
     counts = list(Counter(names).items())
     shown = [f"{name} ({n:,} times)" if n > 1 else name for name, n in counts[:most]]
     return ", ".join(shown) + (f" and {len(counts) - most:,} more" if len(counts) > most else "")

@@ -1,17 +1,17 @@
-"""Which documents repeat an earlier one, exactly or nearly.
+"""Finds the documents that repeat an earlier one, exactly or nearly.
 
-Exactly: their texts are equal once every run of white space is one space; case counts. Two digests of 64 bits are equal
-by chance in 1 corpus of 10,000 of 60 million documents, and that costs one document.
+Exactly: the texts are equal once every run of white space is one space; case counts. In 1 of 10,000 corpora of 60
+million documents, two different texts have the same digest of 64 bits, which costs one document.
 
-Nearly: the Jaccard similarity of their sets of 5-grams, J(A, B) = |A ∩ B| / |A ∪ B|, is at least a threshold t. A word
-is a run of letters and digits in lower case, or one other character: `C++` is not `C#`. A text of fewer than five words
-is one 5-gram. Not all pairs need to be compared (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive
-Datasets", chapter 3): the smallest hash of one set is that of the other with probability J. Of b·r such hashes, each r
-make a band, and a pair with an equal band is a candidate, which it is with probability 1 - (1 - J^r)^b. Every candidate
-is compared by its true J. So nothing is left out that is less similar than t, and of pairs as similar as t at most
-MISSED is missed, where a band has no more than MOST documents.
+Nearly: the Jaccard similarity of the sets of 5-grams, J(A, B) = |A ∩ B| / |A ∪ B|, is at least a threshold t. A word is
+a run of letters and digits in lower case, or one other character: `C++` is not `C#`. A text of fewer than five words is
+one 5-gram. Not all pairs need to be compared (Broder 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets",
+chapter 3): the smallest hash of one set equals that of the other with probability J. With b·r such hashes, in b bands
+of r, two documents have an equal band with probability 1 - (1 - J^r)^b. Such pairs are candidates, and the true J of
+every candidate is computed. So nothing is left out that is less similar than t, and of the pairs as similar as t at
+most MISSED are missed, as long as no band has more than MOST documents.
 
-A document is left out if any earlier one is near it, which may have been left out itself. The first of a chain stays.
+A document is left out if any earlier one is near it, even one that was left out itself. The first of a chain stays.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from minisobert.hashing import key
 
 GRAM = 5  # words
 MISSED = 0.01  # the share of pairs exactly at the threshold that have no equal band
-HASHES = 64  # at most, of a document: more of them would make longer bands and fewer vain comparisons, but cost time
-LEAST = 0.5  # the lowest threshold: below it so many bands of few hashes are needed that most documents share one
-MOST = 100  # documents of one band that a document is compared with, or boilerplate would cost the square of its number
-_BATCH = 1_000_000  # bytes of text, about, that a worker compares in one task
+HASHES = 64  # per document, at most: more would make longer bands and fewer useless comparisons, but cost time
+LEAST = 0.5  # the lowest threshold: below it, so many short bands are needed that most documents share one
+MOST = 100  # documents of one band that a document is compared with; without a limit, boilerplate would cost the square
+_BATCH = 1_000_000  # about so many bytes of text are compared in one task of a worker
 
-# What a byte is to a word: 0 stands between words, 1 belongs to one, 2 is one by itself. All of UTF-8 past ASCII counts
-# as letters.
+# The class of a byte: 0 separates words, 1 belongs to one, 2 is one by itself. All bytes past ASCII count as letters.
 _CLASS = np.full(256, 2, np.uint8)
 _CLASS[:33] = _CLASS[127] = 0
 _CLASS[128:] = 1
@@ -53,12 +52,12 @@ _MULTIPLY, _ADD = (_constants(name, HASHES).astype(np.uint32) for name in ("mult
 
 
 def digest(text: str) -> int:
-    """64 bits, equal for texts that differ in white space alone."""
+    """64 bits, equal for texts that differ only in white space."""
     return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
 
 
 def repeated(digests: np.ndarray) -> np.ndarray:
-    """(D,) bool: the documents whose digest an earlier one has. Takes at most 26 bytes of memory a document."""
+    """(D,) bool: whether an earlier document has the same digest. Takes at most 26 bytes of memory a document."""
     order = np.argsort(digests, kind="stable")  # equal digests in the order of the documents
     ordered = digests[order]
     found = np.zeros(len(digests), bool)
@@ -67,7 +66,7 @@ def repeated(digests: np.ndarray) -> np.ndarray:
 
 
 def shape(threshold: float) -> tuple[int, int]:
-    """(b, r): how many bands of how many hashes. The longest bands that HASHES hashes allow with MISSED.
+    """(b, r): b bands of r hashes each. These are the longest bands that HASHES hashes allow with MISSED.
 
     Raises ValueError for a threshold outside of LEAST to 1.
     """
@@ -81,17 +80,16 @@ def shape(threshold: float) -> tuple[int, int]:
 
 
 def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The hashes of all 5-grams of some texts, (S,) uint64, and where those of each text begin, (D+1,) int64, at least
-    one each. A 5-gram that a text has twice is there twice. Takes about 40 bytes of memory a byte of text.
-    """
+    """The hashes of all 5-grams of some texts, (S,) uint64, and where those of each text begin, (D+1,) int64; each text
+    has at least one. 5-grams that a text repeats are repeated. Takes about 40 bytes of memory per byte of text."""
     encoded = [" ".join(text.lower().split()).encode() + b" " for text in texts]
     data = np.frombuffer(b" " + b"".join(encoded), np.uint8)
     kind = _CLASS[data]
     inside = (kind[1:] == 1) & (kind[:-1] == 1)  # (N-1,): no word begins between these two bytes
     begins = np.flatnonzero(~inside & (kind[1:] > 0)) + 1
     stops = np.flatnonzero(~inside & (kind[:-1] > 0)) + 1
-    # The sum of byte·base^position over a word is a difference of two running sums; base^-begin makes it forget where
-    # the word stands. All of it is modulo 2**64, where numpy's products wrap.
+    # The sum of byte·base^position over a word is a difference of two running sums; base^-begin makes it independent of
+    # where the word is. All of it is modulo 2**64, where numpy's products wrap.
     powers = np.full(len(data), _BASE, np.uint64).cumprod()
     sums = np.concatenate([[np.uint64(0)], (_BYTE[data] * powers).cumsum()])
     inverse = np.full(len(data), pow(_BASE, -1, 1 << 64), np.uint64).cumprod()
@@ -103,7 +101,7 @@ def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     begin, stop = np.arange(starts[-1]) - starts[text] + first[text], first[text + 1]
     found = np.zeros(starts[-1], np.uint64)
     for i, factor in enumerate(_PLACE):
-        found += words[np.where(begin + i < stop, begin + i, -1)] * factor  # past a short text stands the word 0
+        found += words[np.where(begin + i < stop, begin + i, -1)] * factor  # past the end of a short text the word is 0
     return _mixed(found), starts
 
 
@@ -126,13 +124,13 @@ def bands(texts: Sequence[str], threshold: float) -> np.ndarray:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """The Jaccard similarity of two sets, each given as its members, sorted, once each."""
+    """The Jaccard similarity of two sets, each given as its members, sorted and unique."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
-# Documents are spans, rows of (D, 2), of which `read(spans)` gives the texts. `run(function, items)` gives
-# (item, function(item)) in order; both functions may work in other processes.
+# Documents are given as spans, rows of (D, 2), and `read(spans)` returns their texts. `run(function, items)` yields
+# (item, function(item)) in order; both functions may run in other processes.
 
 Read = Callable[[np.ndarray], Iterable[str]]
 Run = Callable[[Callable, Iterable], Iterator[tuple]]
@@ -141,10 +139,10 @@ Run = Callable[[Callable, Iterable], Iterator[tuple]]
 def near(
     read: Read, spans: np.ndarray, parts: Sequence[np.ndarray], threshold: float, work: Path, run: Run, done: Callable
 ) -> np.ndarray:
-    """(D,) bool: the documents that are near an earlier one. The result is the same for any `parts` and `run`.
+    """(D,) bool: whether a document is near an earlier one. The result is the same for any `parts` and `run`.
 
-    parts: the same spans in order, cut into what one task is to be; done: called with each. work: a folder
-    for 8·b bytes a document, which go again. Takes 26 bytes of memory a document beside the spans.
+    parts: the same spans in order, cut into one part per task; done: called with each part. work: a folder for 8·b
+    bytes a document, which are removed again. Takes 26 bytes of memory a document in addition to the spans.
     """
     names = [work / f"band-{i}" for i in range(shape(threshold)[0])]
     try:
@@ -152,7 +150,7 @@ def near(
             files = [stack.enter_context(open(name, "wb")) for name in names]
             for (_, part, _), found in run(_bands_of_part, ((read, part, threshold) for part in parts)):
                 for file, band in zip(files, found):
-                    file.write(band.tobytes())  # numpy's own writing does not tell that a disk is full
+                    file.write(band.tobytes())  # numpy's own writing does not report a full disk
                 done(part)
         found = np.zeros(len(spans), bool)
         for name in names:
@@ -166,7 +164,7 @@ def near(
 def _compare_band(
     band: np.ndarray, found: np.ndarray, read: Read, spans: np.ndarray, threshold: float, run: Run
 ) -> None:
-    """Sets `found` where a document is near an earlier one with an equal hash in this band."""
+    """Sets `found` for documents that are near an earlier one with an equal hash in this band."""
     order = np.argsort(band, kind="stable")
     band = band[order]
     same = band[1:] == band[:-1]
@@ -175,7 +173,7 @@ def _compare_band(
     order = order[several]  # most documents are alone and cost nothing from here on
     first = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
     rank = np.arange(len(order)) - first
-    for i in range(MOST):  # each with the i-th of those that share its hash
+    for i in range(MOST):  # each is compared with the i-th of those that share its hash
         left = np.flatnonzero((rank > i) & ~found[order])
         if not len(left):
             break

@@ -1,13 +1,13 @@
 """HTML and comment markup to plain text: a few passes of regular expressions, at C speed and in linear time.
 
-A post's body comes as the HTML that Stack Exchange rendered. A tokenizer wants what a reader sees: paragraphs, list
-items, and code with its newlines and indentation. Only the tags that Stack Exchange renders count as markup; anything
-else in angle brackets is text, since `List<String>` is what people write.
+A post's body is the HTML that Stack Exchange rendered. A tokenizer needs what a reader sees: paragraphs, list items,
+and code with its newlines and indentation. Only the tags that Stack Exchange renders count as markup; anything else in
+angle brackets is text, since people write `List<String>`.
 
 No expression here can backtrack far on ill-formed input: each attempt to match stops at the next `<`.
 
-Taking markup out must not make markup or references of what stood on both sides of it: `&#11<b>1</b>` is a character
-and a 1, not `&#111`, and `<<b>p>` is no `<p>`. So whatever could is written as entities first (`_guarded`).
+Removing markup must not turn the text around it into new markup or references: `&#11<b>1</b>` is a character and a 1,
+not `&#111`, and `<<b>p>` is no `<p>`. So text that could become markup is first written as entities (`_guarded`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BLOCK = "blockquote|div|dl|h1|h2|h3|h4|h5|h6|hr|iframe|ol|p|pre|table|tbody|tfoo
 LINE = "br|dd|dt|li|tr"
 CELL = "td|th"
 
-# What may stand between a tag's name and its end. A quoted value may hold ">", but no "<": Stack Exchange escapes it.
+# What may come between a tag's name and its end. A quoted value may hold ">", but no "<": Stack Exchange escapes it.
 _ATTRIBUTES = r"""(?:[\s/][^<>"']*(?:"[^"<]*"[^<>"']*|'[^'<]*'[^<>"']*)*)?"""
 
 
 def _tags(names: str, slash: str = "/?") -> str:
-    """The expression for the opening and closing tags of these names (`slash` "" or "/": the one or the other)."""
+    """A regular expression for opening and closing tags of these names; `slash` "" or "/" means only one kind."""
     return f"<{slash}(?:{names}){_ATTRIBUTES}>"
 
 
@@ -36,12 +36,12 @@ _A = re.compile(_tags("a"), re.I)
 _HREF = re.compile(r"""\shref\s*=\s*(?:"([^"]*)"|'([^']*)')""", re.I)
 _INLINE = re.compile(_tags(INLINE), re.I)
 _ANY = re.compile(_tags(f"{INLINE}|{BLOCK}|{LINE}|{CELL}"), re.I)
-_ITEM = re.compile(f"{_tags('li', '')}(?: ?{_tags('p', '')})?", re.I)  # what follows a "- " stays on its line
+_ITEM = re.compile(f"{_tags('li', '')}(?: ?{_tags('p', '')})?", re.I)  # the text after a "- " stays on its line
 _PLAIN = dict.fromkeys(
     ("</li> </ul>", "</li> </ol>", "</p> <p>", "<p>", "</p>", "<ul>", "</ul>", "<ol>", "</ol>"), "\n\n"
 )
 _PLAIN |= {"<blockquote>": "\n\n", "</blockquote>": "\n\n", "<br>": "\n"}
-_BREAKS = re.compile(  # one group per kind of break; each alternative begins with "<", which is what makes it fast
+_BREAKS = re.compile(  # one group per kind of break; each alternative begins with "<", which makes it fast
     f"({_tags(BLOCK)})|({_tags(CELL, '/')} ?{_tags(CELL, '')} ?)|((?:{_tags(CELL)}|{_tags(LINE, '/')}) ?)"
     f"|{_tags(LINE, '')}",
     re.I,
@@ -55,18 +55,18 @@ _TEXT_LESS = re.compile(f"<(?!{_tags(f'{INLINE}|{BLOCK}|{LINE}|{CELL}')[1:]})", 
 _NAMED = re.compile("&([0-9A-Za-z]+)([;=]?)")
 _SPACES = re.compile("  +")
 _BLANK_LINES = re.compile("\n\n\n+")
-_LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")  # Python refuses to read a number of thousands of digits
+_LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")  # Python refuses to parse a number of thousands of digits
 
 _COMMENT_TOKEN = re.compile(r"`[^`]*`|<(code|i|b)>|<(a) href=\"([^\"<>]*)\"[^<>]*>|</(code|i|b|a)>")
 
 
 def html_to_text(source: str, links: bool = False) -> str:
-    """The text of a post's HTML. Never fails, whatever the input. links: whether to keep where links lead, as Markdown
-    does: `[text](target)`; not in `<pre>`.
+    """The text of a post's HTML. Never fails, whatever the input. links: whether to keep the targets of links, as
+    Markdown does: `[text](target)`; not in `<pre>`.
 
     `<pre>` keeps its newlines and indentation; elsewhere white space collapses, blocks are separated by a blank line,
-    list items begin with "- ", table cells are separated by " | "; inline tags, images and HTML comments vanish.
-    Entities are decoded once, after the tags are gone: `&amp;lt;` becomes `&lt;`.
+    list items begin with "- ", table cells are separated by " | "; inline tags, images and HTML comments are removed.
+    Entities are decoded once, after the tags are removed: `&amp;lt;` becomes `&lt;`.
     """
     parts, in_pre = [], False
     for part in _PRE.split(_without_html_comments(source)):  # text, tag, text, tag, … text
@@ -83,19 +83,19 @@ def html_to_text(source: str, links: bool = False) -> str:
 
 
 def comment_to_text(source: str, links: bool = False) -> str:
-    """The text of a comment, white space at its ends removed. links: as in `html_to_text`.
+    """The text of a comment, without white space at its ends. links: as in `html_to_text`.
 
     The site puts U+200C U+200B into long words of comments, to let browsers break them: that pair is removed.
 
-    A comment is Markdown source, kept as it is: a dump has decoded its entities already. Comments that came through the
-    API are rendered, with pairs of `<code>`, `<a href="…">`, `<i>` and `<b>`: exactly those pairs are unwrapped, not
-    inside back-ticks, so `<code>List<String></code>` becomes `List<String>`.
+    A comment is Markdown source and kept as it is: a dump has decoded its entities already. Comments from the API are
+    rendered, with pairs of `<code>`, `<a href="…">`, `<i>` and `<b>`. Exactly those pairs are unwrapped, but not inside
+    back-ticks, so `<code>List<String></code>` becomes `List<String>`.
     """
     source = source.replace("\r\n", "\n").replace("\u200c\u200b", "").strip()
     if "</" not in source:
         return source
     opened: list[tuple[str, re.Match]] = []
-    count = dict.fromkeys(("code", "i", "b", "a"), 0)  # of each name in `opened`: nothing is searched for in vain
+    count = dict.fromkeys(("code", "i", "b", "a"), 0)  # how often each name is in `opened`: no vain searches
     markup = []
     for token in _COMMENT_TOKEN.finditer(source):
         if name := token[1] or token[2]:
@@ -103,7 +103,7 @@ def comment_to_text(source: str, links: bool = False) -> str:
             count[name] += 1
         elif (name := token[4]) and count[name]:
             other = None
-            while other != name:  # what was opened in between was never closed: text
+            while other != name:  # tags opened in between were never closed: they are text
                 other, opening = opened.pop()
                 count[other] -= 1
             keep = links and name == "a"
@@ -116,7 +116,7 @@ def comment_to_text(source: str, links: bool = False) -> str:
 
 
 def _with_targets(source: str) -> str:
-    """HTML with `[` and `](target)` in place of the tags of each link; one that is never closed stays a tag."""
+    """The HTML with `[` and `](target)` in place of the tags of each link. A tag that is never closed stays."""
     parts, at, opened = [], 0, None
     for tag in _A.finditer(source):
         if tag[0][1] != "/":
@@ -129,21 +129,21 @@ def _with_targets(source: str) -> str:
 
 
 def _target(target: str) -> str:
-    """What follows the text of a link, in angle brackets where Markdown would misread it."""
+    """What follows the text of a link in Markdown, in angle brackets if it would be misread otherwise."""
     target = target.replace("<", "%3C").replace(">", "%3E")
     return f"](<{target}>)" if re.search(r"[\s()]", target) else f"]({target})"
 
 
 def _flow(source: str) -> str:
-    """The text of HTML outside of `<pre>`, entities still encoded."""
+    """The text of HTML outside of `<pre>`, with entities still encoded."""
     text = _INLINE.sub("", source)
-    for space in "\n\t\r\f":  # HTML's own white space: a no-break space is none
+    for space in "\n\t\r\f":  # HTML's own white space, to which a no-break space does not belong
         text = text.replace(space, " ")
     if "  " in text:
         text = _SPACES.sub(" ", text)
     if "<l" in text or "<L" in text:
         text = _ITEM.sub("\n- ", text.replace("</li> <li>", "<li>"))
-    for tag, instead in _PLAIN.items():  # nearly all breaks of genuine posts, several times faster than below
+    for tag, instead in _PLAIN.items():  # nearly all breaks of genuine posts, several times faster than _BREAKS
         text = text.replace(tag, instead)
     if "<" in text:
         text = _BREAKS.sub(lambda match: _BREAK[match.lastindex], text)
@@ -152,7 +152,7 @@ def _flow(source: str) -> str:
 
 
 def _decode(text: str) -> str:
-    """`html.unescape`, with the three entities that make up nearly all of a post's (code) replaced first, faster.
+    """`html.unescape`, but first replaces the three entities that are most common in posts (code), which is faster.
 
     Nothing is decoded twice: a decoded `<`, `>` or `"` begins no entity, and `&amp;lt;` does not hold `&lt;`.
     """
@@ -166,7 +166,7 @@ def _decode(text: str) -> str:
 
 
 def _decode_attribute(value: str) -> str:
-    """As browsers do: in `?a=1&copy=2` there is no reference, which elsewhere needs no semicolon."""
+    """Decodes an attribute as browsers do: `&copy` in `?a=1&copy=2` is no reference, though it would be one in text."""
 
     def kept(name: re.Match) -> str:
         reference = name[1] + ";" in html5 if name[2] == ";" else name[1] in html5 and name[2] != "="
@@ -176,12 +176,12 @@ def _decode_attribute(value: str) -> str:
 
 
 def _guarded(source: str) -> str:
-    """The same HTML, in which nothing that is text can become markup or a reference when the tags are gone: a `<` that
+    """The same HTML, escaped so that no text can become markup or a reference once the tags are removed: a `<` that
     begins no tag is an entity, and a reference that a tag ends has a semicolon.
 
-    Where the brackets alternate, no `<` of text can find a `>` of text later on, and where an `&` has a `;` before the
-    next `<`, no tag ends a reference. Genuine posts are so: their `<>&;` alone tell it, several times faster than an
-    expression does.
+    If the brackets alternate, no `<` of text can meet a `>` of text later on, and if each `&` has a `;` before the next
+    `<`, no tag ends a reference. Genuine posts are like that. Their `<>&;` alone show it, several times faster than a
+    regular expression does.
     """
     marks = source.encode("utf-8", "surrogatepass").translate(None, _NO_MARKUP)
     brackets = marks.translate(None, b"&;")
@@ -194,12 +194,12 @@ def _guarded(source: str) -> str:
 def _closed(reference: re.Match) -> str:
     if reference[0][1:2] == "#" and reference[0][-1] not in "#xX":
         return reference[0] + ";"
-    return html.escape(html.unescape(reference[0]), quote=False)  # `&ampx` is `&x`, by rules that only the end ends
+    return html.escape(html.unescape(reference[0]), quote=False)  # `&ampx` is `&x`: the longest known name counts
 
 
 def _without_html_comments(source: str) -> str:
-    """`<!-- … -->` removed, and what is left `_guarded`; a comment that is never closed is text. `<!-->` is
-    a whole one, as in browsers."""
+    """The HTML without `<!-- … -->`, and `_guarded`. A comment that is never closed is text; `<!-->` is a whole
+    comment, as it is in browsers."""
     if "<!--" not in source:
         return _guarded(source)
     parts, at = [], 0

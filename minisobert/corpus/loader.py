@@ -1,8 +1,9 @@
-"""Shards → micro-batches of packed, masked rows, made in the background. The only file of `corpus` that knows torch.
+"""Shards → micro-batches of packed, masked rows, made in the background. The only file of `corpus` that imports torch.
 
-Rows have numbers in one endless order: row g is row g % R of epoch g // R, or, where weights let the number of rows
-differ between epochs, the row that `Packing.locate` finds. What is in a row depends on nothing but the seed, the
-weights and g, so a position is one integer, and any split of a batch over ranks and micro-batches holds the same rows.
+Rows are numbered in one endless order: row g is row g % R of epoch g // R, or, if weights make epochs differ in their
+number of rows, the row that `Packing.locate` finds. The content of a row depends only on the seed, the weights and g.
+So a position in the data is one integer, and a batch has the same rows however it is split over ranks and
+micro-batches.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ PREFETCH = 4  # micro-batches made ahead
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows, one after the other, as T tokens. M of them are to be guessed."""
+    """Some rows, one after another, as T tokens. M of them are to be guessed."""
 
     tokens: Tensor  # (T,) int32, masked
     positions: Tensor  # (T,) int32, 0 at the beginning of each document
     documents: Documents  # padding at the end of a row is a document too
     masked: Tensor  # (M,) int64, indices into tokens
-    targets: Tensor  # (M,) int64, what stood there
-    lengths: np.ndarray  # (documents,) int64: tokens of each, padding left out
-    first_row: int  # of the global order
+    targets: Tensor  # (M,) int64, the ids that were there
+    lengths: np.ndarray  # (documents,) int64: tokens of each, without padding
+    first_row: int  # in the global order
 
     @property
     def real_tokens(self) -> int:
-        """All but padding."""
+        """All tokens but padding."""
         return int(self.lengths.sum())
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -55,7 +56,7 @@ class MicroBatch:
 
 
 class Rows:
-    """The rows of some documents of the shards, by their number in the global order."""
+    """The rows of some of the shards' documents, by their number in the global order."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class Rows:
         purpose: str = "masking",
         weights: Sequence[tuple[range, float]] = (),
     ):
-        """purpose: what the masks are for; training and validation draw theirs apart. weights: as of `Packing`."""
+        """purpose: of the masks; those of training and validation differ by it. weights: see `Packing`."""
         self.shards, self.seed, self.purpose = shards, seed, purpose
         self.packing = Packing(shards.offsets, documents, seed, row_tokens, weights)
         self._epochs: dict[int, Epoch] = {}
 
     def __len__(self) -> int:
-        """Rows in an epoch, as of `Packing`."""
+        """Rows in an epoch; see `Packing`."""
         return len(self.packing)
 
     def micro_batch(self, first_row: int, rows: int, mask_rate: float = EVALUATION_RATE) -> MicroBatch:
@@ -85,9 +86,9 @@ class Rows:
             tokens            [CLS]   a  b  c  [SEP] [CLS] d  e  [SEP] [PAD]
             positions           0     1  2  3  4     0     1  2  3     0
             counts            [2]            lengths           [5, 4]     with [CLS] and [SEP]
-            padding           [1]            ends              [2]        a padding document goes in behind chunk 1
+            padding           [1]            ends              [2]        a padding document is inserted there
             document_lengths  [5, 4, 1]      bounds            [0, 5, 9, 10]
-            starts            [0, 5]         stops             [5, 9]     of the real documents alone
+            starts            [0, 5]         stops             [5, 9]     of the real documents only
             places            [1, 2, 3, 6, 7]                             where ids go
             source            [70, 71, 72, 20, 21]                        where in tokens.bin they come from
         """
@@ -96,7 +97,7 @@ class Rows:
         parts = [self.packing.chunks(self._epoch(e), row_in_epoch[epochs == e]) for e in np.unique(epochs).tolist()]
         chunks, counts = (np.concatenate(part) for part in zip(*parts))
 
-        # The documents: chunks with their specials, and behind the last chunk of a row the padding that it needs
+        # The documents: chunks with their specials, and after the last chunk of a row the padding that it needs
         row_of_chunk = np.repeat(np.arange(rows), counts)
         lengths = self.packing.chunk_length[chunks].astype(np.int64) + SPECIALS
         padding = width - np.bincount(row_of_chunk, lengths, minlength=rows).astype(np.int64)
@@ -111,7 +112,7 @@ class Rows:
         tokens = np.full(rows * width, vocabulary.pad, dtype=np.int32)
         # All ids are gathered at once; a loop over documents in Python would cost more than everything else here
         inner = lengths - SPECIALS
-        nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # of an id, in its chunk
+        nth = np.arange(inner.sum()) - np.repeat(np.cumsum(inner) - inner, inner)  # index of an id in its chunk
         places = np.repeat(starts + 1, inner) + nth
         source = np.repeat(self.packing.chunk_start[chunks], inner) + nth
         tokens[places] = self.shards.tokens[source]
@@ -139,7 +140,7 @@ class Rows:
 
 def prefetch(rows: Rows, spans: Iterable[tuple], device: torch.device) -> Iterator[MicroBatch]:
     """The micro-batches of (first row, rows) or (first row, rows, mask rate) spans, on the device. A background thread
-    makes a few of them ahead."""
+    prepares a few of them ahead."""
     pool, pending = ThreadPoolExecutor(1, thread_name_prefix="loader"), deque()
     try:
         for span in spans:

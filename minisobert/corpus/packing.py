@@ -1,16 +1,16 @@
 """Documents into rows of `row_tokens` tokens, by the histogram of their lengths.
 
-A document longer than a row is cut into chunks; a chunk of n tokens takes n + 2 places, for its [CLS] and [SEP]. Which
+A document longer than a row is cut into chunks; a chunk of n tokens takes n + 2 places, with its [CLS] and [SEP]. Which
 lengths share a row is decided once, on the histogram, by best fit from the longest down ("shortest-pack-first" of Krell
 et al. 2021, "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027): 15 million documents have at
-most 2,046 lengths, so this takes as long as for 15 thousand. An epoch only chooses anew which document of its length
-stands in which place, and in what order the rows come; the number of rows never changes.
+most 2,046 lengths, so this takes no longer than for 15 thousand. An epoch only shuffles which chunk of a length takes
+which slot, and the order of the rows; the number of rows never changes.
 
-Weights change how often an epoch holds a document. Of n documents with weight w it holds round(w n) copies, whatever
-the epoch: each document round(w n) // n times, and the remaining ones go to the next documents of a fixed random order,
-which starts again at its end. So after any number of epochs, two documents of a source differ by one copy at most. The
-documents whose turn it is have other lengths than those of the epoch before, so that the number of rows then differs a
-little from epoch to epoch. It remains a function of (seed, epoch), and so does the place of every row.
+Weights change how often an epoch holds a document. Of n documents with weight w, every epoch holds round(w n) copies:
+each document round(w n) // n times. The remaining copies go to the next documents of a fixed random order, which starts
+again at its end. So after any number of epochs, the copies of two documents of an input differ by one at most. The
+documents with an extra copy change from epoch to epoch, and with their lengths the number of rows changes a little. It
+is still a function of (seed, epoch), and so is the place of every row.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SPECIALS = 2  # [CLS] before and [SEP] after each chunk
 
 @dataclass(frozen=True)
 class Epoch:
-    """Which chunks stand in each row of one epoch: of row r, order[slots[starts[i]:starts[i + 1]]] with i = rows[r]."""
+    """The chunks in each row of one epoch: row r has order[slots[starts[i]:starts[i + 1]]], where i = rows[r]."""
 
-    rows: np.ndarray  # (R,) the packed row behind row r of the epoch
+    rows: np.ndarray  # (R,) which packed row is row r of the epoch
     order: np.ndarray  # (P,) the chunks by length, shuffled within each length; with weights, P copies of them
     starts: np.ndarray  # (R+1,) where the slots of each packed row begin
     slots: np.ndarray  # (P,) for each slot a rank in `order`
@@ -51,34 +51,34 @@ class Packing:
         weights: Sequence[tuple[range, float]] = (),
     ):
         """offsets: (D+1,) token offsets of all documents; documents: those to pack. Empty documents are left out.
-        weights: (some of these documents, their weight), in ranges that do not overlap; of all others it is 1."""
+        weights: (some of these documents, their weight), in ranges that do not overlap; all others have weight 1."""
         self.row_tokens, self.seed = row_tokens, seed
         offsets = offsets[documents.start : documents.stop + 1]
         self.chunk_start, self.chunk_length = _chunks(offsets, row_tokens)
         self._weights = [(range(r.start - documents.start, r.stop - documents.start), w) for r, w in weights if w != 1]
         # (documents,); not kept without weights, because it is 4 bytes for each of perhaps 60 million documents
         self._chunks_of = _chunk_counts(offsets, row_tokens).astype(np.uint32) if self._weights else None
-        # whether the rows are the same number in all epochs
+        # whether all epochs have the same number of rows
         self._fixed = all(copies_in_epoch(len(r), w) % len(r) == 0 for r, w in self._weights if r)
         histogram = self._histogram(self._copies(0))
         self._starts, self._slots = _rows(pack_histogram(histogram, row_tokens), histogram)
-        self._first_rows = [0, len(self)]  # of the epochs so far, and of the next one; used where their rows differ
+        self._first_rows = [0, len(self)]  # of the epochs so far and of the next one; used if not `_fixed`
 
     def __len__(self) -> int:
-        """Rows in an epoch. With weights that have a fraction: in the first epoch."""
+        """Rows in an epoch; in the first one, if weights make epochs differ."""
         return len(self._starts) - 1
 
     @property
     def tokens(self) -> int:
-        """Real tokens of an epoch, the first one: all but padding, [CLS] and [SEP] included."""
+        """Real tokens of the first epoch: all but padding, [CLS] and [SEP] included."""
         histogram = self._histogram(self._copies(0))
         return int(histogram @ (np.arange(len(histogram)) + SPECIALS))
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, places in them) of rows, which are numbered in one endless order; int64 of the same shape.
+        """(epochs, places in them), int64, of rows given by their numbers in one endless order.
 
-        Where the rows of an epoch differ in number, all epochs up to that of the last row are packed for it, once:
-        about a second each for 15 million documents.
+        If epochs differ in their number of rows, all epochs up to that of the last row are packed for it, once: about a
+        second each for 15 million documents.
         """
         if self._fixed:
             return np.divmod(rows, len(self))
@@ -91,7 +91,7 @@ class Packing:
         return epochs, rows - first_rows[epochs]
 
     def epoch(self, epoch: int) -> Epoch:
-        """Both shuffles of one epoch: pure functions of (seed, epoch)."""
+        """One epoch with its two shuffles, which are pure functions of (seed, epoch)."""
         lengths, starts, slots = self.chunk_length, self._starts, self._slots
         if self._weights:
             copies = self._copies(epoch)
@@ -116,7 +116,7 @@ class Packing:
         return epoch.order[epoch.slots[slots]], counts
 
     def _copies(self, epoch: int) -> np.ndarray | None:
-        """(chunks,) how often an epoch holds each chunk; None without weights, for once each."""
+        """(chunks,): how often an epoch holds each chunk; None without weights, when it holds each once."""
         if not self._weights:
             return None
         copies = np.ones(len(self._chunks_of), np.int64)
@@ -136,7 +136,7 @@ class Packing:
 
 
 def copies_in_epoch(documents: int, weight: float) -> int:
-    """How many copies of so many documents an epoch holds: weight × documents, a half rounded up."""
+    """How many copies of so many documents an epoch holds: weight × documents, with a half rounded up."""
     return math.floor(weight * documents + 0.5)
 
 
@@ -160,14 +160,14 @@ def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int,
     """histogram[n]: how many chunks of n tokens there are. Returns (number of rows, lengths in each of them) pairs.
 
     Best fit, longest first: a length goes to the fullest open rows that it still fits. All chunks of one length and all
-    rows with the same content are handled at once, as numbers. So the work grows with the number of lengths (2,046 in a
-    row of 2,048), not with the number of chunks (15 million).
+    rows with the same content are handled at once, by their counts. So the work grows with the number of lengths (2,046
+    in a row of 2,048), not with the number of chunks (15 million).
 
     For example, in rows of 10 places, 3 chunks of 5 tokens (7 places each) and 4 of 1 token (3 places each) become
     [(3, [5, 1]), (1, [1])]: three rows of one 5 and one 1, and one row for the 1 that is left.
     """
     histogram = np.asarray(histogram)
-    # open_rows[space]: stacks of alike rows with `space` places left, as [number of rows, lengths in each]
+    # open_rows[space]: stacks of equal rows with `space` places left, as [number of rows, lengths in each]
     open_rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(row_tokens + 1)]
     for length in range(len(histogram) - 1, 0, -1):
         left, size = int(histogram[length]), length + SPECIALS  # chunks without a row, places that each takes
@@ -179,8 +179,8 @@ def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int,
                 space += 1
             # space == row_tokens means new rows: never more than needed, and each takes as many chunks as fit
             rows, inside = open_rows[space].pop() if space < row_tokens else (max(left // (row_tokens // size), 1), [])
-            # All rows of a stack take the same number of chunks, so that it stays one stack. What is left over goes
-            # around the loop again
+            # All rows of a stack take the same number of chunks, so that it stays one stack. What is left over waits
+            # for the next pass of the loop
             each = min(space // size, max(left // rows, 1))
             filled = min(rows, left // each)
             if filled < rows:
@@ -193,11 +193,11 @@ def pack_histogram(histogram: Iterable[int], row_tokens: int) -> list[tuple[int,
 
 
 def _rows(packed: list[tuple[int, list[int]]], histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as slots: (R+1,) where each row's slots begin, and (P,) for each slot a rank among the chunks by length."""
+    """Rows as slots: (R+1,) where each row's slots begin, and (P,) for each slot a rank among all chunks by length."""
     sizes = np.repeat([len(lengths) for _, lengths in packed], [rows for rows, _ in packed]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     slots = np.empty(starts[-1], dtype=np.uint32)
-    next_rank = np.cumsum(histogram) - histogram  # of each length, the first that no slot has yet
+    next_rank = np.cumsum(histogram) - histogram  # for each length, the first rank that no slot has yet
     at = 0
     for rows, lengths in packed:
         block = slots[at : at + rows * len(lengths)].reshape(rows, len(lengths))

@@ -1,8 +1,9 @@
 """Posts with their comments from a Stack Exchange data dump, streamed.
 
-Comments are ordered by their own id, not by post, so they are read first and written to disk, see comments.py; then the
-posts are read in order and each asks for its own. Memory is bounded by the largest row. Both passes are cut into parts,
-a function of which says what a part holds, in any process, and a `Tally` counts what is left out, in order.
+Comments are ordered by their own id, not by post, so they are read first and written to disk (comments.py). Then the
+posts are read in order, each with its comments. Both passes are cut into parts that any process can parse, and a
+`Tally` counts, in order, what is left out. Memory is bounded by a run of comments, apart from a bit or two for each
+post.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from minisobert.corpus.html import comment_to_text, html_to_text
 from minisobert.corpus.rows import Rows, blocks, check_ended, rows_of
 
 KINDS = {"all": ("1", "2"), "questions": ("1",), "answers": ("2",)}
-PART = 1 << 20  # bytes of XML, about, that a process is given at a time
-COMMENTS = "comments"  # the folder that they are in meanwhile
+PART = 1 << 20  # about so many bytes of XML are given to a process at a time
+COMMENTS = "comments"  # the folder that holds them meanwhile
 FABRICATED = 1_000_000_000  # the Ids of invented posts begin here; see `genuine`
 MALFORMED, OF_DROPPED = "malformed rows", "comments of dropped posts"  # reasons
-_BITS = 4_096  # ids of one entry of `_Ids`
-_COUNTS = ("_ended", "_rows", "_before", "_taken")  # of a `Tally`
+_BITS = 4_096  # ids in one entry of `_Ids`
+_COUNTS = ("_ended", "_rows", "_before", "_taken")  # fields of a `Tally`
 
 
 class Post(NamedTuple):
@@ -42,8 +43,8 @@ class Post(NamedTuple):
     comments: list[str]  # Markdown, in the dump's order
 
     def text(self, links: bool = False) -> str:
-        """Title, body and every comment as plain text, a blank line between them; "" where none of them has any. links:
-        see `html_to_text`."""
+        """Title, body and every comment as plain text, separated by blank lines; "" if all are empty. links: see
+        `html_to_text`."""
         comments = [comment_to_text(comment, links) for comment in self.comments]
         parts = [self.title.strip(), html_to_text(self.body, links), *comments]
         return "\n\n".join(filter(None, parts))
@@ -63,11 +64,11 @@ class Part(NamedTuple):
 
 
 def parts(member: Member, table: str, begin: int = 0) -> Iterator[Part]:
-    """A table of a site, cut into parts. begin: bytes that parts of it had before; the rest is cut in the same way."""
+    """A table of a site, cut into parts. begin: bytes in the parts before; the rest is cut in the same way."""
     with member.open() as stream:
         if stream.seekable():
             stream.seek(begin)
-        else:  # an archive has to be unpacked again as far as that
+        else:  # an archive has to be unpacked again up to there
             at = 0
             while at < begin and (passed := stream.read(min(begin - at, PART))):
                 at += len(passed)
@@ -94,7 +95,7 @@ def _rows(part: Part) -> Rows:
 
 
 class Comments(NamedTuple):
-    """What a part of `Comments.xml` holds, see `Runs.add`."""
+    """The content of a part of `Comments.xml`; see `Runs.add`."""
 
     posts: np.ndarray
     sizes: np.ndarray
@@ -122,9 +123,9 @@ def comments_in(part: Part) -> Comments:
 
 
 class Entry(NamedTuple):
-    """A row of `Posts.xml`. post: None for one that is left out. invented: perhaps, see `genuine`."""
+    """A row of `Posts.xml`. post: None if it is left out. invented: whether it may be fabricated; see `genuine`."""
 
-    number: int  # -1 where it cannot be read
+    number: int  # the Id; -1 if it cannot be read
     comments: int
     reason: str  # why it is left out, or ""
     post: Post | None
@@ -139,7 +140,7 @@ class Posts(NamedTuple):
 
 
 def posts_in(part: Part, folder: Path, kind: str, min_score: int | None) -> Posts:
-    """What a part of `Posts.xml` holds. folder: of the comments, see `comments_of`."""
+    """The content of a part of `Posts.xml`. folder: that of the comments; see `comments_of`."""
     read = _rows(part)
     comments = comments_of(folder, [number for row in read.found if (number := _number(row)) >= 0])
     entries = []
@@ -162,7 +163,7 @@ def posts_in(part: Part, folder: Path, kind: str, min_score: int | None) -> Post
 
 @dataclass
 class Tally:
-    """Counts in `dropped`, by reason, what of a site is left out: part after part, in the dump's order."""
+    """Counts in `dropped`, by reason, what is left out of a site: part after part, in the dump's order."""
 
     site: Site
     folder: Path  # of its comments
@@ -177,7 +178,7 @@ class Tally:
         self.runs, self._with_comments, self._lost = Runs(self.folder), _Ids(), array("q")
 
     def state(self) -> dict:
-        """All of it but `dropped`, in values that JSON has; between two runs of comments."""
+        """Everything but `dropped`, as values that JSON has. Only to be called between two runs of comments."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         ids = {number: bits.hex() for number, bits in self._with_comments.bits.items()}
         return {**counts, "runs": [self.runs.runs, self.runs.comments], "ids": ids, "lost": self._lost.tolist()}
@@ -195,7 +196,7 @@ class Tally:
         self.runs.add(read.posts, read.sizes, read.text)
 
     def end_comments(self) -> None:
-        """Raises ValueError where the table is truncated."""
+        """Raises ValueError if the table is truncated."""
         check_ended(self._ended, str(self.site.comments), "comments")
         self.runs.flush()
         self._ended = None
@@ -226,7 +227,7 @@ class Tally:
                 yield entry
 
     def end(self) -> None:
-        """Raises ValueError where the table is truncated or has no rows."""
+        """Raises ValueError if the table is truncated or has no rows."""
         check_ended(self._ended, str(self.site.posts), "posts")
         if not self._rows:
             raise ValueError(f"{self.site.posts} holds no posts")
@@ -242,13 +243,13 @@ class Tally:
 
 
 class _Ids:
-    """A set of ids; of ids that stand close together each takes a bit or two."""
+    """A set of ids. Ids that are close together take a bit or two each."""
 
     def __init__(self):
         self.bits: dict[int, bytearray] = {}
 
     def add(self, number: int) -> bool:
-        """Whether it was not there yet."""
+        """Adds an id and returns whether it is new."""
         bits = self.bits.setdefault(number // _BITS, bytearray(_BITS // 8))
         byte, bit = number % _BITS // 8, 1 << number % 8
         new = not bits[byte] & bit
@@ -273,17 +274,17 @@ def posts(
     """Every post of a site that is not left out, in the dump's order, with its comments.
 
     work: a folder for the comments, which are removed at the end, but not after a signal. dropped: counts, by reason,
-    what is left out. run: gives (item, function(item)) in order, perhaps computed in other processes. progress: called
-    with the number of bytes of XML read since it was last called. find: `posts_in`, or what calls it and does something
-    more with the posts. mark: called now and then with a function that tells how far this has come, when all entries up
-    to there were taken; start: what that function returned, and `dropped` is as it was then, to go on from there.
-    ended: called when all is read, before the comments are removed: from then on no start may be inside this site.
+    what is left out. run: yields (item, function(item)) in order, perhaps computed in other processes. progress: called
+    with the number of bytes of XML read since its last call. find: `posts_in`, or a function that calls it and does
+    more with the posts. mark: called now and then, when all entries so far have been taken, with a function that
+    returns the state; start: such a state to resume from, with `dropped` as it was then. ended: called when everything
+    is read, before the comments are removed: afterwards no state of this site can be resumed from.
 
     Raises ValueError for a dump that is empty, truncated or declares entities.
     """
     folder = Path(work) / COMMENTS
     if not start:
-        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
         folder.mkdir()
     tally = Tally(site, folder, dropped)
     table, at = "comments" if site.comments else "posts", 0
@@ -313,19 +314,20 @@ def posts(
             mark(state)
         tally.end()
         ended()
-    except Exception:  # not after a signal, where `start` may follow
+    except Exception:  # not after a signal: a later call may resume with `start`
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
 
 
 def genuine(found: Iterable[dict[str, str]], dropped: Counter) -> Iterator[dict[str, str]]:
-    """The rows of `Posts.xml` without those that were invented for the dump and are on no site (meta.stackexchange.com,
-    question 412018).
+    """The rows of `Posts.xml` without those that were fabricated for the dump and are on no site
+    (meta.stackexchange.com, question 412018).
 
-    Ids count up from 1, and the largest site is at 80 million. The invented rows, a question and an answer in the dump
-    of 2025-06-30, have Ids from a billion on, and the Community user (-1) owns them. That user owns genuine posts too,
-    and one day a genuine Id may be as large. So both must be true, after a gap of half a billion Ids or more.
+    Ids count up from 1, and the largest site is at 80 million. The fabricated rows, a question and an answer in the
+    dump of 2025-06-30, have Ids from a billion on and belong to the Community user (-1). That user owns genuine posts
+    too, and one day a genuine Id may be as large. So a row is left out only if both are true, and if it follows a gap
+    of half a billion Ids or more.
     """
     before = 0
     for row in found:
@@ -349,7 +351,7 @@ def _number(row: dict[str, str]) -> int:
 
 def id_of(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError("an id is a positive integer of at most 18 digits")  # such a one has 64 bits
+        raise ValueError("an id is a positive integer of at most 18 digits")  # it fits into 64 bits
     return int(text)
 
 

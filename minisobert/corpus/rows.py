@@ -1,8 +1,8 @@
 """The rows of one table of a Stack Exchange data dump: `Posts.xml`, `Comments.xml` and others hold one `<row …/>` per
-line, everything in its attributes.
+line, with everything in its attributes.
 
-The file is cut into blocks of whole rows, each of which can be read by itself, in any process. The XML is untrusted: no
-entity is expanded and no file that it names is opened.
+The file is cut into blocks of whole rows, each of which can be parsed by itself, in any process. The XML is untrusted:
+no entity is expanded and no file that it names is opened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from xml.parsers import expat
 
 LONGEST_ROW = 1 << 26  # bytes; a post has at most 30,000 characters
-BLOCK = 1 << 16  # bytes that are parsed at a time; a few rows are parsed again where one of them is damaged
+BLOCK = 1 << 16  # bytes that are parsed at a time; if one is damaged, its rows are parsed again one by one
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, section 2.2
 _REFERENCE = re.compile(r"&#(?:([xX])([0-9a-fA-F]+)|([0-9]+));")
 _ID = re.compile(rb"(?<![A-Za-z])Id\s*=\s*[\"']([0-9]{1,18})[\"']")
@@ -24,12 +24,12 @@ _ID = re.compile(rb"(?<![A-Za-z])Id\s*=\s*[\"']([0-9]{1,18})[\"']")
 
 @dataclass
 class Rows:
-    """What a block holds. ended: whether the table ends in it; None where the block has nothing to tell."""
+    """The content of a block. ended: whether the table ends in it; None if the block does not tell."""
 
     found: list[dict[str, str]] = field(default_factory=list)
     ended: bool | None = None
     dropped: Counter = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)  # the Ids of rows that cannot be read, where one can be made out
+    lost: list[str] = field(default_factory=list)  # the Ids of rows that cannot be read, as far as they can be made out
 
 
 def xml_rows(
@@ -41,7 +41,7 @@ def xml_rows(
 ) -> Iterator[dict[str, str]]:
     """The attributes of every `<row>` of one XML file whose root element is `root`.
 
-    A character that XML forbids costs itself, anything else that is not well-formed costs its row: both are counted in
+    A character that XML forbids is left out, and so is a row that is not well-formed otherwise: both are counted in
     `dropped`. Raises ValueError for a file that is no such dump, ends before its closing tag, or declares an entity.
     """
     ended, first = None, True
@@ -60,10 +60,11 @@ def check_ended(ended: bool | None, name: str, root: str) -> None:
 
 
 def rows_of(block: bytes, root: str, name: str, first: bool) -> Rows:
-    """The rows of one block of a file. first: whether it is the first, with what stands before the rows."""
+    """The rows of one block of a file. first: whether it is the first block, which has what comes before the rows."""
     read = Rows()
     opening = f"<{root}>".encode()
-    # A `<` cannot stand in an attribute: where one of these begins, the row before is over, whatever is wrong with it.
+    # A `<` cannot be part of an attribute: where one of these begins, the previous row is over, whatever is wrong with
+    # it.
     boundary = re.compile(rb"<row(?=[\s/>])|</%s\s*>" % root.encode())
     if first:
         begin = boundary.search(block)
@@ -76,7 +77,7 @@ def rows_of(block: bytes, root: str, name: str, first: bool) -> Rows:
         if parsed.error:
             _count_malformed(head, read)
     parsed = _parse(block, opening, root, name)
-    if parsed.error or len(parsed.found) != block.count(b"<row"):  # a comment can swallow sound rows
+    if parsed.error or len(parsed.found) != block.count(b"<row"):  # a comment may hide sound rows
         cuts = [0, *(match.start() for match in boundary.finditer(block)), len(block)]
         parts = [_mended(block[a:b], opening, root, name, read) for a, b in pairwise(cuts)]
     else:
@@ -89,13 +90,13 @@ def rows_of(block: bytes, root: str, name: str, first: bool) -> Rows:
 
 
 def blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """The file in pieces that, but for the first, begin where a row begins."""
+    """The file in blocks, each of which begins with a row, except for the first."""
     block = b""
-    while more := stream.read(min(max(BLOCK, len(block)), LONGEST_ROW)):  # twice as much, where a row goes on for long
+    while more := stream.read(min(max(BLOCK, len(block)), LONGEST_ROW)):  # twice as much while a row goes on
         block += more
         cut = block.rfind(b"<row")
         if cut < 1 and len(block) > LONGEST_ROW:
-            cut = len(block)  # no row: give it up rather than fill the memory
+            cut = len(block)  # no row: give up on it rather than fill the memory
         if cut > 0:
             yield block[:cut]
             block = block[cut:]
@@ -103,7 +104,7 @@ def blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 class _Parsed(NamedTuple):
-    """What a piece of a file holds. error: the first thing that is neither a whole row nor space; "" for none."""
+    """The content of a piece of a file. error: the first thing that is neither a whole row nor space, or ""."""
 
     found: list[dict[str, str]]
     error: str
@@ -158,7 +159,7 @@ def _parse(piece: bytes, opening: bytes, root: str, name: str) -> _Parsed:
 
 
 def _mended(piece: bytes, opening: bytes, root: str, name: str, read: Rows) -> _Parsed:
-    """A piece with at most one row. What cannot be read is counted, and so are the characters that are taken out."""
+    """Parses a piece with at most one row. Counts what cannot be read, and the characters that are left out."""
     parsed = _parse(piece, opening, root, name)
     if parsed.error:
         cleaned, removed = _without_forbidden(piece)
@@ -171,16 +172,16 @@ def _mended(piece: bytes, opening: bytes, root: str, name: str, read: Rows) -> _
 
 
 def _count_malformed(text: bytes, read: Rows) -> None:
-    """At least one row; several where lines with an Id stand behind one another, none of which begins as a row does."""
+    """Counts at least one row, and several if several lines have an Id, although none begins as a row does."""
     ids = [match[1].decode() for line in text.split(b"\n") if (match := _ID.search(line))]
     read.dropped["malformed rows"] += max(1, len(ids))
     read.lost.extend(ids)
 
 
 def _without_forbidden(piece: bytes) -> tuple[bytes, Counter]:
-    """A piece without the characters that XML forbids, as they are or as references, and how many these were.
+    """A piece without the characters that XML forbids, literal ones and references, and how many of them there were.
 
-    Genuine dumps hold references such as `&#x1F;`. `&amp;#x1F;` is none: it belongs to the HTML in the attribute.
+    Genuine dumps hold references such as `&#x1F;`. `&amp;#x1F;` is not one: it belongs to the HTML in the attribute.
     """
     removed: Counter = Counter()
 

@@ -37,8 +37,8 @@ from minisobert.hashing import key, mix
 
 FORMAT = 1
 FILES = ("tokens.bin", "documents.npy")  # and one of TOKENIZER_FILES
-HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads
-_SCAN = 1 << 24  # tokens looked at at a time
+HELD_OUT, MOST_HELD_OUT = 0.05, 10_000  # of the question threads, as a share and a number
+_SCAN = 1 << 24  # tokens scanned at a time
 _CHECKSUM = ',\n "sha256": "{}"\n}}\n'  # how meta.json ends, in place of "\n}\n"
 
 
@@ -57,7 +57,7 @@ class Shards:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """meta.json has it where the tokenizer is not one of ours."""
+        """It is in meta.json if the tokenizer is another model's."""
         theirs = self.meta.get("vocabulary")
         return Vocabulary(**theirs) if theirs else our_vocabulary(self.vocab_size)
 
@@ -75,13 +75,13 @@ class Shards:
 
     @property
     def weights(self) -> list[tuple[range, float]]:
-        """(training documents, weight) of each input, in order; none where all weights are 1."""
+        """(training documents, weight) of each input, in order; empty if all weights are 1."""
         return [(range(*one["documents"]), one["weight"]) for one in self.meta.get("weights", ())]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any byte of the three files and with the weights, and with nothing else: which corpus a
-        checkpoint was made on."""
+        """Identifies the corpus that a checkpoint was made on: it changes with any byte of the three files and with the
+        weights, and with nothing else."""
         checksums = "".join(self.meta["files"][name]["sha256"] for name in (*FILES, self.tokenizer_file.name))
         weights = "".join(f" {r.start} {r.stop} {float(weight)!r}" for r, weight in self.weights)
         return hashlib.sha256((checksums + weights).encode()).hexdigest()
@@ -91,9 +91,9 @@ class Shards:
 
 
 def open_shards(folder: str | Path, verify: bool = False) -> Shards:
-    """Open and check a corpus: files and sizes, offsets, that every id is in the vocabulary, the tokenizer's checksum.
+    """Opens and checks a corpus: sizes of files, offsets, that every id is in the vocabulary, the tokenizer's checksum.
 
-    verify: compute every checksum too, that of meta.json included; where an older version wrote none there, a line on
+    verify: also computes every checksum, that of meta.json included; if an older version wrote none there, a line on
     standard error says so. Raises ValueError, in one line, for the first thing that is wrong.
     """
     folder = Path(folder)
@@ -153,7 +153,7 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
 
 
 def read_meta(path: Path) -> dict:
-    """The content of meta.json, with what `open_shards` relies on checked. Raises ValueError where it is damaged."""
+    """The content of meta.json, with what `open_shards` relies on checked. Raises ValueError if it is damaged."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
@@ -174,7 +174,7 @@ def read_meta(path: Path) -> dict:
 
 
 def _are_sound(weights: list[dict], training: int) -> bool:
-    """Whether the documents of the inputs follow one another, up to the number of those for training."""
+    """Whether the inputs' documents follow one another up to the last one for training, and weights are valid."""
     end = 0
     for one in weights:
         start, stop, weight = one["documents"][0], one["documents"][1], one["weight"]
@@ -186,8 +186,8 @@ def _are_sound(weights: list[dict], training: int) -> bool:
 
 
 def _verify_meta(path: Path, meta: dict) -> None:
-    """Raises ValueError where meta.json is not as it was written, to the byte."""
-    if list(meta)[-1] == "files":  # nothing follows them; one damaged letter in the checksum's name makes no such file
+    """Raises ValueError if meta.json is not as it was written, to the byte."""
+    if list(meta)[-1] == "files":  # no checksum follows; a damaged letter in the checksum's name cannot look like this
         if int(os.environ.get("RANK", 0)) == 0:
             what = "was made by an earlier version and has no checksum of its own"
             print(printable(f"{path} {what}: --verify has checked the other files against it"), file=sys.stderr)
@@ -203,10 +203,11 @@ def _tokenizer_file(meta: dict) -> str:
 
 
 def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
-    """(D,) bool: the documents of the threads that are held out, those with the smallest hashes of (seed, thread).
+    """(D,) bool: the documents of the held-out threads, those with the smallest hashes of (seed, source, thread).
 
-    source, thread: (D,) integers; equal in both means the same thread. Of a single thread nothing is held out. Takes 30
-    bytes of memory a document at most where `source` increases, as that of documents in the order of their sources.
+    source, thread: (D,) integers; equal in both means the same thread. If there is only one thread, nothing is held
+    out. Takes at most 30 bytes of memory a document if `source` increases, as it does for documents in the order of
+    their sources.
     """
     if (source[1:] < source[:-1]).any():
         order = np.argsort(source, kind="stable")
@@ -239,7 +240,7 @@ def held_out(source: np.ndarray, thread: np.ndarray, seed: int) -> np.ndarray:
 
 
 def write_meta(folder: Path, **meta) -> None:
-    """Write meta.json over the other three files, which must be in place. The keywords go in as they are."""
+    """Writes meta.json for the other three files, which must be in place. The keywords go in as they are."""
     files = {}
     for name in (*FILES, *(name for name in TOKENIZER_FILES if (folder / name).exists())):
         with open(folder / name, "rb+") as file:

@@ -1,5 +1,5 @@
-"""Files of text as people have them, opened: plain or packed, a member of a .zip or .7z, or standard input; in UTF-8,
-or in UTF-16 or UTF-32 with their mark; with any line ends."""
+"""Opens files of text as people have them: plain or packed, a member of a .zip or .7z, or standard input; in UTF-8, or
+in UTF-16 or UTF-32 with their mark; with any line ends."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import BinaryIO
 from minisobert.corpus.archives import open_member
 from minisobert.files import COMPRESSED, open_binary
 
-HEAD = 1 << 16  # bytes from which the encoding and the line ends of a file are told
+HEAD = 1 << 16  # bytes from which the encoding and the line ends of a file are detected
 LONGEST = 1 << 26  # characters of a line, an object or a document; bounds the memory that any file can take
 STDIN = Path("-")
 
 _MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # first: UTF-16's is how the little-endian one begins
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # first: UTF-16's mark is the beginning of the next
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _BINARY = {
@@ -34,12 +34,12 @@ _BINARY = {
 
 
 class NotText(ValueError):
-    """A file that is no text, or in an encoding that cannot be told."""
+    """A file that is not text, or whose encoding is not known."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """kind: its suffix in lower case, without that of a packer. member: of the .zip or .7z at `path`."""
+    """A text file. kind: its suffix in lower case, without a packer's. member: of the .zip or .7z at `path`."""
 
     path: Path
     kind: str
@@ -52,12 +52,12 @@ class TextFile:
 
     @property
     def name(self) -> str:
-        """Without the folders that it lies in."""
+        """The name without folders."""
         return str(self) if self.path == STDIN else PurePosixPath(self.member).name or self.path.name
 
     @contextmanager
     def binary(self) -> Iterator[BinaryIO]:
-        """The unpacked bytes. Whatever is wrong with the packing is a ValueError that names the file."""
+        """The unpacked bytes. Raises ValueError, with the file's name, if anything is wrong with the packing."""
         if self.path == STDIN:
             yield sys.stdin.buffer
         elif not self.member:
@@ -74,19 +74,19 @@ class TextFile:
     def text(
         self, newline: str, errors: str = "strict", progress: Callable[[int], object] = lambda size: None
     ) -> Iterator[io.TextIOBase]:
-        """The decoded file. newline: as of `open`; in a file that ends its lines with \\r alone, "\\n" takes those for
-        \\n. errors: what becomes of bytes that are not UTF-8, as of `open`. progress: called with the bytes, unpacked,
-        that were read since the last call. Raises NotText for a binary file, ValueError for bytes that cannot be
+        """The decoded file. newline: as for `open`; if all lines of a file end with \\r alone, "\\n" takes those for
+        \\n. errors: what to do with bytes that are not UTF-8, as for `open`. progress: called with the number of
+        unpacked bytes read since its last call. Raises NotText for a binary file, ValueError for bytes that cannot be
         decoded."""
         encoding = "utf-8-sig"
         try:
             with self.binary() as stream:
                 head = stream.read(HEAD)
                 encoding = encoding_of(head)
-                if encoding == "utf-8-sig" and b"\0" in head[:8_000]:  # as git tells binary files
+                if encoding == "utf-8-sig" and b"\0" in head[:8_000]:  # as git recognises binary files
                     raise NotText(f"{self} is no text in UTF-8: {_what(head)}")
                 if encoding != "utf-8-sig" and errors == "surrogateescape":
-                    errors = "surrogatepass"  # UTF-16 has no bytes to escape, but halves of pairs
+                    errors = "surrogatepass"  # UTF-16 has no bytes to escape, but lone surrogates
                 start = head.decode(encoding, "ignore")
                 if newline == "\n" and "\r" in start and "\n" not in start:
                     newline = None
@@ -101,19 +101,19 @@ class TextFile:
 
 
 def encoding_of(head: bytes) -> str:
-    """By its mark, that of a file that begins so; UTF-8 without one."""
+    """The encoding of a file that begins so, by its mark; UTF-8 without one."""
     return next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "utf-8-sig")
 
 
 def _what(head: bytes) -> str:
-    """What a file with NUL bytes is, as far as its beginning tells, and what to do."""
+    """What a file with NUL bytes seems to be, by its beginning, and what to do."""
     if kind := next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), ""):
         return f"it is {kind}; name it so, or export it as text"
     return "it holds NUL bytes; where it is UTF-16, convert it (iconv -f UTF-16LE -t UTF-8)"
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream whose beginning was read already; tells how much of it is read."""
+    """A stream whose beginning, `head`, was read already. Reports to `progress` how much is read."""
 
     def __init__(self, head: bytes, stream: BinaryIO, progress: Callable[[int], object]):
         self.head, self.stream, self.progress = head, stream, progress
@@ -130,7 +130,7 @@ class _Rejoined(io.RawIOBase):
 
 
 def lines(stream: io.TextIOBase, file: TextFile) -> Iterator[str]:
-    """As the stream itself, but ValueError where a line is longer than LONGEST."""
+    """The lines of a stream. Raises ValueError if one is longer than LONGEST."""
     while line := stream.readline(LONGEST):
         if len(line) == LONGEST:
             raise ValueError(f"{file} has a line of more than {LONGEST:,} characters; break it up")
@@ -138,14 +138,14 @@ def lines(stream: io.TextIOBase, file: TextFile) -> Iterator[str]:
 
 
 def kind_of(name: str) -> str:
-    """The suffix in lower case, without that of a packer: ".csv" of "A.CSV.gz"."""
+    """The suffix in lower case, without that of a packer: ".csv" for "A.CSV.gz"."""
     path = PurePosixPath(name.lower())
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def zip_contents(path: Path) -> dict[str, int | None]:
-    """The size in bytes, unpacked, of each file of a .zip by its name there; None for a symlink, whose content is a
-    path and no text. Raises ValueError where it cannot be read."""
+    """The unpacked size in bytes of each file of a .zip, by its name there; None for a symlink, whose content is a path
+    and not text. Raises ValueError if the .zip cannot be read."""
     sizes: dict[str, int | None] = {}
     for item in _zip(path).infolist():
         if item.filename in sizes:

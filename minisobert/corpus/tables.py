@@ -1,7 +1,7 @@
-"""Tables as people have them, a row at a time: .csv (comma, semicolon or tab), .tsv, .jsonl or .ndjson, .json, .parquet
-(extra [tables]), and lines of .txt.
+"""Reads tables as people have them, a row at a time: .csv (comma, semicolon or tab), .tsv, .jsonl or .ndjson, .json,
+.parquet (extra [tables]), and lines of .txt.
 
-A row that cannot be read costs itself alone: it comes with the reason, so that whoever reads can count it or name it.
+A row that cannot be read affects no other: it comes with the reason, so that the caller can count or report it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from minisobert.corpus.sources import HEAD, LONGEST, NotText, TextFile, lines
 OBJECTS = (".jsonl", ".ndjson", ".json")  # each row may have keys of its own
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".ndjson", ".json")
 KINDS = (*TABLES, ".txt")
-MOST_NAMES, LONGEST_NAME = 30, 40  # of columns in a message; a file without a header has texts there
-LONGEST_FIELD = 1 << 24  # characters of a .csv; csv's own limit of 131,072 is shorter than some posts
+MOST_NAMES, LONGEST_NAME = 30, 40  # columns in a message, and characters of each: without a header these are texts
+LONGEST_FIELD = 1 << 24  # characters of a field of a .csv; csv's own limit of 131,072 is shorter than some posts
 NOT_UTF8 = "not UTF-8; convert the file, e.g. with iconv"
-_BETWEEN = re.compile("[\\s,\ufeff]*")  # the values of a .json
+_BETWEEN = re.compile("[\\s,\ufeff]*")  # between the values of a .json
 
 
 class NoColumn(ValueError):
@@ -35,19 +35,19 @@ class NoColumn(ValueError):
 
 
 class Row(NamedTuple):
-    line: int  # on which it begins, from 1; of a .parquet, and of an array in a .json, its number
-    fields: dict  # column → value: text, or of OBJECTS whatever JSON has
+    line: int  # on which it begins, from 1; its number in a .parquet, and in an array of a .json
+    fields: dict  # column → value: text, or any JSON value for OBJECTS
     problem: str = ""  # why it cannot be read; then it has no fields
-    lines: int = 1  # of the file that it takes up: after a stray quote these can be many
+    lines: int = 1  # lines of the file that it takes up: many, after a stray quote
 
 
 def rows(
     file: TextFile, columns: Sequence[str] = (), progress: Callable[[int], object] = lambda size: None
 ) -> Iterator[Row]:
-    """file: of one of KINDS; a .txt has the column "text". Empty lines are left out, but not of a .txt. columns: the
-    only ones that are read of a .parquet that has them all; by default all are. progress: called with the bytes,
-    unpacked, that were read since the last call. Raises ValueError where the file has no header, or is no text at all.
-    """
+    """The rows of a file of one of KINDS; a .txt has the column "text". Empty lines are left out, except in a .txt.
+    columns: if a .parquet has all of these, only these are read. progress: called with the number of unpacked bytes
+    read since its last call. Raises ValueError if the header is damaged or has a name twice, or if the file is not
+    text."""
     if file.kind == ".parquet":
         yield from _parquet(file, columns, progress)
         return
@@ -58,7 +58,7 @@ def rows(
 
 
 def text_of(fields: dict, columns: Sequence[str]) -> str:
-    """The columns that are not empty, with a blank line between them. Raises ValueError for a value that is no text."""
+    """The columns that are not empty, separated by blank lines. Raises ValueError for a value that is not text."""
     for column in columns:
         if isinstance(fields.get(column), (bool, int, float)):
             raise ValueError(f"{column} is a number, not text")
@@ -66,7 +66,8 @@ def text_of(fields: dict, columns: Sequence[str]) -> str:
 
 
 def plain(fields: dict, column: str) -> str:
-    """A value as text, line ends as \\n; "" where there is none. Raises ValueError for one that is no text."""
+    """A value as text, with line ends as \\n; "" if there is none. Numbers become text. Raises ValueError for other
+    values that are not text."""
     value = fields.get(column)
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
@@ -79,7 +80,7 @@ def plain(fields: dict, column: str) -> str:
 
 
 def check_columns(file: TextFile, wanted: Sequence[str], there: Sequence[str], advice: str) -> None:
-    """Raises NoColumn for the first one that the file lacks."""
+    """Raises NoColumn for the first column that the file lacks."""
     for column in wanted:
         if column not in there:
             names = ", ".join(name[:LONGEST_NAME] for name in there[:MOST_NAMES]) + ", …" * (len(there) > MOST_NAMES)
@@ -93,7 +94,7 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
     if "\0" in first or not is_unicode(first):
         raise NotText(f"{file} is no text in UTF-8 (or a spreadsheet?); save it as CSV in UTF-8")
     delimiter = "\t" if file.kind == ".tsv" else max(",;\t", key=first.count)
-    # strict: or a stray quote hides rows
+    # strict, or a stray quote would hide rows
     reader = csv.reader(chain([first], lines(stream, file)), delimiter=delimiter, strict=True)
     try:
         columns = [name.strip() for name in next(reader, [])]
@@ -127,7 +128,7 @@ def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], o
     try:
         with _seekable(file) as stream:
             size = stream.seek(0, 2)
-            # or it would read a column of a whole row group at once, which in one file may be gigabytes
+            # otherwise it would read a column of a whole row group at once, which may be gigabytes
             table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
             total, read = table.metadata.num_rows, 0
             wanted = list(columns) if columns and set(columns) <= set(table.schema_arrow.names) else None
@@ -143,7 +144,7 @@ def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], o
 
 
 def _dicts(batch) -> Iterator[dict | None]:
-    """The rows of a pyarrow.RecordBatch; None for one with bytes that are not UTF-8, which it does not check."""
+    """The rows of a pyarrow.RecordBatch; None for one with bytes that are not UTF-8, which pyarrow does not check."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -156,7 +157,7 @@ def _dicts(batch) -> Iterator[dict | None]:
 
 @contextmanager
 def _seekable(file: TextFile) -> Iterator[BinaryIO]:
-    """A file on disk as it is; the unpacked bytes of any other in a temporary file."""
+    """Opens a file on disk as it is, and any other as a temporary file with its unpacked bytes."""
     with file.binary() as stream:
         if isinstance(stream, io.BufferedReader) and stream.seekable() and not file.member:
             yield stream
@@ -167,10 +168,10 @@ def _seekable(file: TextFile) -> Iterator[BinaryIO]:
 
 
 def _json(stream, file: TextFile) -> Iterator[Row]:
-    """Arrays of objects, objects one after the other, or one a line, of which a damaged one costs no other.
+    """Reads arrays of objects, objects one after another, or one per line. Of those, a damaged one affects no other.
 
-    An array is never in memory as a whole. Where it is damaged there is no telling where its next object begins, so
-    that this is a ValueError."""
+    An array is never in memory as a whole. If it is damaged, its next object cannot be found: that is a ValueError.
+    """
     buffer = stream.readline(LONGEST)
     while buffer.isspace():
         buffer = stream.readline(LONGEST)
@@ -188,7 +189,7 @@ def _json(stream, file: TextFile) -> Iterator[Row]:
             value, end = read(buffer, at)
         except (ValueError, RecursionError) as error:
             problem, end = getattr(error, "msg", "nested too deeply"), len(buffer)
-        if end == len(buffer) and not ended:  # maybe more of the value is to come
+        if end == len(buffer) and not ended:  # more of the value may be to come
             more = stream.read(max(HEAD, len(buffer) - at))
             buffer, at, ended = buffer[at:] + more, 0, not more
             if len(buffer) > LONGEST + HEAD:
@@ -214,7 +215,7 @@ def _value(line: str) -> object:
 
 def _jsonl(found: Iterable[str], file: TextFile) -> Iterator[Row]:
     for number, line in enumerate(found, 1):
-        line = line.lstrip("\ufeff")  # files that were put together have one inside
+        line = line.lstrip("\ufeff")  # concatenated files have one inside
         if not line.strip():
             continue
         value = _value(line)
@@ -233,7 +234,7 @@ def _lines(found: Iterable[str], file: TextFile) -> Iterator[Row]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it has no bytes that were not UTF-8, which Python keeps as surrogates."""
+    """Whether a text has no bytes that were not UTF-8, which Python keeps as surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

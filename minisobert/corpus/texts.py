@@ -1,5 +1,5 @@
-"""Documents from files of text: `.txt` and `.md` (a line, a paragraph or the file), and a row each of a table (KINDS of
-tables.py). Every kind may be packed, in a .zip, or standard input, and is read a piece at a time."""
+"""Documents from files of text: each line or paragraph or the whole of a `.txt` or `.md`, and each row of a table
+(KINDS of tables.py). Every kind may be packed, in a .zip, or standard input, and is read a piece at a time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from minisobert.corpus.tables import NOT_UTF8, OBJECTS, TABLES, NoColumn, Row, c
 PLAIN = (".txt", ".md")
 KINDS = (*TABLES, *PLAIN)
 DOCUMENTS = ("file", "line", "paragraph")
-FEW = 0.01  # share of a file's lines that may be unreadable and are left out without being asked
-HOPELESS = 1_000  # unreadable lines, more than half of all, after which a file is given up before its end
+FEW = 0.01  # share of a file's lines that may be unreadable if no other is given; they are left out
+HOPELESS = 1_000  # a file is given up after so many unreadable lines, if they are more than half
 ADVICE = "name yours with --text-key"
 
 
 class Reading(NamedTuple):
-    """keys: columns or keys that make up a text. document: what of a .txt or .md is one, of DOCUMENTS; "" for a line of
-    a .txt and the whole of a .md. unreadable: share of a file's lines that may be, and are left out."""
+    """How files are read. keys: columns or keys that make up a text. document: what makes a document in a .txt or .md,
+    one of DOCUMENTS; "" means a line of a .txt and the whole of a .md. unreadable: share of a file's lines that may be
+    unreadable; these are left out."""
 
     keys: tuple[str, ...] = ("text",)
     document: str = ""
@@ -41,13 +42,13 @@ def texts(
     progress: Callable[[int], object] = lambda size: None,
     reading: Reading = AS_IT_COMES,
 ) -> Iterator[tuple[int, str]]:
-    """(number, text) of every document, line ends as \\n; the number is that of its first line, or of a row, from 0. An
+    """(number, text) of every document, with line ends as \\n. The number is that of its first line or row, from 0. An
     empty line of a .txt is an empty text.
 
-    Lines that cannot be read are counted in `dropped` and left out; a line on standard error has the first. progress:
-    called with the bytes read since it was last called, after unpacking. Raises ValueError where more of them are
-    unreadable than `reading` allows, for a file that is no text or lacks a column (where all may be unreadable, it is
-    left out and counted), and for a packed file that is truncated or damaged.
+    Lines that cannot be read are left out and counted in `dropped`; a line on standard error shows the first. progress:
+    called with the number of unpacked bytes read since its last call. Raises ValueError if more lines are unreadable
+    than `reading` allows, for a file that is not text or lacks a column (if all lines may be unreadable, it is left out
+    and counted), and for a packed file that is truncated or damaged.
     """
     bad = total = 0
     first = ""
@@ -92,7 +93,7 @@ def texts(
 
 
 def _text(row: Row, keys: tuple[str, ...]) -> str:
-    """Raises ValueError, with the reason, for a row that cannot be used. A \\r alone stays, as in all shards so far."""
+    """The text of a row. Raises ValueError, with the reason, if it has none. A lone \\r stays, as in all shards."""
     if row.problem:
         raise ValueError(row.problem)
     parts = []
@@ -128,17 +129,17 @@ def _rows(file: TextFile, reading: Reading, progress: Callable[[int], object]) -
 
 
 def _by_line(stream: io.TextIOBase, file: TextFile) -> Iterator[Row | str]:
-    """A line of ASCII comes as it is: it can have neither a mark nor broken bytes. A Row for each of a million titles
-    takes twice the time of all else."""
+    """Yields lines of ASCII as they are, since these can have neither a mark nor broken bytes. A Row for each of a
+    million titles takes twice as long as everything else."""
     for number, line in enumerate(lines(stream, file), 1):
         if line.isascii():
             yield line.removesuffix("\n").removesuffix("\r")
             continue
-        yield Row(number, {"text": line.lstrip("\ufeff")})  # files that were put together have a mark inside
+        yield Row(number, {"text": line.lstrip("\ufeff")})  # concatenated files have a mark inside
 
 
 def _by_paragraph(stream: io.TextIOBase, file: TextFile) -> Iterator[Row]:
-    """Lines up to one without text."""
+    """Paragraphs: lines up to one without text."""
     found: list[str] = []
     first = size = 0
     for number, line in enumerate(lines(stream, file), 1):

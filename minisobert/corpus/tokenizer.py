@@ -1,13 +1,13 @@
-"""Text to ids and back, without loss: a SentencePiece BPE whose fallback is the byte.
+"""Text to ids and back, without loss: a SentencePiece BPE with bytes as fallback.
 
     from minisobert.corpus.tokenizer import Tokenizer, train
     tokenizer = Tokenizer(train(texts, vocab_size=50_000))
     tokenizer.decode(tokenizer.encode("if (a < b)\\n    return;")) == "if (a < b)\\n    return;"
 
-Ids: five special pieces, then 256 pieces of one byte each, then what was learnt. Half of a post is code, so nothing is
-normalised; newlines and runs of spaces are pieces like any other. Two characters that SentencePiece cannot hold go
-through bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581, its own mark
-for a space.
+Ids: five special pieces, then 256 pieces of one byte each, then the learnt pieces. Half of a post is code, so nothing
+is normalised; newlines and runs of spaces are pieces like any other. Two characters that SentencePiece cannot
+represent are spelt in bytes: the tab (its trainer learns none, and the site's Markdown makes them spaces), and U+2581,
+its own mark for a space.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import NamedTuple
 import numpy as np
 
 PAD, UNK, CLS, SEP, MASK = range(5)
-FIRST_ORDINARY_ID = 5  # below: the special pieces, which no text encodes to
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # as folders hold them; of two, the first
+FIRST_ORDINARY_ID = 5  # lower ids are special pieces, to which no text is encoded
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # names in a folder; if it has both, the first counts
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Vocabulary(NamedTuple):
-    """What the data path has to know of a tokenizer's ids: how many there are, four special ones, and from where to
-    where the ordinary ones go, of which no other is masked or put in place of one that is."""
+    """What the data path has to know about a tokenizer's ids: how many there are, four special ones, and the range of
+    the ordinary ones. Only ordinary ids are masked, or put in place of a masked one."""
 
     size: int
     pad: int
@@ -41,22 +41,23 @@ class Vocabulary(NamedTuple):
 
 
 def our_vocabulary(size: int) -> Vocabulary:
-    """Of a tokenizer that `train` made."""
+    """The vocabulary of a tokenizer that `train` made."""
     return Vocabulary(size, PAD, CLS, SEP, MASK, FIRST_ORDINARY_ID, size)
 
 
 _SPACE_MARK = "\u2581"
-# Training sentences are cut to this many characters: SentencePiece ignores longer lines than it was told to expect and
-# cannot hold words of more than 65,535 characters. A cut costs one word, and a newline that ends a sentence.
+# Training sentences are cut to this many characters: SentencePiece ignores lines that are longer than it was told to
+# expect, and cannot handle words of more than 65,535 characters. A cut costs one word, and a newline at the end of a
+# sentence.
 _SENTENCE = 30_000
 
 
 def train(texts: Iterable[str], vocab_size: int, coverage: float = 0.9998) -> bytes:
-    """Learn a tokenizer; returns the content of a SentencePiece model file.
+    """Learns a tokenizer and returns the content of a SentencePiece model file.
 
-    `coverage` is the share of the text's characters that get pieces of their own; rarer ones are spelt in bytes. Text
-    too short for so many pieces gives fewer. Raises ValueError where `vocab_size` is too small to hold the special
-    pieces, the bytes and those characters, and where there is no text.
+    `coverage` is the share of the text's characters that get pieces of their own; rarer ones are spelt in bytes. A text
+    that is too short for so many pieces gives fewer. Raises ValueError if `vocab_size` is too small for the special
+    pieces, the bytes and those characters, or if there is no text.
     """
     import sentencepiece
 
@@ -103,27 +104,27 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What ids are stored as: little-endian uint16 where that holds vocab_size - 1, uint32 elsewhere."""
+    """The dtype of stored ids: little-endian uint16 if it can hold vocab_size - 1, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Tokenizer:
     """A trained tokenizer: `model` is a file's path or its content.
 
-    Encoding cuts a text into chunks that no piece reaches across (a word with the spaces before it, a run of signs and
-    digits), which SentencePiece encodes alike wherever they stand, and remembers the ids of each: most of a text is
-    chunks seen before, each the price of a dictionary lookup.
+    Encoding cuts a text into chunks that no piece crosses (a word with the spaces before it, a run of signs and
+    digits). SentencePiece encodes a chunk the same way wherever it is, so its ids are remembered: most chunks of a text
+    were seen before, and cost a dictionary lookup each.
     """
 
     file_name = "tokenizer.model"
 
     def __init__(self, model: str | Path | bytes):
-        import sentencepiece  # not above: a machine on which kernels are measured need not have it
+        import sentencepiece  # not above: a machine that only measures kernels need not have it
 
         name = "this" if isinstance(model, bytes) else str(model)
         self.content = model if isinstance(model, bytes) else Path(model).read_bytes()
         try:
-            if not self.content:  # of which SentencePiece makes a model without pieces
+            if not self.content:  # SentencePiece would make a model without pieces of it
                 raise RuntimeError
             self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except RuntimeError:
@@ -146,12 +147,12 @@ class Tokenizer:
         self._cache = _Cache(processor, self.dtype)
 
     @cached_property
-    def _chunks(self):  # made on first use: decoding, or asking for the size, needs none
+    def _chunks(self):  # made on first use: decoding, or asking for the size, does not need them
         learnt = range(FIRST_ORDINARY_ID, self.vocab_size)
         return _chunks_that_cut_no_piece([self._bytes[i].decode() for i in learnt if not self.sentencepiece.is_byte(i)])
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) ids, of dtype uint16 where the vocabulary allows and uint32 elsewhere; no [CLS], no [SEP].
+        """(n,) ids, uint16 if the vocabulary allows it, else uint32; without [CLS] and [SEP].
 
         Raises ValueError for a text that is not UTF-8-encodable (a lone surrogate).
         """
@@ -162,14 +163,14 @@ class Tokenizer:
         return b"".join(map(self._cache.__getitem__, self._chunks(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids. Special pieces come out by name, so that a person sees them; bytes that make up no
-        character (half of one was cut off, or masked) come out as U+FFFD."""
+        """The text of these ids. Special pieces are written by name. Bytes that are no character, because a part of it
+        was cut off or masked, become U+FFFD."""
         table = self._bytes
         return b"".join([table[i] for i in ids]).decode(errors="replace")
 
 
 def tokenizer_files(path: str | Path) -> list[Path]:
-    """Those that a folder holds, or the file itself. Raises ValueError where the folder holds none."""
+    """The tokenizer files in a folder, or the file itself. Raises ValueError if the folder has none."""
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -179,8 +180,8 @@ def tokenizer_files(path: str | Path) -> list[Path]:
 
 
 def open_tokenizer(path: str | Path):
-    """The tokenizer of a file (a SentencePiece model of ours, or a tokenizer.json) or of a folder that holds one: a
-    `Tokenizer` or a `JsonTokenizer`. Raises ValueError where it cannot be used."""
+    """Opens the tokenizer of a file (a SentencePiece model of ours, or a tokenizer.json) or of a folder that holds one:
+    a `Tokenizer` or a `JsonTokenizer`. Raises ValueError if it cannot be used."""
     ours, *theirs = tokenizer_files(path)
     try:
         content = ours.read_bytes()
@@ -193,13 +194,13 @@ def open_tokenizer(path: str | Path):
     try:
         return Tokenizer(ours)
     except ValueError:
-        if theirs:  # the tokenizer.model was another library's
+        if theirs:  # the tokenizer.model is another library's
             return open_tokenizer(theirs[0])
         raise
 
 
 class _Cache(dict):
-    """chunk → ids as bytes, filled on demand and emptied when full: the words that matter are back at once."""
+    """Chunk → ids as bytes. It is filled on demand and emptied when full: frequent words are soon back."""
 
     LIMIT = 1 << 18  # chunks; about 40 MB
 
@@ -224,12 +225,12 @@ class _Cache(dict):
 
 
 def _chunks_that_cut_no_piece(pieces: list[str]):
-    """A function text → list of chunks that cuts none of these pieces, and otherwise as often as it can.
+    """A function text → list of chunks that cuts none of these pieces, and otherwise cuts as often as it can.
 
-    BPE only ever makes pieces, so nothing is merged across two characters that no piece holds side by side. Characters
-    that do stand side by side in some piece are put into one class; SentencePiece learns no piece of two scripts, so
-    the classes turn out to be Latin letters; digits and signs; Greek letters; and so on. A chunk is a run of one class
-    with the spaces before it.
+    BPE only ever makes pieces, so it never merges two characters that are side by side in no piece. Characters that are
+    side by side in some piece are put into one class; SentencePiece learns no piece of two scripts, so the classes turn
+    out to be Latin letters; digits and signs; Greek letters; and so on. A chunk is a run of one class with the spaces
+    before it.
     """
     if any(" " in piece.lstrip(" ") for piece in pieces):  # not learnt by `train`
         return lambda text: [text]

@@ -1,6 +1,6 @@
-"""A tokenizer of Hugging Face, from its `tokenizer.json`, behind the interface of `tokenizer.Tokenizer` (extra [hf]).
+"""A Hugging Face tokenizer, from its `tokenizer.json`, with the interface of `tokenizer.Tokenizer` (extra [hf]).
 
-It is what an imported model brings along. Unlike ours it may lose something: many lower-case a text, or drop spaces.
+Imported models come with one. Unlike ours it may lose something: many turn a text into lower case, or drop spaces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from minisobert.corpus.tokenizer import Vocabulary, token_dtype
 
-# The names that the four ids we need have, in the order in which they are looked for
+# The names of the four special ids that we need, in the order in which they are tried
 NAMES = {
     "pad": ("[PAD]", "<pad>"),
     "cls": ("[CLS]", "<s>", "<bos>"),
@@ -22,7 +22,7 @@ NAMES = {
 
 
 class JsonTokenizer:
-    """`content`: of a tokenizer.json; where: what errors call it. Raises ValueError where it cannot be used here."""
+    """content: of a tokenizer.json; where: what errors call it. Raises ValueError if it cannot be used here."""
 
     file_name = "tokenizer.json"
 
@@ -33,7 +33,7 @@ class JsonTokenizer:
             raise ValueError(f"{where} needs the package tokenizers: pip install 'minisobert[hf]'") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # of no kind of its own
+        except Exception as error:  # the library has no exception of its own
             raise ValueError(f"{where} is no tokenizer.json ({' '.join(str(error).split())[:200]})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

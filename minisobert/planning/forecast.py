@@ -1,4 +1,4 @@
-"""What a layout takes: memory, collectives and the bytes they send, FLOPs. Arithmetic alone: no GPU, no data, no group.
+"""Estimates for one layout: memory, collectives and the bytes they send, FLOPs. Arithmetic alone: no GPU, no data.
 
 The estimate follows the kernels (`ops/kernels`): each storage that an operation saves for its backward pass is counted
 once, where it is saved. Tests compare it with what autograd keeps, and the collectives with those that are called.
@@ -82,7 +82,7 @@ class Collective(NamedTuple):
     """Calls of one size that one rank takes part in, in one optimizer step."""
 
     name: str
-    group: str  # "tensor", "data", "all", or "hosts" where it goes over gloo
+    group: str  # "tensor", "data", "all", or "hosts" if it goes over gloo
     operation: str  # "all-reduce", "all-gather" or "reduce-scatter"
     bytes: int  # of the whole tensor, in one call
     calls: int

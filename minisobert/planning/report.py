@@ -1,4 +1,4 @@
-"""`train.py --plan`: what a run will take, before a GPU is rented for it: which layouts fit, hours and dollars.
+"""`train.py --plan`: which layouts fit, and the hours and dollars that a run will take, before a GPU is rented for it.
 
 `forecast.py` estimates one layout; this file tries many and reports those that fit.
 """

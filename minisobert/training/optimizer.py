@@ -192,7 +192,7 @@ class Optimizer:
         return shapes
 
     def slices(self) -> list[Slice]:
-        """The slices of a checkpoint that this rank writes. What several ranks hold alike, the first of them writes."""
+        """The slices of a checkpoint that this rank writes: the first of several ranks that hold one writes it."""
         mesh, slices = self.mesh, []
         for part in self.parts:
             one_of_a_kind = self.sharded or mesh.data_rank == 0
@@ -205,7 +205,7 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, files: dict[str, dict[str, Tensor]], steps: int) -> None:
-        """files: whole, unsharded tensors by file and name. steps: how many were applied."""
+        """Loads a checkpoint. files: whole, unsharded tensors by file and name. steps: how many were applied."""
         mesh = self.mesh
         for part in self.parts:
             for (file, name), tensor in zip(self.checkpoint_names(part.name), self.tensors(part)):
