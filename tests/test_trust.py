@@ -97,7 +97,7 @@ def test_the_command_of_a_row_runs_every_test_that_it_cites(row):
 
 def test_nothing_has_run_on_a_gpu_while_the_page_says_so():
     """`python -m benchmarks.gpu --write` leaves its figures there."""
-    assert ("Nothing here has run on a GPU" in TEXT) != (ROOT / "benchmarks/results/gpu").exists()
+    assert ("Nothing here has run on a GPU" in TEXT) != (ROOT / "benchmarks/results/gpu/gpu.md").exists()
 
 
 SAMPLE = [5e-4, 0.0005, 7, 7, "8", True]
