@@ -220,3 +220,31 @@ def test_help_as_a_process(name):
     words = [module] if module.endswith(".py") else ["-m", module]
     result = subprocess.run([sys.executable, *words, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage: ")
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The commands of ours in the shell blocks of a page: [name, words …]."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            words = shlex.split(line, comments=True)
+            at = next((i for i, word in enumerate(words) if word.removeprefix("./") in MODULES), None)
+            if at is not None and re.match(r"\S*python3?$|torchrun$", words[0]) and "…" not in line:
+                found.append(words[at:])
+    return found
+
+
+PAGES = [
+    page for page in (ROOT / "README.md", ROOT / "data/README.md", *sorted(ROOT.glob("docs/*.md"))) if commands_of(page)
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_on_a_page_are_ones_that_their_parsers_take(page, run, monkeypatch):
+    for name, *words in commands_of(page):
+        parse(run, monkeypatch, name, *words)
+
+
+def test_the_readme_is_a_screen_or_two_and_its_commands_are_found():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+    assert {"train.py", "data.prepare", "minisobert.hub"} <= {name for name, *_ in commands_of(ROOT / "README.md")}
