@@ -1,10 +1,10 @@
-"""Every kernel as it ships, compiled for three chips without one of them: `python -m benchmarks.compiled`.
+"""Compiles every kernel, as it ships, for three chips, without having one: `python -m benchmarks.compiled`.
 
-Ten minutes on two cores. The result has registers, spills and shared memory of each. `--count`: half a
-minute, for the instructions in the loops of those that an H100 runs in training.
+It takes ten minutes on two cores and lists each kernel's registers, spills and shared memory. `--count` takes half a
+minute and counts the instructions in the loops of the kernels that an H100 runs in training.
 
-The operations run as they always do, on small CPU tensors; only the last step, the launch, is left out, and Triton is
-told that the chip in question is there. So tiles, constants and divisibility are those of a real launch.
+The operations run as usual, on small CPU tensors. Only the launch is left out, and Triton is told that the chip is
+there. So tiles, constants and divisibility are those of a real launch.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from benchmarks.instructions import per_element, per_score, tool, visits
 from minisobert.cli import table
 
 CHIPS = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have (CUDA C++ guide, table 26)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program (CUDA C++ guide, table 26)
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 DTYPES = ("bfloat16", "float16", "float32")
-NORM_WIDTHS = (128, 256, 512, 768, 1_536, 3_000, 4_096, 5_000, 8_191, 8_192)  # each tile, and rows that are not aligned
+NORM_WIDTHS = (128, 256, 512, 768, 1_536, 3_000, 4_096, 5_000, 8_191, 8_192)  # all tiles, and some unaligned rows
 MODERN = {768: 1_152, 1_024: 2_624}  # hidden → FFN width: modern-base, modern-large
 TOKENS = 200
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one chip."""
+    """One kernel, compiled for one chip."""
 
     kernel: str
     dtype: str
@@ -47,11 +47,11 @@ class Compiled:
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
     shared: int  # bytes per program
-    matrix: tuple[str, ...]  # its matrix instructions, of whichever chip
+    matrix: tuple[str, ...]  # its matrix instructions, those of other chips too
 
 
 def attention(dtype: str, width: int, dropout: float, window: int | None = None, rotary: bool = False) -> None:
-    """With a bias, as in megatron-bert; or with rotary positions, as in modernbert."""
+    """Runs attention with a bias, as in megatron-bert, or with rotary positions, as in modernbert."""
     import torch
 
     from minisobert.ops import Documents
@@ -65,7 +65,7 @@ def attention(dtype: str, width: int, dropout: float, window: int | None = None,
 
 
 rotary_attention = partial(attention, rotary=True)
-windowed_attention = partial(rotary_attention, window=64)  # any number compiles to the same
+windowed_attention = partial(rotary_attention, window=64)  # any window compiles to the same code
 
 
 def add_norm(dtype: str, width: int, dropout: float, tokens: int = TOKENS) -> None:
@@ -77,7 +77,7 @@ def add_norm(dtype: str, width: int, dropout: float, tokens: int = TOKENS) -> No
     b, w, c = torch.zeros(3, width, dtype=x.dtype)
     residual, normal = add_norm(x, b, r, w, c, 1e-5, mask(dropout, "ffn_output"))
     (residual + normal).sum().backward(retain_graph=True)
-    normal.sum().backward()  # the last block's residual has no user
+    normal.sum().backward()  # nothing uses the last block's residual
 
 
 def others(dtype: str, width: int, dropout: float) -> None:
@@ -95,7 +95,7 @@ def others(dtype: str, width: int, dropout: float) -> None:
 
 
 def modern(dtype: str, width: int, dropout: float) -> None:
-    """What modernbert has in place of others: operations without biases, rotary positions and gated GELU."""
+    """Runs the operations that only modernbert has: those without biases, rotary positions and gated GELU."""
     import torch
 
     from minisobert.ops.kernels.add_norm import add_norm
@@ -108,7 +108,7 @@ def modern(dtype: str, width: int, dropout: float) -> None:
     (residual + normal).sum().backward(retain_graph=True)
     normal.sum().backward()
     if dropout:
-        return  # the rest drops nothing
+        return  # the other operations have no dropout
     qkv = torch.zeros(TOKENS, width // 64, 3, 64, dtype=x.dtype, requires_grad=True)
     rotary(qkv * 1, torch.zeros(2, TOKENS, 32)).sum().backward()
     both = torch.zeros(TOKENS, 2 * MODERN[width], dtype=x.dtype, requires_grad=True)
@@ -124,11 +124,11 @@ def mask(dropout: float, site: str):
     return step and step.at(0, site)
 
 
-# the longest first, so that the processes end together
+# the longest jobs first, so that all processes end at about the same time
 JOBS = [
     *((attention, dtype, chip, width, p) for width, dtype, chip, p in
       product((128, 96, 64, 32), reversed(DTYPES), reversed(CHIPS), (0.1, 0.0))),
-    # modern heads are 64 wide in every preset; fp16 compiles to what bf16 does, and this takes minutes
+    # in every modern preset heads are 64 wide; fp16 is left out, as it compiles like bf16 and would take minutes
     *((operation, dtype, chip, 64, p) for operation, dtype, chip, p in
       product((rotary_attention, windowed_attention), ("bfloat16", "float32"), reversed(CHIPS), (0.1, 0.0))),
     *((add_norm, dtype, chip, width, p) for dtype, chip, width, p in product(DTYPES, CHIPS, NORM_WIDTHS, (0.0, 0.1))),
@@ -139,10 +139,10 @@ JOBS = [
 
 
 def compile_all() -> list[Compiled]:
-    """All kernels for all chips, on all cores."""
+    """Compiles all kernels for all chips, on all cores."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, _no_interpreter) as pool:
-        # once each: what computes delta and the hashes is the same with a window
+        # without repeats: the kernels of delta and of the hashes are the same with a window
         return list(dict.fromkeys(compiled for job in pool.map(_run, JOBS) for compiled in job))
 
 
@@ -162,7 +162,7 @@ def _run(job) -> list[Compiled]:
 
 @contextmanager
 def _without_launching(chip: int) -> Iterator[list]:
-    """Inside, launches compile for `chip` and do nothing else; what they compiled is in the list."""
+    """Within this context, a launch only compiles its kernel for `chip` and adds it to the list."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -174,7 +174,7 @@ def _without_launching(chip: int) -> Iterator[list]:
             return GPUTarget("cuda", chip, 32)
 
         def get_current_device(self) -> int:
-            return chip  # Triton keeps what it compiled by device
+            return chip  # Triton's cache of compiled kernels is per device
 
         def get_current_stream(self, device: int) -> int:
             return 0
@@ -220,7 +220,7 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
 
 
 def result(compiled: list[Compiled]) -> list[str]:
-    """Markdown: a line per kernel, a column per chip."""
+    """Lines of Markdown: a table with a line per kernel and a column per chip."""
     lines: dict[tuple, dict[int, Compiled]] = {}
     for c in compiled:
         lines.setdefault((c.kernel, c.width, c.dtype, c.dropout), {})[c.chip] = c
@@ -242,7 +242,7 @@ def result(compiled: list[Compiled]) -> list[str]:
     ]
 
 
-# What is counted: sm_90 in bf16, at the widths of base and large, of the modern presets, and of common models
+# Kernels whose instructions are counted: sm_90, bf16, at the widths of base, large, the modern presets and other models
 COUNTED = [
     *((attention, "bfloat16", 90, width, p) for width in (64, 96, 128) for p in (0.0, 0.1)),
     (rotary_attention, "bfloat16", 90, 64, 0.0),
@@ -251,7 +251,7 @@ COUNTED = [
     (others, "bfloat16", 90, 3_072, 0.0),
     (modern, "bfloat16", 90, 768, 0.0),
 ]
-GOALS = {  # instructions per score of the first loop, set before the kernels were changed; (kernel, width, dropout)
+GOALS = {  # (kernel, width, dropout) → instructions per score of the first loop; set before the kernels were changed
     ("attention key gradient", 64, 0.0): 8.8,
     ("attention key gradient", 64, 0.1): 17.3,
     ("attention forward", 64, 0.1): 15.5,
@@ -260,7 +260,7 @@ GOALS = {  # instructions per score of the first loop, set before the kernels we
 
 
 def _count(job) -> list[list[str]]:
-    """A row for each kernel of a job."""
+    """A row of the table for each kernel of a job."""
     operation, dtype, chip, width, dropout = job
     with _without_launching(chip) as compiled:
         operation(dtype, width, dropout)
@@ -298,9 +298,9 @@ def _posts():
 
 
 def counted() -> list[str]:
-    """Markdown: a line per kernel."""
+    """Lines of Markdown: a table with a line per kernel."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _no_interpreter) as pool:
-        # once each: the forward does not know of rotary positions
+        # without repeats: the forward kernel is the same with rotary positions
         rows = list(dict.fromkeys(tuple(row) for rows in pool.map(_count, COUNTED) for row in rows))
     return [
         "# Instructions in the kernels' loops",

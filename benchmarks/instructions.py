@@ -1,8 +1,9 @@
-"""What the loops of compiled kernels take, counted in their machine code: for `python -m benchmarks.compiled --count`.
+"""Counts instructions in the loops of compiled kernels, for `python -m benchmarks.compiled --count`.
 
-A multiprocessor issues 128 instructions of threads a clock, whatever they do; so where no memory is waited for, their
-number per score of attention, or per element of a tensor, says how fast a kernel can be. Counted are the innermost
-loops of what ptxas made, all instructions in them, times the threads of a program, over what one turn computes.
+A multiprocessor issues 128 thread instructions per clock, whatever they do. So unless a kernel waits for memory, its
+instructions per score of attention, or per element of a tensor, limit its speed. The count takes all instructions in
+the innermost loops of the machine code, times the threads of a program, divided by the scores or elements that one
+iteration computes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:
-    """What one of the CUDA tools that Triton brings along says of a compiled kernel."""
+    """The output for a compiled kernel of one of the CUDA tools that come with Triton."""
     import triton.backends.nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -32,12 +33,12 @@ def tool(name: str, cubin: bytes, *options: str) -> str:
 
 
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
-    """(address, text) of each, in order."""
+    """(address, text) of each instruction, in order."""
     return [(int(at, 16), text) for at, text in INSTRUCTION.findall(tool("cuobjdump", cubin, "-sass"))]
 
 
 def loops(code: list[tuple[int, str]]) -> list[list[str]]:
-    """The innermost loops: what lies between the target of a jump backwards and the jump."""
+    """The instructions of the innermost loops, from the target of a backward jump to the jump itself."""
     jumps = [(int(found[1], 16), at) for at, text in code if (found := BRANCH.search(text))]
     jumps = sorted((to, at) for to, at in jumps if to < at)
     inner = [(a, b) for a, b in jumps if not any((c, d) != (a, b) and a <= c and d <= b for c, d in jumps)]
@@ -45,20 +46,20 @@ def loops(code: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def per_score(cubin: bytes, threads: int, scores: int) -> list[float]:
-    """Of attention's loops instructions per score, the fewest first: of tiles that are seen whole, then masked ones."""
+    """Instructions per score in attention's loops, the fewest first: for whole tiles, then for masked ones."""
     bodies = [body for body in loops(instructions(cubin)) if any(map(PRODUCT.search, body))]
     return sorted(len(body) * threads / scores for body in bodies)
 
 
 def per_element(cubin: bytes, threads: int, elements: int) -> float:
-    """Of a kernel that goes over tiles of so many elements, in a loop or once."""
+    """Instructions per element of a kernel that works on tiles of `elements` elements, in a loop or once."""
     code = instructions(cubin)
     bodies = loops(code) or [[text for _, text in code if not text.startswith("NOP")]]
     return max(map(len, bodies)) * threads / elements
 
 
 class Loop(NamedTuple):
-    """Instructions per score in tiles that are seen whole, and in masked ones."""
+    """Instructions per score: in tiles that all their rows see whole, and in masked tiles."""
 
     whole: float
     masked: float
@@ -72,8 +73,11 @@ def read_loops(page: str) -> dict[tuple[str, int, float], Loop]:
 
 
 def visits(bounds: np.ndarray, held: int, visited: int, window: int | None = None) -> dict[str, int]:
-    """Scores of one head over documents: those in tiles that are seen whole and in masked ones, as the kernels visit
-    them; those of whichever rows and tokens some row of a tile sees; and those of pairs that see each other.
+    """Numbers of scores of one head over the documents.
+
+        whole, masked    computed in tiles that all rows see whole, and in masked tiles, as the kernels visit them
+        in reach         the rows of each tile times the tokens that any of them sees
+        seen             of pairs that see each other
 
     bounds: (D+1,); held, visited: rows that a program holds and tokens that it visits at a time.
     """
@@ -85,11 +89,11 @@ def visits(bounds: np.ndarray, held: int, visited: int, window: int | None = Non
     first = np.arange(0, tokens, held)
     last = np.minimum(first + held, tokens) - 1
     one = start[last] == start[first]
-    begin, end = np.maximum(start[first], last - far), np.minimum(stop[last], first + far + 1)  # what all rows see
+    begin, end = np.maximum(start[first], last - far), np.minimum(stop[last], first + far + 1)  # which all rows see
     lo, hi = np.maximum(start[first], first - far), np.minimum(stop[last], last + far + 1)
     full = lo + -(-(begin - lo) // visited) * visited
     whole = np.where(one, np.maximum(end - full, 0) // visited, 0)
-    full = np.where(whole > 0, full, hi)  # without a whole tile all are masked, counted from lo
+    full = np.where(whole > 0, full, hi)  # without a whole tile, all tiles from lo on are masked
     masked = -(-(full - lo) // visited) + np.where(whole > 0, -(-(hi - full - whole * visited) // visited), 0)
     return {
         "whole": int(whole.sum()) * held * visited,

@@ -1,19 +1,19 @@
-"""The encoder on flat, packed tokens, in two architectures: Megatron-LM's BERT and ModernBERT (Warner et al. 2024).
+"""The encoder for flat, packed tokens, in two architectures: Megatron-LM's BERT and ModernBERT (Warner et al. 2024).
 
-Hidden states are (T, h): the T tokens of several documents, one after the other, without a batch dimension or padding.
-The residual stream and its layer-normed copy travel together, because `ops.add_norm` computes both. The norm after a
-block's MLP therefore belongs to the next block, and is passed in.
+Hidden states are (T, h): the T tokens of several documents, one after the other, with no batch dimension or
+padding. The residual stream and its layer-normed copy travel together, because `ops.add_norm` computes both. The norm
+after a block's MLP therefore belongs to the next block, and is passed in.
 
     T tokens   h hidden   H heads   d = h / H head width   f FFN width   V vocabulary   M masked tokens
 
                       megatron-bert                      modernbert
     embeddings        word + position + token type       word, then layer norm
     positions         a table                            rotary, on q and k
-    attention         to the whole document              two layers of three: to a window
+    attention         whole document                     in two layers of three: a window
     MLP               GELU, h → f → h                    gated GELU, h → 2f, f → h
-    biases            everywhere                         of the decoder alone
+    biases            everywhere                         only in the decoder
 
-No process group is known here. Under tensor parallelism `parallel/` replaces whole linears by their slices.
+Nothing here depends on process groups. Under tensor parallelism, `parallel/` replaces linears by their slices.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from minisobert.ops import Documents, Dropout, add_norm, bias_gelu, drop, gated_
 
 
 class Linear(nn.Linear):
-    """x Wᵀ. The bias is a parameter of this layer, but the op behind it adds it (`add_norm`, `bias_gelu`)."""
+    """x Wᵀ. The bias is a parameter of this layer, but the next operation adds it (`add_norm`, `bias_gelu`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
 
 class QKVLinear(nn.Linear):
-    """x Wᵀ + b, where b gets its gradient from the `self_attention` behind it, which has the sum at hand."""
+    """x Wᵀ + b. The gradient of b comes from the next operation, `self_attention`, which adds it up in its backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, None if self.bias is None else self.bias.detach())
@@ -48,7 +48,7 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 
 
 class Embeddings(nn.Module):
-    """Words with what an architecture adds to them, then dropout. The token type is always 0 here."""
+    """Word embeddings, the architecture's other embeddings or norm, then dropout. The token type is always 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,9 +73,9 @@ class Block(nn.Module):
         super().__init__()
         h, f, biases = config.hidden, config.ffn, not config.is_modern
         self.config, self.window, self.rope_base = config, config.window_of(layer), config.rope_base_of(layer)
-        # modernbert's embeddings are normalised already when they come to the first block
+        # modernbert normalises the embeddings before the first block
         self.attention_norm = nn.Identity() if config.is_modern and layer == 0 else layer_norm(config)
-        # One matrix for query, key and value; its 3h outputs are (H, 3, d), so that a slice of them is whole heads.
+        # One matrix for query, key and value. Its 3h outputs are (H, 3, d), so that a slice of them holds whole heads.
         self.qkv = QKVLinear(h, 3 * h, biases)
         self.attention_output = Linear(h, h, biases)
         self.ffn_norm = layer_norm(config)
@@ -91,7 +91,7 @@ class Block(nn.Module):
         normed: Tensor,  # (T, h): attention_norm(residual)
         next_norm: nn.LayerNorm,
         documents: Documents,
-        rotations: dict[float, Tensor],  # rotary base → (2, T, d/2); without rotary positions empty
+        rotations: dict[float, Tensor],  # rotary base → (2, T, d/2); empty without rotary positions
         dropout_at,  # site → Dropout | None
     ) -> tuple[Tensor, Tensor]:
         qkv = self.qkv(normed).unflatten(1, (-1, 3, self.config.head_width))  # (T, H, 3, d)
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = layer_norm(config)
         self.config = config
-        self.recompute = False  # whether the backward computes each block again from its two inputs, kept alone
+        self.recompute = False  # keep only each block's two inputs, and compute the block again in the backward
 
     def forward(
         self, tokens: Tensor, positions: Tensor, documents: Documents, dropout: Dropout | None = None
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             arguments = residual, normed, norms[i + 1], documents, rotations, partial(dropout_at, i)
             if self.recompute and torch.is_grad_enabled():
-                # no generator to rewind: the same masks come from the same hashes
+                # masks come from hashes, so no state of a random generator has to be restored
                 residual, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 residual, normed = block(*arguments)
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Logits: how much a state is like each word embedding, plus a bias."""
+    """Logits: the dot product of a state with each word embedding, plus a bias."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense → GELU → layer norm: what stands between a final state and a decision about it."""
+    """Dense → GELU → layer norm, between the final states and the classifier or decoder."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -170,7 +170,7 @@ class Head(nn.Module):
 
 
 class MaskedLMHead(Head):
-    """Head → decoder. Meant for the masked rows alone."""
+    """Head → decoder, meant for the masked tokens only."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -191,12 +191,12 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Model:
-        """All initial weights, in the order of the parameters, from one CPU generator: the same on every layout.
+        """Draws all weights in the order of the parameters, from one CPU generator: they do not depend on the layout.
 
         Weights N(0, std); the matrices that write into the residual stream N(0, std / sqrt(2 · layers)); biases 0;
-        layer-norm weights 1 (Megatron-LM's scaled initialisation). megatron-bert: std is 0.02. modernbert: it is 0.02
-        at a width of 768 and goes with 1 / sqrt(h), so that what a matrix makes of a normalised state is as large at
-        every width.
+        layer-norm weights 1 (Megatron-LM's scaled initialisation). For megatron-bert std is 0.02. For modernbert it is
+        0.02 at h = 768 and proportional to 1 / sqrt(h), so that a matrix's outputs for normalised states are as large
+        at every width.
         """
         std = 0.02 * (768 / self.config.hidden) ** 0.5 if self.config.is_modern else 0.02
         generator = torch.Generator().manual_seed(seed)
@@ -213,7 +213,7 @@ class Model(nn.Module):
 
 
 class MaskedLM(Model):
-    """The encoder with its masked-language-model head: what pre-training trains."""
+    """The encoder with its masked-language-model head, as pre-training trains it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -227,9 +227,9 @@ class MaskedLM(Model):
         masked: Tensor,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """masked: (M,) int64, different indices into the T tokens. Returns their logits (M, V)."""
+        """masked: (M,) int64, distinct indices into the T tokens. Returns their logits (M, V)."""
         hidden = self.encoder(tokens, positions, documents, dropout)
-        # index_select, not indexing: the indices differ, so that its backward adds nothing twice and is deterministic
+        # index_select, not indexing: as the indices are distinct, its backward is deterministic
         return self.mlm_head(hidden.index_select(0, masked), self.encoder.embeddings.word.weight)
 
 
@@ -240,7 +240,7 @@ def mean_states(states: Tensor, documents: Documents) -> Tensor:
 
 
 class Embedder(Model):
-    """The encoder alone, with a vector for each document: the mean of its final states."""
+    """The encoder, returning one vector per document: the mean of its final states."""
 
     def forward(
         self, tokens: Tensor, positions: Tensor, documents: Documents, dropout: Dropout | None = None
@@ -250,12 +250,12 @@ class Embedder(Model):
 
 
 class Classifier(Model):
-    """The encoder with a classifier of tokens, or of documents: what fine-tuning trains.
+    """The encoder with a classifier of tokens or of documents, as fine-tuning trains it.
 
-    pooling: "" for tokens; for documents what stands for each, the state of its first token ("cls") or the mean of its
-    states ("mean", of modernbert alone). Between that and the classifier is what Hugging Face's classes of the two
-    architectures have there. modernbert: the head, whose weights pre-training has made. megatron-bert: for documents
-    the pooler, a dense layer and tanh, which begins at random; for tokens nothing.
+    pooling: "" classifies tokens. "cls" classifies each document by the state of its first token, "mean" by the mean of
+    its states (modernbert only). The layers before the classifier are those of Hugging Face's classes. modernbert has
+    the head, with its pre-trained weights. megatron-bert has a pooler (a dense layer and tanh, with random initial
+    weights) for documents, and nothing for tokens.
     """
 
     def __init__(self, config: ModelConfig, classes: int, pooling: str):
@@ -268,7 +268,7 @@ class Classifier(Model):
         self.classifier = nn.Linear(config.hidden, classes)
 
     def start_from(self, trained: MaskedLM) -> None:
-        """Takes over all that pre-training has made and this model has."""
+        """Copies all pre-trained weights that this model has too."""
         self.encoder.load_state_dict(trained.encoder.state_dict())
         if self.head is not None:
             self.head.load_state_dict({name: trained.mlm_head.state_dict()[name] for name in self.head.state_dict()})
@@ -281,10 +281,10 @@ class Classifier(Model):
         places: Tensor,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """places: (R,) int64, different indices into the T tokens: those to classify, or the first of each document.
+        """places: (R,) int64, distinct indices into the T tokens: those to classify, or the first of each document.
         Returns their logits (R, classes).
 
-        dropout: with keys for one layer more than the encoder has; the last are the head's.
+        dropout: has keys for one layer more than the encoder; the last keys are for the classifier's input.
         """
         x = self.encoder(tokens, positions, documents, dropout)
         if self.pooling == "mean":

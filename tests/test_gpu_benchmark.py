@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: its dry run, its counts of FLOPs and bytes, and the lengths it draws."""
+"""`make gpu` without a GPU: its dry run, its counts of FLOPs and bytes, its predictions, and the lengths it draws."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def threads():
-    """A dry run takes one thread; the tests after it get theirs back."""
+    """Restores the number of threads after each test, because a dry run sets it to one."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -56,7 +56,7 @@ def test_the_first_tile_that_is_timed_is_the_one_that_ships_and_it_ships_afterwa
 
 def test_a_machine_for_measuring_needs_no_library_of_the_data_path():
     needed = "import sys; sys.modules |= dict.fromkeys(['sentencepiece', 'py7zr', 'tokenizers']); import {}"
-    for module in ("benchmarks.gpu.__main__", "conftest"):  # that of tests/gpu
+    for module in ("benchmarks.gpu.__main__", "conftest"):  # the conftest of tests/gpu
         command = [sys.executable, "-c", needed.format(module)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
@@ -109,13 +109,13 @@ def test_a_broken_call_of_a_kernel_fails_the_dry_run_and_is_ours(tmp_path, monke
     with gpu.in_interpreter():
         gpu.make(one, kept)
         assert not kept.failures(ours=True)
-        monkeypatch.setattr(attention_tiles, "FORWARD", {})  # no tile: a KeyError in the launch
+        monkeypatch.setattr(attention_tiles, "FORWARD", {})  # no tile, so the launch raises a KeyError
         gpu.make(one, kept)
     assert "KeyError" in kept.failures(ours=True)[one.name]
 
 
 def test_every_kernel_is_walked_by_a_dry_run():
-    """By the measurements that take the kernels; attention's and a model's have all but those of a whole loss."""
+    """The measurements that use kernels include every stage of single kernels and a model of each architecture."""
     names = [each.name for each in gpu.plan(TOY, dict) if gpu.on_kernels(each.name)]
     for stage in ("attention", "tables", "surroundings", "tiles", "add_norm", "bias_gelu", "cross_entropy"):
         assert any(name.startswith(stage) for name in names), stage
@@ -125,7 +125,7 @@ def test_every_kernel_is_walked_by_a_dry_run():
 def test_every_kernel_of_ours_has_a_part_of_its_own_in_the_profile():
     found = set()
     for path in (ROOT / "minisobert/ops/kernels").glob("*.py"):
-        found |= set(re.findall(r"\b(_\w+)\[", path.read_text()))  # what is launched: _name[grid](…)
+        found |= set(re.findall(r"\b(_\w+)\[", path.read_text()))  # the launches: _name[grid](…)
     assert len(found) > 10
     parts = {name: [part for part, names in training.PARTS.items() if re.search(names, name)] for name in found}
     assert {name for name, of in parts.items() if not of} == {"_dropout", "_rotary"}, "these are the rest"
@@ -133,7 +133,7 @@ def test_every_kernel_of_ours_has_a_part_of_its_own_in_the_profile():
 
 
 def test_the_model_of_the_chip_gives_the_figure_that_it_was_fitted_to():
-    """Triton's 396 TFLOP/s of FlashAttention-3's paper, at d = 64 on whole rows."""
+    """The FlashAttention-3 paper measured 396 TFLOP/s for Triton at d = 64 on whole rows."""
     chip, rows = predict.CHIPS["H100"], np.arange(0, 65_537, 2_048)
     found = predict.attention(chip, rows, 12, 64, 0.0)
     rate = attention.flops(32 * 2_048**2, 12, 64) / found.forward / 1e12
@@ -195,7 +195,7 @@ def test_committed_results_change_with_write_alone_which_repeats_nothing(tmp_pat
 
 def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypatch):
     hanging, alive, log = (tmp_path / name for name in ("python", "alive", "tests.log"))
-    os.mkfifo(alive)  # at its end when nobody holds it open any more
+    os.mkfifo(alive)  # reading it ends when no process holds it open
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
     hanging.write_text(f"#!/bin/sh\necho GPU: $CUDA_VISIBLE_DEVICES.\nexec 3> '{alive}'\nsleep 60 &\nsleep 60\n")
     hanging.chmod(0o755)
@@ -210,7 +210,7 @@ def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypa
 
 
 def test_plots_are_drawn_before_a_whole_model_is_compiled(tmp_path, monkeypatch):
-    """What torch's compiler takes is unknown: a run that is killed in it leaves its plots."""
+    """torch's compiler may take any time, so a run that is killed during it must already have its plots."""
 
     class Killed(BaseException):
         pass
@@ -296,7 +296,7 @@ def test_bytes_are_those_of_the_tensors(dropout):
     result = rowwise.measure_norm(TOY, width, dropout, "minisobert")
     matrix = torch.empty(TOY.tokens, width, dtype=DTYPE).nbytes
     branch, residual, new_residual, normal = [matrix] * 4
-    read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # gradients, but the residual
+    read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # all gradients except residual
     moved = {d: result[f"{d}_bytes_per_second"] * result[f"{d}_seconds"] for d in ("forward", "backward")}
     assert moved == pytest.approx({"forward": branch + residual + new_residual + normal, "backward": read + written})
 

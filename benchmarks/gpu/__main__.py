@@ -1,7 +1,8 @@
 """`make gpu`: tests, ceilings, kernels and training on one GPU, the most valuable first.
 
-Results go to $OUT or runs/gpu, with --write to benchmarks/results/gpu: gpu.json, gpu.md, tests.log and plots. What is
-in one of these already, made by the same sources on the same chip, is not repeated: a run that was cut short goes on.
+gpu.json, gpu.md, tests.log and the plots go to $OUT or runs/gpu, and with --write to benchmarks/results/gpu. A
+measurement that one of these folders already has, from the same sources and the same chip, is not repeated. So the same
+command continues a run that was cut short.
 """
 
 from __future__ import annotations
@@ -32,31 +33,32 @@ from benchmarks.gpu.timing import Disagreement
 from minisobert.cli import Parser, fail
 from minisobert.ops import dispatch
 
-TESTS_SHARE = 0.5  # of the time: tests that hang leave the rest for the measurements
-# Seconds that must be left to begin with what torch compiles first. A whole model then has 150 until minute nine.
+TESTS_SHARE = 0.5  # of the time, so that tests that hang leave time for the measurements
+# Seconds that must be left before starting something that torch compiles first. For a whole model that leaves 150
+# seconds until minute nine.
 COMPILED, COMPILED_MODEL = 25, 120
-FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # peers to have before others
-SWEEP = 45  # of tiles: a minute in all, which is worth less than train.py
+FIRST_COMPILED = ("attention/64/posts/0.0/flex", "training/base/posts/0.0/")  # the most important peers
+SWEEP = 45  # seconds that must be left for tiles: all take a minute, and train.py is worth more
 SECONDS = 510
 OURS = "ceilings", "profile", "rows", "tiles", "tables", "surroundings", "train.py"  # stages without peers
 ON_KERNELS = "training/base/posts/0.1/minisobert", "training/modern-base/posts/0.0/minisobert"  # in a dry run
-STEPPED = "base", "modern-base"  # presets that train.py runs, and of which there is a profile
+STEPPED = "base", "modern-base"  # the presets that train.py runs and that are profiled
 
 
 @dataclass(frozen=True)
 class Measurement:
     name: str  # parts with slashes between them
     measure: Callable[[], dict]
-    ours: bool  # a failure is a mistake of this project
+    ours: bool  # whether a failure is a mistake in this project
     needs: float = 4  # seconds that must be left
 
 
 def plan(setting: Setting, run_tests: Callable[[], dict]) -> list[Measurement]:
-    """Everything, the most valuable first: tests, what is ours, the peers that need no compiler, those that do."""
+    """All measurements, the most valuable first: tests, our own code, peers that need no compiler, peers that do."""
     implementations = list(attention.IMPLEMENTATIONS)
     bert = {preset: model for preset, (model, *_) in setting.models.items() if not model.is_modern}
     hidden, ffn = zip(*((model.hidden, model.ffn) for model in bert.values()))
-    table = [  # stage, what measures it, and its arguments, the other parts of names; of several, each
+    table = [  # stage, function, and the values of each argument; the arguments are the other parts of a name
         ("ceilings/copy", rowwise.measure_copy),
         ("ceilings/gemm", rowwise.measure_gemm),
         ("attention", attention.measure, setting.heads, LENGTHS, DROPOUTS, implementations),
@@ -102,8 +104,8 @@ def installed(peer: str) -> bool:
 
 
 def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
-    """tests/gpu in a process group of its own; its output is kept in log. A dry run shows them no GPU."""
-    # compiling takes most of the time, a core for each process
+    """Runs tests/gpu in a process group of its own, with its output in log. In a dry run the tests see no GPU."""
+    # most of the time goes into compiling, which takes one core per process
     at_once = ["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-rfE", "--durations=10", *at_once]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if dry else {})
@@ -114,7 +116,7 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
         except subprocess.TimeoutExpired as expired:
             raise RuntimeError(f"tests/gpu did not end within {expired.timeout:.0f} s; see {log.name}") from None
         finally:
-            if tests.returncode is None:  # on an interrupt as well; and xdist's workers, which would keep the GPU busy
+            if tests.returncode is None:  # also on an interrupt; xdist's workers would keep the GPU busy
                 os.killpg(tests.pid, signal.SIGKILL)
     lines = [line.strip("= ") for line in log.read_text().splitlines()]
     outcome = re.compile(r"\d+ (passed|failed|skipped|deselected|error)|no tests ran")
@@ -125,7 +127,7 @@ def run_tests(log: Path, left: Callable[[], float], dry: bool) -> dict:
 
 
 def make(measurement: Measurement, records: Records) -> None:
-    """Measures, and puts what came of it on record."""
+    """Measures, and records the result or the failure."""
     began = time.monotonic()
     record = {"fingerprint": records.fingerprint, "ours": measurement.ours}
     try:
@@ -143,8 +145,8 @@ def make(measurement: Measurement, records: Records) -> None:
 
 
 def device_works() -> bool:
-    """Gives back what the last measurement held. False after an illegal access, from which a process never recovers."""
-    torch.compiler.reset()  # each measurement compiles for itself: no leftovers, no limit on recompilations
+    """Frees memory. Returns False after an illegal access, from which a process cannot recover."""
+    torch.compiler.reset()  # each measurement compiles anew, so none meets the limit on recompilations
     gc.collect()
     try:
         torch.cuda.synchronize()
@@ -156,15 +158,15 @@ def device_works() -> bool:
 
 
 def on_kernels(name: str) -> bool:
-    """Whether a dry run makes this measurement with the kernels, in Triton's interpreter: what calls each of them, and
-    a model of each architecture. The references, far faster there, make the rest."""
+    """Whether a dry run makes this measurement with the kernels, in Triton's interpreter. These are the measurements of
+    single kernels and one model of each architecture. The rest use the references, which are far faster on a CPU."""
     of_kernels = name.endswith("minisobert") and not name.startswith("training")
     return of_kernels or name.startswith(("tables", "surroundings", "tiles")) or name in ON_KERNELS
 
 
 @contextmanager
 def in_interpreter() -> Iterator[None]:
-    """Inside, tensors on a CPU take the kernels."""
+    """Within this context, CPU tensors use the kernels too."""
     from tests import bfloat16
 
     bfloat16.install()
@@ -189,7 +191,7 @@ def main() -> int:
     if not options.dry and not torch.cuda.is_available():
         fail("benchmarks.gpu: there is no CUDA device; --dry walks every stage at toy sizes on the CPU")
     if options.dry:
-        torch.set_num_threads(1)  # more gain nothing at toy sizes, and wait for each other where cores are busy
+        torch.set_num_threads(1)  # at toy sizes more threads gain nothing, and wait for each other on busy cores
         os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
     setting = TOY if options.dry else REAL
@@ -216,7 +218,7 @@ def main() -> int:
         if left() < each.needs:
             continue
         if each.needs == COMPILED_MODEL and not drawn:
-            plots.write(records, folder)  # now: nobody knows how long compiling takes
+            plots.write(records, folder)  # before compiling a whole model, which may take all the time that is left
             drawn = True
         with in_interpreter() if setting.dry and on_kernels(each.name) else nullcontext():
             make(each, records)

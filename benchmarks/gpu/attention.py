@@ -1,11 +1,12 @@
-"""Attention, forward and backward, beside what torch offers: on rows of one document, and on rows packed with posts.
+"""Attention beside torch's own, forward and backward: on rows of one document each, and on rows packed with posts.
 
-FLOPs count visible pairs of real documents alone: 4 d H Σ n² forward (two products), 2.5 times that backward (five).
-All read q, k and v as the model gives them, views of one (T, H, 3, d) tensor. The peers get the rows as a batch, which
-spares them the pairs of different rows; a mask is built for each batch, and timed by itself:
+The FLOPs count only visible pairs of real documents: 4 d H Σ n² forward (two products), 2.5 times that backward (five).
+All implementations read q, k and v as the model gives them, as views of one (T, H, 3, d) tensor. The peers get the rows
+as a batch, so they do not compute pairs of different rows. Where they need a mask, it is built for each batch and timed
+separately:
 
-    sdpa-cudnn, sdpa-flash, sdpa-efficient   one backend forced; posts by a boolean mask, which flash does not take
-    varlen                                   torch.nn.attention.varlen, flash attention told the bounds; no dropout
+    sdpa-cudnn, sdpa-flash, sdpa-efficient   one backend, forced; posts with a boolean mask, which flash does not take
+    varlen                                   torch.nn.attention.varlen: flash attention with bounds; no dropout
     flex                                     compiled FlexAttention with a document mask; no dropout
 """
 
@@ -27,21 +28,21 @@ from minisobert.ops import Dropout
 from minisobert.ops.attention import WithBias
 from minisobert.ops.kernels import attention_tiles
 
-EARLIER = {  # d = 64: the tiles before anybody counted instructions, two stages in the gradients
+EARLIER = {  # d = 64: the tiles chosen before instructions were counted; the gradients have two stages
     "FORWARD": (128, 64, 4, 3), "FORWARD_DROPOUT": (64, 64, 4, 3),
     "KEY_GRADIENT": (64, 64, 4, 2), "QUERY_GRADIENT": (64, 64, 4, 2),
 }  # fmt: skip
-TILES = {  # d = 64, dropout 0.1: (rows held, tokens visited, warps, stages) that no count of instructions rules out
+TILES = {  # d = 64, dropout 0.1: (rows held, tokens visited, warps, stages) that instruction counts do not rule out
     "forward": ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 3)),
     "key gradient": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 3)),
     "query gradient": ((128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)),
 }
 TABLES = {"forward": "FORWARD_DROPOUT", "key gradient": "KEY_GRADIENT", "query gradient": "QUERY_GRADIENT"}
-BACKWARD = 2.5  # backward's products for each of forward's: q kᵀ again, dP, dV, dQ and dK for two
+BACKWARD = 2.5  # five products (q kᵀ again, dP, dV, dQ, dK) for two in the forward pass
 
 
 def flops(pairs: int, heads: int, width: int) -> float:
-    """Of the forward pass."""
+    """FLOPs of the forward pass."""
     return 4.0 * width * heads * pairs
 
 
@@ -50,7 +51,7 @@ class Case:
         self.setting, self.lengths, self.dropout = setting, lengths, dropout
         batch = setting.micro_batch(lengths, setting.tokens, seed=0)
         self.documents, self.pairs = batch.documents, int((batch.lengths**2).sum())
-        # (R, row) int32: for each token its document, by where that begins
+        # (R, row) int32: each token's document, identified by its first token
         self.document = self.documents.start.unflatten(0, (-1, setting.row_tokens))
 
     def rows(self, x: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ class Case:
         return x.unflatten(0, (-1, self.setting.row_tokens)).transpose(1, 2)
 
 
-# Each implementation takes the case and gives (what builds a mask for a batch, or None; (q, k, v, mask) → result)
+# Each implementation takes the case and returns two functions: one that builds the mask of a batch, or None, and one
+# that computes (q, k, v, mask) → result
 
 
 def minisobert(case: Case):
@@ -72,7 +74,7 @@ def sdpa(backend: str, case: Case):
         return (case.document[:, :, None] == case.document[:, None, :])[:, None]
 
     def run(q, k, v, mask):
-        # of these backends a CPU has one; a dry run checks the rest of the path with plain mathematics
+        # a CPU has only one of these backends; a dry run checks the rest of the path with MATH
         with sdpa_kernel(SDPBackend.MATH if case.setting.dry else getattr(SDPBackend, backend)):
             out = F.scaled_dot_product_attention(*map(case.rows, (q, k, v)), mask, dropout_p=case.dropout)
         return out.transpose(1, 2).flatten(0, 1)
@@ -114,12 +116,12 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def takes(lengths: str, dropout: float, name: str) -> bool:
-    """Whether an implementation can be asked for this at all."""
+    """Whether an implementation supports these documents and this dropout."""
     return lengths == "rows" if name == "sdpa-flash" else not dropout or name not in ("varlen", "flex")
 
 
 def measure_tile(setting: Setting, kernel: str, tile: tuple[int, int, int, int]) -> dict:
-    """On posts, with this tile for one kernel and the others as they ship."""
+    """Measures posts with this tile for one kernel; the other kernels keep the tiles that ship."""
     with in_place({TABLES[kernel]: tile}):
         return measure(setting, 64, "posts", 0.1, "minisobert")
 
@@ -131,7 +133,7 @@ def measure_earlier(setting: Setting, width: int, lengths: str, dropout: float) 
 
 @contextmanager
 def in_place(tiles: dict[str, tuple[int, int, int, int]]) -> Iterator[None]:
-    """Inside, these tables have this tile for bf16 and d = 64."""
+    """Within this context, each of these tables has the given tile for bf16 and d = 64."""
     tables = {name: getattr(attention_tiles, name) for name in tiles}
     shipped = {name: table[2, 64] for name, table in tables.items()}
     try:
@@ -147,8 +149,8 @@ SURROUNDINGS = ("nothing", "bias", "bias apart", "rotary", "rotary apart")
 
 
 def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: float, what: str) -> dict:
-    """Attention of one (T, H, 3, d), copied first, with what stands around it in a block; "apart" where that makes
-    passes of its own, as it did before `self_attention` took it along."""
+    """Attention of one (T, H, 3, d) tensor, copied first, together with the bias or the rotary positions that a block
+    adds. "apart": these take separate passes, as they did before `self_attention` included them."""
     case, heads = Case(setting, lengths, dropout), setting.heads[width]
     step = Dropout.for_step(dropout, 0, 0, 1, setting.device)
     dropped = step and step.at(0, "attention")
@@ -157,7 +159,7 @@ def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: fl
     rotation = ops.rotation(case.documents.start * 0, width, 10_000.0)
 
     def run(qkv, bias=None):
-        qkv = qkv.clone()  # as a linear gives it, since rotary positions overwrite it
+        qkv = qkv.clone()  # rotary positions overwrite it
         if what == "bias apart":
             return ops.self_attention(WithBias.apply(qkv, bias), case.documents, dropped)
         if what == "rotary apart":
@@ -174,11 +176,11 @@ def measure_surroundings(setting: Setting, width: int, lengths: str, dropout: fl
 
 
 class RotaryApart(torch.autograd.Function):
-    """Turns in place, and turns the gradient back in a pass of its own."""
+    """Rotates in place, and rotates the gradient back in a separate pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rotation: Tensor) -> Tensor:
-        from minisobert.ops.kernels.rotary import turn  # Triton, which a dry run has to tell something first
+        from minisobert.ops.kernels.rotary import turn  # imports Triton; a dry run must set TRITON_INTERPRET first
 
         ctx.rotation, ctx.turn = rotation, turn
         return turn(x, x, rotation, x.shape[1]).view_as(x)
@@ -193,7 +195,7 @@ def measure(setting: Setting, width: int, lengths: str, dropout: float, name: st
     qkv = torch.randn(setting.tokens, heads, 3, width, dtype=DTYPE, device=setting.device, requires_grad=True)
     build, run = IMPLEMENTATIONS[name](case)
     mask = build and build()
-    # with dropout each draws a mask of its own: nothing to compare
+    # with dropout each draws its own mask, and results cannot be compared
     ours = minisobert(case)[1] if name != "minisobert" and not dropout else None
     result = timing.measure(partial(run, mask=mask), ours, list(qkv.unbind(2)))
     work = flops(case.pairs, heads, width)

@@ -1,4 +1,4 @@
-"""rates.png, step.png and cost.png: rates beside rivals, where the time of a micro-batch goes, what 27B tokens cost.
+"""Draws rates.png (rates beside the peers'), step.png (the time of a micro-batch by parts) and cost.png (27B tokens).
 
 Black marks are predictions (predict.py).
 """
@@ -18,7 +18,7 @@ from benchmarks.gpu.report import DIRECTIONS, PRICE, against_copy, cost, number,
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = {  # in the order of the bars; ours stands out
+COLORS = {  # in the order of the bars; only ours are red
     "minisobert": "#d1495b", "minisobert, dropout 0.1": "#eaa4ad", "train.py, its recipe": "#66101f",
     "sdpa-cudnn": "#00798c", "sdpa-flash": "#30638e", "sdpa-efficient": "#8fb8de", "varlen": "#003d5b",
     "flex": "#edae49", "eager": "#8fb8de", "eager-bf16": "#8fb8de", "eager-fp32": "#30638e", "compiled": "#00798c",
@@ -61,7 +61,7 @@ def training(records: Records) -> Iterator[Bar]:
 
 
 def costs(records: Records) -> Iterator[Bar]:
-    """Of whole steps."""
+    """The bars of cost.png, from whole steps."""
     for (preset, lengths, dropout, name), result in records.results("training").items():
         if name == "minisobert":
             shown = name if dropout == "0.0" else f"{name}, dropout {dropout}"
@@ -78,7 +78,7 @@ def _cost(group: str, name: str, result: dict) -> Bar:
 
 
 def write(records: Records, folder: Path) -> None:
-    """Draws what has been measured; no file where that is nothing."""
+    """Draws all that has been measured. A plot without measurements is not written."""
     rates = [*attention(records), *bandwidth(records), *training(records)]
     _bars(records, folder / "rates.png", "Rates beside rivals, bf16 (black: predicted)", rates, 2)
     _bars(records, folder / "cost.png", "What a pre-training costs (black: predicted)", [*costs(records)], 1)
@@ -122,7 +122,7 @@ def _draw(axes, groups: dict[str, dict[str, tuple[float, str, float | None]]], d
 
 
 def _steps(records: Records, path: Path) -> None:
-    """A bar for what was measured and one for what was predicted, of each preset."""
+    """Two bars for each preset: the measured time and the predicted time."""
     bars = {}
     for (preset,), profile in records.results("profile").items():
         bars[f"{preset}\nmeasured"] = profile["parts"]

@@ -1,15 +1,15 @@
-"""What each figure should be, by a model of the chip that is good to 15 %: what is further off is wrong somewhere.
+"""Predicts each figure of `make gpu` from a model of the chip, to about 15 %. A larger error means a mistake somewhere.
 
-    matrix products   FLOPs at the rate of a large product on a chip that is held at its power limit
+    matrix products   FLOPs, at the rate of a large product on a chip at its power limit
     memory            bytes that have to move, at the share of the copy bandwidth that such kernels reach
-    attention         clocks of a score = OVERLAP (tensor + issue + exp2), where a multiprocessor does 4,096 bf16
-                      FLOPs, issues 128 instructions and does 16 exp2 a clock
+    attention         clocks per score = OVERLAP (tensor + issue + exp2), where a multiprocessor does 4,096 bf16 FLOPs,
+                      issues 128 instructions and computes 16 exp2 per clock
 
-Instructions are those of the compiled loops, as `benchmarks.compiled --count` wrote them down, in the tiles that are
-visited. OVERLAP, how little of the three goes on at once, is fitted for the forward pass to one published figure:
-Triton's 396 TFLOP/s at d = 64 on whole rows of an H100 (FlashAttention-3, Shah et al. 2024). For the gradients, whose
-chains of products are longer, it is a guess. The rates are what such chips are known for; no kernel of ours has been
-timed to set them. A dry run predicts for an H100.
+Instructions are counted in the compiled loops by `benchmarks.compiled --count`, and multiplied by the tiles visited.
+OVERLAP is 1 if the three never run at the same time, and smaller if they do. For the forward pass it is fitted to one
+published figure: Triton's 396 TFLOP/s at d = 64 on whole rows of an H100 (FlashAttention-3, Shah et al. 2024). For the
+gradients, whose chains of products are longer, it is a guess. The rates are typical of such chips; none of our kernels
+has been timed to set them. A dry run predicts for an H100.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from minisobert.training import meter
 
 WITHIN = 0.15
 OVERLAP = {"forward": 0.79, "key gradient": 0.9, "query gradient": 0.9}
-REACHED = 0.8  # of copy bandwidth, by kernels that stream
-FLOPS, ISSUE, EXP2 = 4_096, 128, 16  # a clock and multiprocessor of sm_90
-OPTIMIZER_BYTES = 50  # a parameter: gradient, master and moments read, written where they change, and norm, weights
-GRADIENT_BYTES = 10  # a parameter and micro-batch: bf16 gradient, added to fp32
+REACHED = 0.8  # share of the copy bandwidth that streaming kernels reach
+FLOPS, ISSUE, EXP2 = 4_096, 128, 16  # per clock and multiprocessor of sm_90
+OPTIMIZER_BYTES = 50  # per parameter: gradient, master and moments read and written, the norm, the new weights
+GRADIENT_BYTES = 10  # per parameter and micro-batch: a bf16 gradient added to an fp32 sum
 ELEMENT = 2
 
 
 class Chip(NamedTuple):
     multiprocessors: int
-    clock: float  # a second, under load
-    copied: float  # bytes a second that a copy reads and writes
-    multiplied: float  # FLOPs a second of a large bf16 product
+    clock: float  # per second, under load
+    copied: float  # bytes per second that a copy reads and writes
+    multiplied: float  # FLOPs per second of a large bf16 product
 
 
 CHIPS = {"H200": Chip(132, 1.755e9, 4.3e12, 672e12), "H100": Chip(132, 1.755e9, 3.0e12, 672e12)}
 # TFLOP/s on an H100 at d = 64 on whole rows of 2,048 without dropout, forward and backward (FlashAttention-3)
 PUBLISHED = {"sdpa-flash": (318, 264), "varlen": (318, 264), "sdpa-cudnn": (395, None)}
-PASSES = {"forward": 2, "key gradient": 4, "query gradient": 3}  # products of a visit
+PASSES = {"forward": 2, "key gradient": 4, "query gradient": 3}  # matrix products per visit
 
-# Tensors (T, h) that what surrounds attention reads and writes, forward and backward
+# Tensors of (T, h) that the operations around attention read and write, (forward, backward)
 AROUND = {"nothing": (6, 0), "bias": (6, 0), "bias apart": (6, 3), "rotary": (10, 0), "rotary apart": (10, 6)}
 
 
@@ -63,13 +63,13 @@ def chip_of(name: str, dry: bool) -> Chip | None:
 
 @cache
 def loops() -> dict[tuple[str, int, float], Loop]:
-    """Of attention's loops, by kernel, head width and dropout."""
-    newest = max(RESULTS.glob("instructions-3.6*.md"))  # the version that comes with torch 2.11 and 2.12
+    """Instructions of attention's loops, by kernel, head width and dropout."""
+    newest = max(RESULTS.glob("instructions-3.6*.md"))  # Triton 3.6 comes with torch 2.11 and 2.12
     return read_loops(newest.read_text())
 
 
 class Attention(NamedTuple):
-    """Seconds of the kernels."""
+    """Seconds that the kernels take."""
 
     forward: float
     backward: float
@@ -77,7 +77,7 @@ class Attention(NamedTuple):
 
 def attention(chip: Chip, bounds: np.ndarray, heads: int, width: int, dropout: float, window: int | None = None,
               rotary: bool = False) -> Attention | None:  # fmt: skip
-    """One layer. None where its loops were not counted."""
+    """Seconds of one layer, or None if the instructions of its loops were not counted."""
     near = ", window" if window else ""
     turned = ", rotary" * rotary + near
     named = {"forward": near, "key gradient": turned, "query gradient": turned}
@@ -103,13 +103,13 @@ def attention(chip: Chip, bounds: np.ndarray, heads: int, width: int, dropout: f
 
 
 def moved(chip: Chip, size: float) -> float:
-    """Seconds to stream so many bytes."""
+    """Seconds to stream `size` bytes."""
     return size / (REACHED * chip.copied)
 
 
 def micro_batch(chip: Chip, setting: Setting, preset: str, lengths: str, dropout: float,
                 rows: int | None = None) -> dict[str, float]:  # fmt: skip
-    """Seconds of forward and backward pass, by what takes them."""
+    """Seconds of the forward and backward pass, by part."""
     model, usual, _ = setting.models[preset]
     rows = rows or usual
     tokens, h, f = rows * setting.row_tokens, model.hidden, model.ffn
@@ -123,7 +123,7 @@ def micro_batch(chip: Chip, setting: Setting, preset: str, lengths: str, dropout
     layers = [of_window[window] for window in windows]
     *of_layer, decoder = products(model, tokens, masked).values()
     flops = 3 * 2.0 * (model.layers * sum(m * n * k for m, n, k in of_layer) + np.prod(decoder) + masked * h * h)
-    # tensors (T, h) and (T, f) that are read and written, forward and backward
+    # (T, h) and (T, f) tensors that are read and written, forward and backward
     norm = 2 * (4 + 4 + (dropout > 0)) * h
     gelu = (3 + 5) * f if model.is_modern else (2 + 3) * f
     turned = 4 * h if model.is_modern else 0
@@ -167,14 +167,14 @@ def training(chip: Chip, setting: Setting, preset: str, lengths: str, dropout: f
 
 
 def memory(setting: Setting, preset: str, rows: int, dropout: float) -> int:
-    """As `--plan` has it."""
+    """Bytes at the peak, as `--plan` estimates them."""
     model, *_ = setting.models[preset]
     layout = forecast.Layout(micro_batch_rows=rows, row_tokens=setting.row_tokens, mask_rate=recipe(preset).mask_rate)
     return forecast.memory(model, layout, dropout > 0, muon=model.is_modern).total
 
 
 def muon(chip: Chip, model: ModelConfig) -> float:
-    """Seconds of its five iterations: three products each of every matrix, in bf16 (`docs/muon.md`)."""
+    """Seconds of Muon's five iterations, each of three bf16 products per matrix (`docs/muon.md`)."""
     h, f = model.hidden, model.ffn
     shapes = [(3 * h, h), (h, h), (2 * f, h), (f, h)]
     flops = sum(5 * 2 * (2 * min(a, b) ** 2 * max(a, b) + min(a, b) ** 3) for a, b in shapes)
@@ -182,7 +182,7 @@ def muon(chip: Chip, model: ModelConfig) -> float:
 
 
 def figures(name: str, setting: Setting, machine: str, result: dict) -> dict[str, float | None]:
-    """What the fields of a result should be, as far as the model says. name: of the measurement."""
+    """The predicted fields of a result, those that the model covers. name: that of the measurement."""
     chip = chip_of(machine, setting.dry)
     if chip is None:
         return {}
@@ -217,7 +217,7 @@ def figures(name: str, setting: Setting, machine: str, result: dict) -> dict[str
 
 
 def _attention(chip: Chip, setting: Setting, about: list[str]) -> dict[str, float | None]:
-    """Of attention as it is measured; name: an implementation, or what surrounds it."""
+    """The fields of a measurement of attention. Its last part names an implementation or a surrounding operation."""
     width, lengths, dropout, name = int(about[0]), about[1], float(about[2]), about[3]
     if name in PUBLISHED and (width, lengths, dropout) == (64, "rows", 0.0):
         return dict(zip(("forward_tflops", "backward_tflops"), PUBLISHED[name]))
@@ -244,8 +244,9 @@ def main() -> None:
     options = parser("gpu.predict", "--write", writes="benchmarks/results/gpu/predicted.md").parse_args()
     setting, lines = replace(REAL, device=torch.device("cpu")), ["# What `make gpu` should find", ""]
     lines += [
-        "`python -m benchmarks.gpu.predict`, before anybody has run it: by a model of the chip "
-        "([predict.py](../../gpu/predict.py)) that is good to 15 %. `make gpu` sets what it measures beside this.",
+        "`python -m benchmarks.gpu.predict` computed these figures from a model of the chip "
+        "([predict.py](../../gpu/predict.py)), before any of them was measured. The model should be within 15 %. "
+        "`make gpu` prints its measurements beside them.",
     ]
     for name, chip in CHIPS.items():
         rows = []

@@ -1,4 +1,4 @@
-"""What was measured: one JSON file, written anew as soon as a figure is there, so that a run may be killed at any time.
+"""The measurements, in one JSON file that is rewritten after each of them, so that a run may be killed at any time.
 
 A measurement that is on record with the same fingerprint (sources, chip, versions) is not repeated, whether it
 succeeded or failed.
@@ -22,13 +22,13 @@ from benchmarks.gpu.setting import Setting
 from minisobert.files import write_json
 
 ROOT = Path(__file__).parents[2]
-PRESENTATION = {"report.py", "plots.py", "predict.py"}  # a reworded table is no reason to measure again
+PRESENTATION = {"report.py", "plots.py", "predict.py"}  # a change to a table does not require a new measurement
 SOURCES = ("minisobert/**/*.py", "benchmarks/*.py", "benchmarks/*.json", "benchmarks/gpu/*.py",
            "tests/gpu/*.py", "tests/conftest.py", "tests/against_reference.py")  # fmt: skip
 
 
 def fingerprint(*about) -> str:
-    """A hash of the sources, and of what else decides about a result."""
+    """A hash of the sources and of `about`, the other facts that determine a result."""
     digest = hashlib.sha256(json.dumps(about).encode())
     for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.name not in PRESENTATION):
         digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -36,7 +36,7 @@ def fingerprint(*about) -> str:
 
 
 def _output_of(command: str) -> str:
-    """The first line of what a command prints; empty where it cannot be run."""
+    """The first line that a command prints, or an empty string if it fails."""
     try:
         done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -62,8 +62,8 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 class Records:
-    """measurements: by name, parts with slashes between them: {"fingerprint", "seconds" that it took, "ours" (whether a
-    failure is a mistake of this project), "result" or "failed"}."""
+    """measurements: by name, whose parts are separated by slashes: {"fingerprint", "seconds" (how long it took), "ours"
+    (whether a failure is a mistake in this project), "result" or "failed"}."""
 
     def __init__(self, folder: Path, setting: Setting):
         self.path, self.dry, self.setting = folder / "gpu.json", setting.dry, setting
@@ -74,7 +74,7 @@ class Records:
         self.fingerprint = fingerprint(self.dry, self.machine["chip"], self.machine["versions"])
 
     def load(self, path: Path) -> None:
-        """Takes over what an earlier run with the same fingerprint measured."""
+        """Takes over the measurements of an earlier run that have the same fingerprint."""
         if path.is_file():
             for name, record in json.loads(path.read_text())["measurements"].items():
                 if record["fingerprint"] == self.fingerprint:
@@ -85,8 +85,8 @@ class Records:
         write_json(self.path, {name: getattr(self, name) for name in names})
 
     def results(self, stage: str) -> dict[tuple[str, ...], dict]:
-        """The rest of the name → result with "predicted", what its fields should be; by size and dropout, "rows" before
-        "posts"; then in the order of the plan."""
+        """The results of a stage, by the rest of the name, each with its predictions as "predicted". They are sorted by
+        size and dropout, with "rows" before "posts", and then as in the plan."""
 
         def order(name: tuple[str, ...]) -> list:
             return [(part == "posts", float(part) if part[0].isdigit() else 0, part) for part in name[:-1]]
@@ -105,10 +105,10 @@ class Records:
         return self._predicted[name]
 
     def get(self, *name) -> dict:
-        """The result of the measurement of this name; empty where there is none."""
+        """The result of the measurement of this name, or an empty dict if there is none."""
         return self.measurements.get("/".join(map(str, name)), {}).get("result", {})
 
     def failures(self, ours: bool) -> dict[str, str]:
-        """Name and reason. ours: those that are to be mended here, an unexpected result among them."""
+        """The reason of each failure, by name. ours: those to be fixed here, including unexpected results."""
         records = self.measurements.items()
         return {name: r["failed"] for name, r in records if "failed" in r and r["ours"] == ours}

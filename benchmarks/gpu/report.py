@@ -1,4 +1,4 @@
-"""gpu.md: the machine, the goals, then a table per stage."""
+"""Writes gpu.md: the machine, the goals, and a table for each stage."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from minisobert.cli import table
 from minisobert.training.meter import dollars
 
 DRY = "**A DRY RUN: toy sizes on a CPU. No figure here means anything.**"
-TOKENS = 27e9  # of a whole pre-training
+TOKENS = 27e9  # tokens of a whole pre-training
 PRICE = 3.0  # dollars per GPU-hour
 DIRECTIONS = ("forward", "backward")
-TELLING = {  # fields to be compared with their predictions; times say the same again
+TELLING = {  # fields to compare with their predictions; the times would only repeat them
     "bytes_per_second", "tflops", "tokens_per_second", "peak_bytes",
     *(f"{direction}_{rate}" for direction in DIRECTIONS for rate in ("tflops", "bytes_per_second")),
 }  # fmt: skip
-UNITS = {"bytes": 1e9, "bytes_per_second": 1e12, "seconds": 1e-3}  # GB, TB/s, ms; by what a field's name ends in
+UNITS = {"bytes": 1e9, "bytes_per_second": 1e12, "seconds": 1e-3}  # GB, TB/s, ms; by the end of a field's name
 
 
 def number(value: float) -> str:
-    """With three significant digits, or more before the point."""
+    """A number with three significant digits, or with all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(field: str, value) -> str:
-    """A field of a result, in the unit that a reader wants of what its name ends in; empty for None."""
+    """A field of a result as text, in the unit that UNITS has for the end of its name; empty for None."""
     if value is None or isinstance(value, str):
         return value or ""
     if field == "shape":
@@ -44,14 +44,14 @@ def cell(field: str, value) -> str:
 
 
 def both(field: str, result: dict) -> str:
-    """What was measured, and in parentheses what was predicted."""
+    """The measured value, and the predicted one in parentheses."""
     expected = result.get("predicted", {}).get(field)
     return cell(field, result.get(field)) + (f" ({cell(field, expected)})" if expected is not None else "")
 
 
 def surprises(records: Records) -> Iterator[tuple[tuple[str, str], dict]]:
-    """((measurement, field), {"measured", "expected", "ratio"}) of what is further from its prediction than the model
-    is good for, the furthest first."""
+    """((measurement, field), {"measured", "expected", "ratio"}) for each figure that is off its prediction by more than
+    WITHIN, the furthest first."""
     found = []
     for name, record in records.measurements.items():
         result = record.get("result", {})
@@ -72,7 +72,7 @@ class Goal:
     at_most: bool = False
 
     def met(self) -> str:
-        """The highest mark that was met; empty where nothing was measured."""
+        """The highest mark that was met, "no", or an empty string if nothing was measured."""
         if self.measured is None:
             return ""
         marks = {"reach": self.reach, "goal": self.goal}
@@ -81,7 +81,7 @@ class Goal:
 
 
 def goals(records: Records) -> Iterator[Goal]:
-    """What the project wants of an H200, and what was measured."""
+    """The project's goals for an H200, with the measured values."""
     copied = records.get("ceilings", "copy").get("bytes_per_second")
     for direction, goal, reach in (("forward", 350, 420), ("backward", 230, 300)):
         rows, dropped_rows, posts, dropped_posts = (
@@ -130,7 +130,8 @@ def against_copy(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
 
 
 def in_training(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """((preset, documents, dropout, implementation), result with dollars, or beside ours) pairs."""
+    """((preset, documents, dropout, implementation), result) pairs. Our results have "dollars" too; those of peers have
+    "times", our speed divided by theirs."""
     speed = "micro_batch_tokens_per_second"
     for (*case, name), result in records.results("training").items():
         if name == "minisobert":
@@ -142,13 +143,13 @@ def in_training(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
 
 
 def beside_shipped(records: Records) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """What was measured with earlier tiles, "predicted" being what the shipped ones take."""
+    """The measurements with earlier tiles; their "predicted" fields are the measurements of the tiles that ship."""
     for case, result in records.results("tables").items():
         yield case, result | {"predicted": records.get("attention", *case, "minisobert")}
 
 
 def by_rows(records: Records) -> list[tuple[tuple[str, ...], dict]]:
-    """base on posts, by rows of a micro-batch: the usual ones too, which are measured in training."""
+    """base on posts, by rows of a micro-batch, including the usual number, which the training stage measures."""
     usual = {
         (str(records.setting.models["base"][1]), case[2]): result
         for case, result in records.results("training").items()
@@ -172,16 +173,17 @@ def write(records: Records, folder: Path) -> None:
         *[DRY, ""] * records.dry,
         f"{about['chip']}; {about['versions']}.",
         f"{about['date']}, commit {about['commit']}. bf16 throughout. Times are medians of several calls, "
-        "by CUDA events, with a cold L2. *Differs*: how far results and gradients are from minisobert's, relative, by "
-        "root mean square; in training, nats between the first losses. With dropout each draws its own mask. In "
-        "parentheses: what was predicted; for SDPA and varlen, what others have published.",
+        "by CUDA events, with a cold L2. *Differs* is the relative root mean square difference between the results and "
+        "gradients of a peer and minisobert's; in training, the difference in nats between the first losses. "
+        "With dropout each implementation draws its own mask, and nothing is compared. Parentheses hold predicted "
+        "figures; for SDPA and varlen they hold published ones.",
         "",
         f"`pytest tests/gpu`: {records.get('tests').get('summary', 'no outcome')}. The log is `tests.log`.",
         *goal_lines(records),
         *_section(
             "Not as predicted",
-            f"More than {WITHIN:.0%} from what [predict.py](../../gpu/predict.py) says, the furthest first. Wrong is "
-            "the kernel, the measurement or the model of the chip.",
+            f"These figures are more than {WITHIN:.0%} off the predictions of [predict.py](../../gpu/predict.py), the "
+            "furthest first. The kernel, the measurement or the model of the chip is wrong.",
             ["measurement", "figure"],
             {"measured": "measured", "predicted": "expected", "ratio": "ratio"},
             surprises(records),
@@ -193,8 +195,8 @@ def write(records: Records, folder: Path) -> None:
 
 
 def _section(title: str, text: str, names: list[str], columns: dict[str, str], results: Iterable) -> list[str]:
-    """A table with a line for each (name, result): the parts of the name, under `names`, then the fields of columns,
-    {heading: field}, each with its prediction in parentheses. Nothing where there are no results."""
+    """A table with a line for each (name, result): the parts of the name, under `names`, then the fields of `columns`
+    ({heading: field}), each with its prediction in parentheses. Returns no lines if there are no results."""
     rows = [[*name, *(both(field, result) for field in columns.values())] for name, result in results]
     head, _, *body = table([*names, *columns], rows)
     lines = ["", f"## {title}", "", text.strip(), "", head, "|---" * len(names) + "|--:" * len(columns) + "|", *body]
@@ -202,7 +204,7 @@ def _section(title: str, text: str, names: list[str], columns: dict[str, str], r
 
 
 def goal_lines(records: Records) -> list[str]:
-    text = "Set for an H200 (989 TFLOP/s by datasheet) at dropout 0 unless it says otherwise."
+    text = "These goals are for an H200 (989 TFLOP/s by its datasheet), at dropout 0 unless stated otherwise."
     columns = {name: name for name in ("goal", "reach", "measured", "met")}
     return _section("Goals", text, [""], columns, [((g.what,), vars(g) | {"met": g.met()}) for g in goals(records)])
 
@@ -216,16 +218,16 @@ def _trouble(records: Records) -> list[str]:
             names = ", ".join(f"`{name}`" for name in failures if failures[name] == reason)
             lines.append(f"- {names}: {reason}")
     if count := len(records.not_reached):
-        lines += ["", "## Not reached", "", f"{count} measurements; the same command goes on with them.", ""]
+        lines += ["", "## Not reached", "", f"{count} measurements are missing; the same command makes them.", ""]
         lines += [f"- `{name}`" for name in records.not_reached]
     return lines
 
 
 def _measured(records: Records) -> Iterator[str]:
-    """A table for each stage."""
+    """The lines of a table for each stage."""
     yield from _section(
         "Ceilings",
-        "A copy, read and written, and bf16 matrix products: a square one, and those of each model's forward pass.",
+        "A copy, counted as read and written, and bf16 products: a square one, and those of each model's forward pass.",
         [""],
         {"shape (m, n, k)": "shape", "ms": "seconds", "TFLOP/s": "tflops", "TB/s": "bytes_per_second"},
         [((" ".join(name),), result) for name, result in records.results("ceilings").items()],
@@ -236,24 +238,24 @@ def _measured(records: Records) -> Iterator[str]:
     }, records.results("attention").items())  # fmt: skip
     yield from _section(
         "Attention with what surrounds it",
-        "d = 64, posts, dropout 0, of one qkv that is copied first: with the bias that it holds or with rotary "
-        "positions, taken along, and with a pass of its own for each (apart).",
+        "d = 64, posts, dropout 0, on one qkv tensor that is copied first. Attention's own passes include the bias or "
+        "rotary positions; in the lines with *apart* these take a separate pass.",
         ["d", "documents", "dropout", "with"],
         {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
         records.results("surroundings").items(),
     )
     yield from _section(
         "The tiles before",
-        "d = 64, with the tiles that were chosen before instructions were counted: beside them the times above, in "
-        "parentheses.",
+        "d = 64, with the tiles that were chosen before instructions were counted. The times in parentheses are those "
+        "of the tiles that ship, from the table of attention.",
         ["d", "documents", "dropout"],
         {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
         beside_shipped(records),
     )
     yield from _section(
         "Tiles of attention",
-        "d = 64, posts, dropout 0.1: one kernel with another tile (rows held, tokens visited, warps, stages), the rest "
-        "as they ship. The first of each kernel ships on sm_90.",
+        "d = 64, posts, dropout 0.1. Each line has another tile (rows held, tokens visited, warps, stages) for one "
+        "kernel; the others are as they ship. The first tile of each kernel is the one that ships for sm_90.",
         ["kernel", "tile"],
         {"forward ms": "forward_seconds", "backward ms": "backward_seconds"},
         records.results("tiles").items(),
@@ -270,7 +272,7 @@ def _measured(records: Records) -> Iterator[str]:
     }, in_training(records))  # fmt: skip
     yield from _section(
         "Rows of a micro-batch",
-        "base on posts: where tokens a second fall, the device waits for the host.",
+        "base on posts. Where the tokens per second fall, the device waits for the host.",
         ["rows", "dropout"],
         {
             "step, tokens/s": "tokens_per_second",
@@ -298,7 +300,7 @@ def _measured(records: Records) -> Iterator[str]:
         )  # fmt: skip
         yield from _section(
             f"Its kernels: {preset}",
-            "Those that take most.",
+            "These kernels take the most time.",
             [""],
             {"calls": "calls", "ms": "seconds", "share": "share"},
             [((f"`{kernel['name'][:90]}`",), kernel) for kernel in profile["kernels"]],

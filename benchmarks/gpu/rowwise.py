@@ -1,15 +1,15 @@
-"""The ceilings, and what is bound by them: copies and matrix products; layer norm, bias and GELU, cross-entropy.
+"""Layer norm, bias and GELU, and cross-entropy beside torch's; and the ceilings: copies and matrix products.
 
-A speed in bytes counts what has to be read and written once, in bf16, whatever an implementation moves beside it:
+A speed in bytes counts the bf16 tensors that must be read or written once, even if an implementation moves more:
 
     add_norm        forward  branch, residual → residual, normal             backward  3 read, 1 written; 2 with dropout
     layer_norm      forward  x → normal                                      backward  2 read, 1 written
     bias_gelu       forward  x → y                                           backward  2 read, 1 written
     cross_entropy   forward  logits →                                        with its backward  logits twice, d logits
 
-torch's side of add_norm is F.layer_norm(residual + dropout(x + bias)), eager or compiled; layer_norm is F.layer_norm by
-itself. Beside our cross_entropy stands F.cross_entropy, on bf16 or fp32 logits. Ours writes the gradient over the
-logits, so that its backward runs only once: every one is timed with its forward before it.
+For add_norm, torch computes F.layer_norm(residual + dropout(x + bias)), eager or compiled; layer_norm is F.layer_norm
+alone. Our cross_entropy is compared with F.cross_entropy on bf16 or fp32 logits. Ours overwrites the logits with their
+gradient, so its backward pass can run only once; every backward pass is therefore timed together with its forward pass.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def measure_copy(setting: Setting) -> dict:
 
 
 def measure_gemm(setting: Setting, preset: str | None = None, product: str | None = None) -> dict:
-    """(m, k) times (k, n) in bf16, on random numbers: zeros would spare the chip power and run faster.
+    """Times (m, k) by (k, n) in bf16, on random numbers: zeros would take less power and run faster.
 
-    A square product, or one of PRODUCTS of a preset's forward pass.
+    The product is square, or one of PRODUCTS of a preset's forward pass.
     """
     m = n = k = setting.gemm
     if preset:
@@ -54,7 +54,7 @@ def measure_gemm(setting: Setting, preset: str | None = None, product: str | Non
 
 
 def products(model: ModelConfig, tokens: int, masked: int) -> dict[str, tuple[int, int, int]]:
-    """The matrix products of a model's forward pass, (m, n, k) each; backward takes each twice, transposed."""
+    """The matrix products of a model's forward pass, (m, n, k) each. The backward pass has two for each of them."""
     h, f, v = model.hidden, model.ffn, model.vocabulary
     gated = 2 if model.is_modern else 1
     shapes = (tokens, 3 * h, h), (tokens, h, h), (tokens, gated * f, h), (tokens, h, f), (masked, v, h)
@@ -63,8 +63,9 @@ def products(model: ModelConfig, tokens: int, masked: int) -> dict[str, tuple[in
 
 def _measure(setting: Setting, name: str, functions: dict[str, Callable], shapes: list[tuple[int, ...]],
              moved: tuple[int, int], ours: Callable | None = None, together: bool = False) -> dict:  # fmt: skip
-    """functions: by name; what is not among them is the eager one, compiled. shapes: of the inputs. moved: how many
-    tensors as large as the first input have to be read or written, forward and backward. ours: to compare with."""
+    """functions: by name; any other name is the eager function, compiled. shapes: those of the inputs. moved: how many
+    tensors as large as the first input must be read or written, forward and backward. ours: the function to compare
+    with. together: time the backward pass together with the forward pass."""
     function = functions.get(name) or setting.compile(functions[name.replace("compiled", "eager")])
     inputs = [torch.randn(shape, dtype=DTYPE, device=setting.device, requires_grad=True) for shape in shapes]
     result = timing.measure(function, None if name == "minisobert" else ours, inputs, together)
@@ -74,7 +75,7 @@ def _measure(setting: Setting, name: str, functions: dict[str, Callable], shapes
 
 
 def measure_norm(setting: Setting, width: int, dropout: float, name: str) -> dict:
-    """layer_norm is by itself; all others also add bias, branch and residual."""
+    """layer_norm is the norm alone; all others also add bias, branch and residual."""
     matrix, vector = (setting.tokens, width), (width,)
     if name == "layer_norm":
         alone = {name: lambda x, weight, bias: F.layer_norm(x, vector, weight, bias, EPS)}
@@ -90,7 +91,7 @@ def measure_norm(setting: Setting, width: int, dropout: float, name: str) -> dic
         return residual, F.layer_norm(residual, vector, weight, norm_bias, EPS)
 
     functions, shapes = {"minisobert": ours, "eager": eager}, [matrix, vector, matrix, vector, vector]
-    compared = None if dropout else ours  # with dropout each draws a mask of its own
+    compared = None if dropout else ours  # with dropout each draws its own mask
     return _measure(setting, name, functions, shapes, (4, 5 if dropout else 4), compared)
 
 
@@ -103,7 +104,7 @@ def measure_cross_entropy(setting: Setting, name: str) -> dict:
     logits = (int(masking.EVALUATION_RATE * setting.tokens), setting.vocabulary)
     targets = torch.randint(setting.vocabulary, logits[:1], device=setting.device)
     functions = {
-        "minisobert": lambda logits: cross_entropy(logits.view_as(logits), targets),  # what it overwrites is no leaf
+        "minisobert": lambda logits: cross_entropy(logits.view_as(logits), targets),  # it may not overwrite a leaf
         "eager-bf16": lambda logits: F.cross_entropy(logits, targets, reduction="none"),
         "eager-fp32": lambda logits: F.cross_entropy(logits.float(), targets, reduction="none"),
     }

@@ -1,4 +1,4 @@
-"""The sizes of a run. REAL is for a GPU of 80 GB or more; TOY walks the same stages on a CPU in a minute."""
+"""The sizes of a run. REAL is for a GPU of 80 GB or more; TOY tries the same stages on a CPU in a minute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minisobert.corpus.packing import SPECIALS
 from minisobert.corpus.shards import Shards
 from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID
 
-LENGTHS = ("rows", "posts")  # documents of a whole row each; documents as long as posts are
+LENGTHS = ("rows", "posts")  # documents that fill a row each; documents with the lengths of posts
 DROPOUTS = (0.0, 0.1)
 DTYPE = torch.bfloat16
 
@@ -28,39 +28,39 @@ DTYPE = torch.bfloat16
 class Setting:
     device: torch.device
     row_tokens: int
-    tokens: int  # T of attention, layer norm and GELU
+    tokens: int  # T in attention, layer norm and GELU
     heads: dict[int, int]  # head width → heads
     vocabulary: int
     gemm: int
     copy_bytes: int
     tokens_per_batch: int
-    models: dict[str, tuple[ModelConfig, int, int]]  # and its micro-batches: rows of ours, documents of the peers'
-    rows: tuple[int, ...]  # of other micro-batches of base: where do kernels wait for the host?
-    steps: int  # of train.py
-    distinct: int  # micro-batches that are timed one after the other, so that packed rows differ as they do in a run
+    models: dict[str, tuple[ModelConfig, int, int]]  # with the rows of our micro-batch and the documents of a peer's
+    rows: tuple[int, ...]  # other sizes of base's micro-batch, to see when the GPU waits for the host
+    steps: int  # optimizer steps of train.py
+    distinct: int  # micro-batches timed one after the other, as different ones follow in a run
 
     @property
     def dry(self) -> bool:
         return self.device.type != "cuda"
 
     def compile(self, function: Callable, repeat_backward: bool = True) -> Callable:
-        """torch.compile, but not in a dry run: on a CPU it would take minutes.
+        """torch.compile, except in a dry run: on a CPU it would take minutes.
 
-        repeat_backward: one forward pass may be followed by several backward passes, which are timed alone.
+        repeat_backward: allows several backward passes after one forward pass, so that they can be timed alone.
         """
         if self.dry:
             return function
-        # what is saved for backward is otherwise given away in the first one ("donated buffers")
+        # otherwise the first backward pass reuses the saved tensors' memory ("donated buffers")
         functorch_config.donated_buffer = not repeat_backward
         return torch.compile(function, dynamic=False)
 
     def dropouts(self, preset: str) -> tuple[float, ...]:
-        """None, and the recipe's where it has some."""
+        """0, and the dropout of the preset's recipe if it has any."""
         return tuple(dict.fromkeys((0.0, recipe(preset).dropout)))
 
     def micro_batch(self, lengths: str, tokens: int, seed: int, preset: str = "base") -> MicroBatch:
-        """The first rows, so many tokens, of a large epoch of random pieces, packed as pre-training does and masked as
-        the preset's recipe says."""
+        """The first `tokens` tokens of a large epoch of random documents, packed as in pre-training and masked as the
+        preset's recipe says."""
         rows, rate = tokens // self.row_tokens, recipe(preset).mask_rate
         return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed, rate).to(self.device)
 
@@ -71,13 +71,13 @@ def recipe(preset: str) -> TrainConfig:
 
 
 def random_documents(lengths: np.ndarray, vocabulary: int, seed: int, folder: Path = Path()) -> Shards:
-    """Documents so many tokens long with [CLS] and [SEP], of random pieces. folder: where they will be."""
+    """Documents of random tokens. lengths: with [CLS] and [SEP]. folder: where they will be stored."""
     offsets = np.concatenate([[0], np.cumsum(lengths - SPECIALS)])
     tokens = np.random.default_rng(seed).integers(FIRST_ORDINARY_ID, vocabulary, offsets[-1], dtype=np.int32)
     return Shards(folder, {"vocab_size": vocabulary}, tokens, offsets)
 
 
-@cache  # by far most measurements take the same one
+@cache  # most measurements use the same one
 def _micro_batch(
     lengths: str, rows: int, row_tokens: int, vocabulary: int, seed: int, rate: float = EVALUATION_RATE
 ) -> MicroBatch:

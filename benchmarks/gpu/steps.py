@@ -1,8 +1,9 @@
-"""train.py itself: twenty real steps of a preset, one process, on shards that are made on the spot.
+"""Twenty steps of train.py itself, for a preset, in one process, on shards that are made for the purpose.
 
-Documents are as long as posts are and random, so that the loss says nothing. The tokenizer is a tokenizer.json of
-made-up words: of what it needs, a machine with transformers has everything. All else is as a user has it: the options'
-defaults, metrics.jsonl, a checkpoint at the end. Of the steps the second half counts; in the first, kernels compile.
+The documents have the lengths of posts and random tokens, so the loss means nothing. The tokenizer is a tokenizer.json
+of made-up words, which needs no library that transformers does not bring. Everything else is as in a user's run: the
+options' defaults, metrics.jsonl, and a checkpoint at the end. Only the second half of the steps counts, because kernels
+compile during the first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def measure(setting: Setting, preset: str) -> dict:
-    """Medians of the second half. peak_bytes: of the tensors, at the fullest moment of all steps."""
+    """Medians over the second half of the steps. peak_bytes: the most memory that tensors took in any step."""
     config, tokens = recipe(preset), setting.steps * setting.tokens_per_batch
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
@@ -61,7 +62,7 @@ def measure(setting: Setting, preset: str) -> dict:
 
 
 def make_shards(folder: Path, setting: Setting, tokens: int) -> None:
-    """A corpus of `tokens` tokens and a few held-out documents, as data.prepare would leave it."""
+    """Writes a corpus of `tokens` tokens and a few held-out documents, in data.prepare's format."""
     lengths = draw(1_000, seed=0)
     lengths = np.resize(lengths, int(tokens / lengths.mean()) + 100)
     made = random_documents(lengths, setting.vocabulary, 0, folder)
@@ -88,7 +89,7 @@ def make_shards(folder: Path, setting: Setting, tokens: int) -> None:
 
 
 def _toy_sizes(setting: Setting, preset: str) -> list[str]:
-    """The options in which the model of a setting differs from the preset: none but in a dry run."""
+    """Options for the sizes in which a setting's model differs from the preset, which it does only in a dry run."""
     ours, usual = asdict(setting.models[preset][0]), asdict(PRESETS[preset])
     names = (
         "layers",

@@ -1,4 +1,4 @@
-"""How long functions take on the device, and whether two of them compute the same."""
+"""Measures how long functions take on the device, and checks that two of them compute the same."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 FEWEST, MOST = 3, 50  # calls
-SECONDS = 0.3  # of one measurement, about
-FLUSH_BYTES = 1 << 30  # many times any L2; clearing it also gives the host time to queue what is timed
-# bf16 keeps 8 bits: a few roundings, each to half a unit of 2**-8, in different orders differ by 0.3 %
+SECONDS = 0.3  # that one measurement takes, about
+FLUSH_BYTES = 1 << 30  # many times any L2; clearing it also gives the host time to queue the timed calls
+# bf16 has 8 significant bits, so rounding is off by up to 2**-9; a few roundings in different orders differ by 0.3 %
 TOLERANCE = 0.01
 
 
 def seconds(function: Callable[[], object], device: torch.device, flush: bool = True) -> float:
-    """The median over several calls, by the device's own clock. flush: what is read first is not left in its caches.
+    """The median over several calls, by the device's own clock. flush: empty the L2 cache before each call.
 
-    Everything is queued before anything is waited for, so that launches cost what they cost a busy device. On a CPU:
-    one call, by the wall clock.
+    All calls are queued before the host waits, so that launches cost as much as on a busy device. On a CPU it is one
+    call, by the wall clock.
     """
     if device.type != "cuda":
         began = time.perf_counter()
         function()
         return time.perf_counter() - began
-    for _ in range(2):  # the first compiles and chooses; the second says how many calls there is time for
+    for _ in range(2):  # the first call compiles; the second shows how many calls there is time for
         torch.cuda.synchronize()
         began = time.perf_counter()
         function()
@@ -45,13 +45,13 @@ def seconds(function: Callable[[], object], device: torch.device, flush: bool = 
 
 
 class Disagreement(Exception):
-    """Two implementations of the same thing gave different results: one of them is wrong, and may be ours."""
+    """Two implementations of one operation gave different results. One of them is wrong, and it may be ours."""
 
 
 def check(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest difference of the pairs: its root mean square over that of ours.
+    """The largest difference between the tensors of a pair: its root mean square, relative to that of ours.
 
-    Raises Disagreement where it is more than TOLERANCE, or not a number.
+    Raises Disagreement if it is more than TOLERANCE or not a number.
     """
     pairs = [(x.detach().float(), y.detach().float()) for x, y in zip(ours, theirs, strict=True)]
     worst = max((float((x - y).norm() / x.norm()) for x, y in pairs), key=lambda x: (x != x, x))
@@ -61,15 +61,15 @@ def check(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def both_ways(function: Callable, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """The results of function(*inputs) and the gradients of the inputs. gradients: of the results."""
+    """The results of function(*inputs) and the gradients of the inputs, from `gradients`, those of the results."""
     results = function(*inputs)
     results = list(results) if isinstance(results, tuple) else [results]
     return [*results, *torch.autograd.grad(results, inputs, gradients)]
 
 
 def measure(function, ours, inputs: list[Tensor], together: bool = False) -> dict:
-    """Forward and backward of function(*inputs), after its results were checked against those of `ours`, or with None
-    without a check. together: the backward is timed with a forward before it."""
+    """Times forward and backward of function(*inputs), after a check of its results and gradients against those of
+    `ours`, unless that is None. together: time the backward pass together with its forward pass."""
     device, result = inputs[0].device, {}
     outputs = function(*inputs)
     gradients = [torch.randn_like(each) for each in (outputs if isinstance(outputs, tuple) else [outputs])]

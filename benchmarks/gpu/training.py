@@ -1,12 +1,12 @@
-"""Training throughput: a batch of 524,288 tokens by its micro-batches, bf16, forward, backward and AdamW.
+"""Training throughput in bf16 with batches of 524,288 tokens: forward, backward and optimizer.
 
-A step takes accumulation × micro-batch + optimizer, which are timed apart. Tokens are real ones. The peers are
-transformers' classes with the same weights, compiled, in plain bf16, on the same documents: shuffled, in batches padded
-to their longest, rounded up to a multiple of 128. Of their batches the one with the median share of padding is timed,
-so that one shape is compiled. They compute logits for all tokens, as their classes do, and their optimizer is left out,
-so that they are to be compared with our micro-batches alone. MegatronBert stands beside the paper's models, ModernBert
-beside the modern one, with SDPA and, where it is installed, with FlashAttention. "Times as fast" is minisobert. MFU is
-of the datasheet's bf16 rate, recomputation not counted.
+A step takes accumulation × micro-batch + optimizer; micro-batch and optimizer are timed separately. Only real tokens
+count. The peers are transformers' classes with the same weights, compiled, in plain bf16, on the same documents. These
+are shuffled and batched, and a batch is padded to its longest document, rounded up to a multiple of 128. Only the batch
+with the median share of padding is timed, so that one shape is compiled. The peers compute logits for all tokens, as
+their classes do, and run no optimizer, so compare them with our micro-batches only. The paper's models are compared
+with MegatronBert, the modern one with ModernBert on SDPA and, if it is installed, on FlashAttention. "Times as fast" is
+our speed divided by the peer's. MFU is relative to the datasheet's bf16 rate and does not count recomputation.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from minisobert.ops import Dropout, cross_entropy, cross_entropy_reference
 from minisobert.training import meter
 from minisobert.training.optimizer import Optimizer
 
-# of transformers, by architecture: name → attention; flash_attention_2 where it is installed
+# classes of transformers, by architecture: name → attention; flash_attention_2 only if it is installed
 PEERS = {
     "megatron-bert": {"MegatronBert": "eager"},
     "modernbert": {"ModernBert": "sdpa", "ModernBert-flash": "flash_attention_2"},
 }
 PAD_TO = 128
-KERNELS = 15  # rows of the profile
-PARTS = {  # of a micro-batch: what the names of their kernels begin with or hold
+KERNELS = 15  # how many kernels the profile lists
+PARTS = {  # the parts of a micro-batch, by patterns for the names of their kernels
     "attention, forward": r"^_attention_forward|^_attention_hashes",
     "attention, backward": r"^_attention_(key|query)_gradient|^_attention_delta",
     "layer norms": r"^_add_norm",
@@ -48,11 +48,11 @@ PARTS = {  # of a micro-batch: what the names of their kernels begin with or hol
     "matrix products": r"gemm|cutlass|nvjet|xmma|addmm|::mm$",
 }
 SAME_WEIGHTS = 0.01  # nats between mean losses with the same weights: a bf16 logit near 1 is off by up to 0.004
-AT_START = 0.5  # nats between the loss of new random weights and ln V, which guessing gives
+AT_START = 0.5  # nats between the loss of new random weights and ln V, the loss of guessing
 
 
 def new_model(config: ModelConfig, device: torch.device) -> MaskedLM:
-    """With weights N(0, 0.02), drawn on the device: `initialise` draws on a CPU, which takes it many seconds."""
+    """A model with weights N(0, 0.02), drawn on the device: `initialise` draws on the CPU and takes many seconds."""
     with torch.device(device):
         model = MaskedLM(config)
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def new_model(config: ModelConfig, device: torch.device) -> MaskedLM:
 
 
 def our_losses(model: MaskedLM, batch: MicroBatch, dropout: Dropout | None) -> Tensor:
-    """(M,), of the masked tokens."""
+    """(M,): the losses of the masked tokens."""
     return cross_entropy(model(batch.tokens, batch.positions, batch.documents, batch.masked, dropout), batch.targets)
 
 
@@ -79,7 +79,7 @@ class Ours:
         self.batches = [setting.micro_batch(lengths, self.tokens, seed, preset) for seed in range(setting.distinct)]
 
     def micro_batches(self) -> Tensor:
-        """Forward and backward of each. Returns the mean loss of the last, in nats."""
+        """Runs forward and backward of each micro-batch. Returns the mean loss of the last one, in nats."""
         for i, each in enumerate(self.batches):
             dropout = self.dropout and dataclasses.replace(self.dropout, token_offset=i * self.tokens)
             losses = our_losses(self.model, each, dropout)
@@ -117,21 +117,21 @@ def measure(setting: Setting, preset: str, lengths: str, dropout: float, name: s
 
 
 def measure_rows(setting: Setting, rows: int, dropout: float) -> dict:
-    """base on posts with so many rows a micro-batch."""
+    """Measures base on posts with `rows` rows in a micro-batch."""
     config, _, documents = setting.models["base"]
     models = {**setting.models, "base": (config, rows, documents)}
     return measure(dataclasses.replace(setting, models=models), "base", "posts", dropout, "minisobert")
 
 
 def profile(setting: Setting, preset: str) -> dict:
-    """Where the time of a micro-batch of the recipe goes: the parts of it, and the kernels that take most (on a CPU:
-    torch's operations)."""
+    """The time of a micro-batch of the recipe, by parts, and the kernels that take the most time (on a CPU: torch's
+    operations)."""
     dropout = recipe(preset).dropout
     ours = Ours(setting, preset, "posts", dropout)
     ours.micro_batches()
     with torch.profiler.profile() as seen:
         float(ours.micro_batches())  # waits for the device
-    # operations on the host carry the time of the kernels they start, which would count it twice
+    # operations on the host also carry the time of the kernels that they start, which would be counted twice
     kind, time = ("CPU", "self_cpu_time_total") if setting.dry else ("CUDA", "self_device_time_total")
     found = [each for each in seen.key_averages() if each.device_type == getattr(torch.autograd.DeviceType, kind)]
     spent = {each: getattr(each, time) / setting.distinct / 1e6 for each in found}
@@ -153,7 +153,7 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
     packed = setting.micro_batch(lengths, rows * setting.row_tokens, 0, preset)
     bounds = packed.documents.bounds.numpy()
     length, is_padding = np.diff(bounds), packed.tokens.cpu().numpy()[bounds[:-1]] == PAD
-    # Shuffled and batched as in a run of theirs; the batch whose share of padding is the median
+    # Shuffle and batch as a run of the peer would, and take the batch with the median share of padding
     shuffled = np.random.default_rng(0).permutation(np.flatnonzero(~is_padding))
     batches = shuffled[: len(shuffled) // documents * documents].reshape(-1, documents)
     totals, widths = length[batches].sum(1), -(-length[batches].max(1) // PAD_TO) * PAD_TO
@@ -161,13 +161,13 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
     chosen, total, width = batches[median], int(totals[median]), int(widths[median])
 
     def as_batch(x: Tensor, padding: int) -> Tensor:
-        """(T,) of the packed documents as (documents, width) of those chosen."""
+        """(T,) of the packed documents → (documents, width) of the chosen ones."""
         parts = x.split(length.tolist())
         x = pad_sequence([parts[i] for i in chosen], batch_first=True, padding_value=padding)
         return F.pad(x, (0, width - x.shape[1]), value=padding)
 
     def at_masked(values: Tensor, elsewhere: int) -> Tensor:
-        """(M,) of the masked tokens as such a batch."""
+        """(M,) of the masked tokens → (documents, width) of the chosen documents."""
         everywhere = values.new_full((len(packed.tokens),), elsewhere)
         return as_batch(everywhere.index_copy(0, packed.masked, values), elsewhere)
 
@@ -179,11 +179,11 @@ def measure_peer(setting: Setting, preset: str, lengths: str, dropout: float, na
     with torch.device(device):
         model = peer(ours, config.architecture, dropout, PEERS[config.architecture][name]).to(device, DTYPE).train()
     result = {}
-    if not dropout:  # with dropout each draws a mask of its own
+    if not dropout:  # with dropout each draws its own mask
         with torch.no_grad():
             masked = labels >= 0
             expected = float(at_masked(our_losses(ours.to(DTYPE), packed, None), 0)[masked].mean())
-            # by our function: the class rounds its own to bf16
+            # with our loss function, because the class rounds its loss to bf16
             theirs = float(cross_entropy_reference(model(**inputs).logits[masked], labels[masked]).mean())
         result["difference"] = abs(theirs - expected)
         if not result["difference"] <= SAME_WEIGHTS:

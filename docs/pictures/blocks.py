@@ -1,4 +1,4 @@
-"""A block of each architecture, as minisobert/model.py computes it."""
+"""Draws a block of each architecture, as minisobert/model.py computes it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from svg import SMALL, Picture
 
-STEP, HIGH = 50, 32  # pixels from one operation to the next, and of each
-# (operation, what it does, look, whether it also takes the residual stream); None: nothing in this place
+STEP, HIGH = 50, 32  # pixels from one operation to the next, and the height of each
+# (operation, what it does, look, whether it also takes the residual stream), or None for an empty place
 BERT = (
     ("embeddings", "word + position + token type, dropout", "weight", True),
     ("attention_norm", "layer norm", "weight", False),
@@ -54,7 +54,7 @@ def block(p: Picture, left: float, top: float, title: str, subtitle: str, rows: 
     norm = at[1] + HIGH / 2
     if rows[1]:
         p.arrow((rail, norm), (x, norm), look="document")
-    else:  # the first block finds the stream normalised already
+    else:  # the first block gets a stream that is already normalised
         p.arrow((rail, norm), (middle, norm), (middle, at[2]), look="document")
     for row, y in zip(rows, at):
         if row:

@@ -1,4 +1,4 @@
-"""The pictures of the pages: `python docs/pictures/draw.py [FOLDER]` writes them beside this file, or into FOLDER."""
+"""Draws the pages' pictures: `python docs/pictures/draw.py [FOLDER]` writes them beside this file or to FOLDER."""
 
 from __future__ import annotations
 

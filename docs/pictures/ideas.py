@@ -1,4 +1,4 @@
-"""One idea each: tiles of attention, rotary positions, Muon, layer norm, retrieval."""
+"""Draws pictures of one idea each: tiles of attention, rotary positions, Muon, layer norm, retrieval."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from math import cos, radians, sin
 
 from svg import SMALL, Picture
 
-LENGTHS, HELD, VISITED, WINDOW = (21, 12, 15), 8, 4, 6  # tokens of the documents; of tiles of queries and of keys
+LENGTHS, HELD, VISITED, WINDOW = (21, 12, 15), 8, 4, 6  # tokens per document, tile of queries, tile of keys
 
 
 def _bounds(token: int, window: int | None) -> tuple[int, int]:
-    """What a token sees, as [begin, end)."""
+    """The range [begin, end) of tokens that a token sees."""
     start = 0
     for length in LENGTHS:
         if token < start + length:
@@ -55,8 +55,8 @@ def tiles() -> Picture:
 
 def rotary() -> Picture:
     p = Picture(324, "Turning by position makes a product depend on the distance alone")
-    speed, radius, y = 22, 92, 156  # degrees a token, pixels
-    query, key = 75, 20  # directions before turning
+    speed, radius, y = 22, 92, 156  # degrees per token, pixels
+    query, key = 75, 20  # angles before the rotation, in degrees
     for x, at_q, at_k, title in (
         (150, 0, 0, "not turned"),
         (450, 5, 2, "query at 5, key at 2"),
@@ -85,10 +85,10 @@ def rotary() -> Picture:
 def muon() -> Picture:
     p = Picture(292, "Five Newton-Schulz iterations bring singular values near 1")
     a, b, c = 3.4445, -4.7750, 2.0315
-    sigmas = [0.9 * 0.75**i for i in range(16)]  # a few large ones, many small
+    sigmas = [0.9 * 0.75**i for i in range(16)]  # a few large ones and many small ones
     length = sum(sigma**2 for sigma in sigmas) ** 0.5
     sigmas = [sigma / length for sigma in sigmas]
-    floor, unit, bar = 236, 150, 10  # pixels: where 0 is, as far as 1, from bar to bar
+    floor, unit, bar = 236, 150, 10  # pixels: the height of 0, the length of 1, from bar to bar
     titles = {0: "the momentum", 1: "after 1 iteration", 3: "after 3 iterations", 5: "after 5: the step"}
     for iteration in range(6):
         if iteration in titles:
@@ -107,10 +107,10 @@ def muon() -> Picture:
 
 def layer_norm() -> Picture:
     p = Picture(372, "What add_norm reads and writes, forward and backward")
-    high, row = 44, 404  # of a (T, h) array, and of the box
+    high, row = 44, 404  # pixels: the height of a (T, h) array and the width of the box
 
     def array(x: float, y: float, name: str, look: str, shape: str = "T × h") -> None:
-        """With its name above; per token it is narrow, per feature it is low."""
+        """An array with its name above it. One number per token makes it narrow, one per feature makes it low."""
         w, h = {"T × h": (64, high), "T": (8, high), "h": (64, 8)}[shape]
         p.rect(x - w / 2, y + (high - h) / 2, w, h, look, 1)
         p.text(x, y - 12, name, size=SMALL)

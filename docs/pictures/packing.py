@@ -1,4 +1,4 @@
-"""A packed row: what its tokens know of their documents, and what attention makes of that."""
+"""Draws a packed row: the document and position of each token, and the attention that follows from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from svg import SMALL, Picture
 TEXTS = ("CLS how to sort a list ? SEP", "CLS why use git ? SEP", "CLS try tox SEP", "PAD PAD")
 DOCUMENTS = [text.split() for text in TEXTS]
 LOOKS = ("document", "document2", "document3", "op")
-PLACES = [(d, i) for d, words in enumerate(DOCUMENTS) for i in range(len(words))]  # (document, position) of each
+PLACES = [(d, i) for d, words in enumerate(DOCUMENTS) for i in range(len(words))]  # (document, position) of each token
 BOUNDS = [(PLACES.index((d, 0)), PLACES.index((d, 0)) + len(words)) for d, words in enumerate(DOCUMENTS)]
 QUERY, WINDOW = 10, 2
 

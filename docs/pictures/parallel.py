@@ -1,15 +1,15 @@
-"""Tensor and data parallelism, on two ranks."""
+"""Draws tensor and data parallelism on two ranks."""
 
 from __future__ import annotations
 
 from svg import SMALL, Picture
 
-# A half of a block: its column layer, what lies between, its row layer, and the parts that rank 0 and rank 1 have
+# Half a block: its column layer, the operation in between, its row layer, and the parts of rank 0 and rank 1
 HALVES = (
     ("qkv", "attention", "attention_output", ("heads 0 … H/2−1", "heads H/2 … H−1")),
     ("ffn_input", "GELU", "ffn_output", ("features 0 … f/2−1", "features f/2 … f−1")),
 )
-# The flat buffer of `base` on eight ranks, in millions of elements: what lies in it, and its buckets
+# The flat buffer of `base` on eight ranks, in millions of elements: the layers in it, and its buckets
 LAYERS = (
     ("head", 0.64),
     *((str(i), 7.09) for i in reversed(range(12))),
@@ -18,13 +18,13 @@ LAYERS = (
 )
 BUCKETS = (17.18, 17.13, 18.31, 17.13, 17.52, 38.44)
 GLYPH = 30
-# What crosses ranks in the forward (down) and the backward (up) pass: before a column layer, and behind a row layer
+# The collectives in the forward (down) and backward (up) pass: before a column layer, and after a row layer
 PLAIN = (("", "all-reduce"), ("all-reduce", ""))
 BY_TOKENS = (("all-gather", "all-gather again, reduce-scatter"), ("reduce-scatter", "all-gather"))
 
 
 def _part(p: Picture, x: float, y: float, rank: int, look: str, down: float = 1, across: float = 1) -> None:
-    """A square around (x, y) for a matrix, and in it what the rank has: shares of its rows and of its columns."""
+    """A square around (x, y) for a matrix, and in it the rank's share of its rows (down) and columns (across)."""
     x, y = x - GLYPH / 2, y - GLYPH / 2
     p.rect(x, y, GLYPH, GLYPH, "op", 0)
     w, h = GLYPH * across, GLYPH * down
@@ -49,7 +49,7 @@ def _collective(p: Picture, left: float, y: float, forward: str, backward: str) 
 def _split_block(
     p: Picture, left: float, title: str, subtitle: str, before: tuple, behind: tuple, tokens: float
 ) -> None:
-    """tokens: the share of them that a rank has between the layers."""
+    """tokens: the share of the tokens that a rank has between the layers."""
     lanes = (left + 98, left + 306)
     p.text(left, 30, title, "code bold", SMALL, "start")
     p.text(left, 54, subtitle, "muted", SMALL, "start")
@@ -105,8 +105,8 @@ def _overlap(p: Picture) -> None:
         p.text(98, y, name, size=SMALL, anchor="end")
     p.text(98, 241, "time →", "muted", SMALL, "end")
     begin, step = 110, 98
-    end = begin + 5 * step + 24  # of the backward pass, whose last part is a look-up
-    free = 0.0  # when the network has sent what came before
+    end = begin + 5 * step + 24  # the end of the backward pass, whose last part is a look-up and short
+    free = 0.0  # when the network has sent the buckets before this one
     for i, size in enumerate(BUCKETS):
         start, stop = begin + step * i, min(begin + step * (i + 1), end)
         p.box(start, 154, stop - start, 30, str(i), look="gradient", size=SMALL)

@@ -1,7 +1,7 @@
-"""A picture as SVG text: boxes, lines, arrows and words, all in the same few colours, light and dark.
+"""Pictures as SVG text: boxes, lines, arrows and words in a few colours, for light and dark pages.
 
-A picture is shown by <img>, so it cannot see the colours of the page around it. It sees whether the reader prefers dark
-pages, and brings a background of its own, which keeps it legible where the page does something else.
+Pages show a picture with <img>, so it cannot know the colours of the page around it. It only knows whether the reader
+prefers dark pages. It therefore has its own background, and stays legible if the page ignores that preference.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-WIDTH = 900  # of every picture; sizes are pixels where a page shows it this wide
-SIZE, SMALL = 14, 13  # of words
-# what a colour stands for: (area, edge) on light pages, (area, edge) on dark ones
+WIDTH = 900  # of every picture; sizes are in pixels if a page shows it this wide
+SIZE, SMALL = 14, 13  # font sizes
+# meaning of a colour: (area, edge) on light pages, (area, edge) on dark pages
 COLORS = {
-    "document": (("#b5d6f6", "#2b6cb0"), ("#1c4a7d", "#6cb2f7")),  # documents, their tokens and hidden states
-    "document2": (("#d9eafb", "#2b6cb0"), ("#123053", "#6cb2f7")),  # the same, where neighbours must be told apart
+    "document": (("#b5d6f6", "#2b6cb0"), ("#1c4a7d", "#6cb2f7")),  # documents, their tokens and their hidden states
+    "document2": (("#d9eafb", "#2b6cb0"), ("#123053", "#6cb2f7")),  # the same, to tell neighbours apart
     "document3": (("#8fc0ee", "#2b6cb0"), ("#2a66a6", "#6cb2f7")),
     "weight": (("#c8ecd8", "#1a7a55"), ("#12442f", "#4cc38a")),
     "gradient": (("#ffdcc4", "#bf5310"), ("#552a12", "#f39a5c")),
     "communication": (("#ead4f0", "#84399a"), ("#43244f", "#cf94de")),
-    "disk": (("#f4ecd4", "#84702f"), ("#37301a", "#cdb266")),  # what lies on disk
-    "op": (("#e6eaee", "#7d8590"), ("#29313b", "#7d8590")),  # what computes without weights of its own, and padding
+    "disk": (("#f4ecd4", "#84702f"), ("#37301a", "#cdb266")),  # files on disk
+    "op": (("#e6eaee", "#7d8590"), ("#29313b", "#7d8590")),  # operations without weights, and padding
     "panel": (("#fafbfc", "#dfe3e8"), ("#11161d", "#2b323b")),
 }
 INKS = {"ground": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"), "muted": ("#57606a", "#9ea7b1")}
@@ -44,7 +44,7 @@ def _style() -> str:
         "path.disk{stroke-width:1}path.disk.filled{fill:var(--disk)}",
         "rect.hollow{fill:none}",
         "path.ink{stroke:var(--ink)}",
-        ".picked{fill:none;stroke:var(--ink);stroke-width:2}",  # what a picture points at
+        ".picked{fill:none;stroke:var(--ink);stroke-width:2}",  # marks what a picture points at
     ]
     for name in COLORS:
         lines.append(
@@ -71,7 +71,7 @@ class Picture:
         self.parts.append(f'<rect class="{look}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}"/>')
 
     def text(self, x: float, y: float, words: str, look: str = "", size: float = SIZE, anchor: str = "middle") -> None:
-        """y: the middle of the letters. Without words nothing is drawn."""
+        """y: the middle of the letters. Draws nothing if words is empty."""
         if not words:
             return
         class_ = f' class="{look}"' if look else ""
@@ -81,7 +81,7 @@ class Picture:
     def lines(
         self, x: float, y: float, *words: str, look: str = "", size: float = SIZE, anchor: str = "middle"
     ) -> None:
-        """Lines of text around the middle y. A line that begins with ` is code."""
+        """Lines of text, centred on y. A line that begins with ` is set as code."""
         for i, line in enumerate(words):
             own = f"{look} code".strip() if line.startswith("`") else look
             at = y + (i - (len(words) - 1) / 2) * size * 1.35
@@ -96,7 +96,7 @@ class Picture:
         self.parts.append(f'<path class="{look}" d="{d}"/>')
 
     def arrow(self, *points: tuple[float, float], look: str = "op", head: float = 7) -> None:
-        """Along the points, the last two of which lie one beside or below the other."""
+        """An arrow along the points. Its last segment must be horizontal or vertical."""
         (x0, y0), (x, y) = points[-2:]
         dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
         bx, by = x - dx * head, y - dy * head
@@ -106,7 +106,7 @@ class Picture:
         self.parts.append(f'<polygon class="{look.split()[0]}-ink" points="{corners}"/>')
 
     def disk(self, x: float, y: float, w: float, h: float, title: str, *files: str) -> None:
-        """A sheet with a turned corner: a folder or file, and what is in it."""
+        """A sheet with a folded corner for a folder or file, with a list of its contents."""
         fold = 14
         self.parts.append(
             f'<path class="disk filled" d="M{x:g} {y:g}h{w - fold:g}l{fold} {fold}v{h - fold:g}h{-w:g}z"/>'
@@ -117,5 +117,5 @@ class Picture:
             self.text(x + 10, y + 38 + 18 * i, file, "code muted", 12, "start")
 
     def curve(self, d: str, look: str = "op") -> None:
-        """Any path."""
+        """Any SVG path. d: its data."""
         self.parts.append(f'<path class="{look}" d="{d}"/>')

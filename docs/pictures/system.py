@@ -1,13 +1,13 @@
-"""The whole: from a dump to a Hugging Face folder."""
+"""Draws the whole system, from a dump to a Hugging Face folder."""
 
 from __future__ import annotations
 
 from svg import SMALL, Picture
 
-# lengths of the documents in each packed row, in tokens of a row of 24; what is left is padding
+# lengths of the documents in each packed row of 24 tokens; the rest is padding
 PACKED = ((15, 9), (9, 8, 7), (24,), (12, 6, 5))
 LOOKS = ("document", "document2", "document3")
-MASKED = ((4, 9, 18), (2, 13, 20), (6, 7, 21), (3, 11, 16))  # tokens of each row that the model has to guess
+MASKED = ((4, 9, 18), (2, 13, 20), (6, 7, 21), (3, 11, 16))  # the tokens of each row that the model has to guess
 
 
 def _stage(p: Picture, x: float, y: float, w: float, *words: str, file: str, look: str = "op") -> None:

@@ -1,18 +1,18 @@
-"""What happens over time: in one optimizer step, and while a checkpoint is written. Widths are not measured."""
+"""Draws timelines of an optimizer step and of the writing of a checkpoint. Widths are not measured."""
 
 from __future__ import annotations
 
 from svg import SMALL, Picture
 
-HIGH = 34  # of a box
-AHEAD = 4  # micro-batches that the loader has ready when it is asked for one
+HIGH = 34  # pixels: the height of a box
+AHEAD = 4  # micro-batches that the loader prepares ahead
 
 
 class Lanes:
-    """Boxes on lines, one for each of those who do something at the same time."""
+    """Parallel lines with boxes: one line for each thread, device or folder."""
 
     def __init__(self, p: Picture, left: float, tops: dict[str, float], ruled: int):
-        """tops: of the lanes, by name; a / in a name begins a new line. ruled: how many have a line below."""
+        """tops: the lanes' upper edges, by name; a / in a name begins a new line. ruled: how many have a rule below."""
         self.p, self.tops = p, tops
         for i, (name, top) in enumerate(tops.items()):
             p.lines(left - 10, top + HIGH / 2, *name.split("/"), size=SMALL, anchor="end")
@@ -28,7 +28,7 @@ class Lanes:
 
 
 def step() -> Picture:
-    """As training/loop.py, training/optimizer.py and corpus/loader.py order it."""
+    """A step in the order of training/loop.py, training/optimizer.py and corpus/loader.py."""
     p = Picture(428, "One optimizer step of one rank over time")
     p.text(24, 26, "One step of one rank, with 3 micro-batches", "bold", anchor="start")
     loader, host, computes, exchange, gradients = names = (
@@ -76,7 +76,7 @@ def step() -> Picture:
 
 
 def checkpoint() -> Picture:
-    """As training/checkpoint.py does it."""
+    """The writing of a checkpoint in the order of training/checkpoint.py."""
     p = Picture(352, "How a checkpoint is written beside the training and gets its name at the end")
     p.text(24, 26, "The checkpoint of step 1,000", "bold", anchor="start")
     training, ranks, first, disk, crash = names = (

@@ -1,7 +1,6 @@
-"""Attention over packed documents: every token sees all tokens of its own document, or those that are at most a window
-away, and no others.
+"""Attention over packed documents: a token sees only its own document, or only the part of it that is within a window.
 
-For one head, with s = 1/sqrt(d), and each document by itself (keep is a dropout mask, or 1):
+For one head and one document, with s = 1/sqrt(d) and keep a dropout mask, or 1 without dropout:
 
     forward     P = softmax(s Q Kᵀ)                O = (P ∘ keep/(1-p)) V
 
@@ -10,8 +9,8 @@ For one head, with s = 1/sqrt(d), and each document by itself (keep is a dropout
                 dQ = s dS K                        dK = s dSᵀ Q
 
 Vaswani et al. 2017; the backward form with D is FlashAttention's (Dao et al. 2022, appendix B.2).
-A window w leaves of P the band |i - j| <= w (Beltagy et al. 2020): Σ n min(n, 2w + 1) scores and not Σ n².
-Dimensions: T tokens, H heads, d head width, D documents, n tokens of one.
+A window w keeps only the band |i - j| <= w of P (Beltagy et al. 2020): at most Σ n min(n, 2w + 1) scores, not Σ n².
+Dimensions: T tokens, H heads, d head width, D documents, n tokens of one document.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from minisobert.ops import dispatch
 from minisobert.ops.dropout import Dropout
 from minisobert.ops.rotary import check_shapes, rotary_reference
 
-BLOCK = 1 << 20  # probabilities at a time, 4 MB in fp32
-LEAST_BLOCK = 64  # queries of a block where there is a window: fewer are slower, more waste products on what none sees
+BLOCK = 1 << 20  # probabilities computed at a time: 4 MB in fp32
+LEAST_BLOCK = 64  # queries per block with a window: fewer are slower, more compute scores that no query sees
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where each document of T tokens in a row begins and ends. Built by `from_bounds`, which validates on the host.
+    """Where each document begins and ends among T packed tokens. Build it with `from_bounds`, which checks on the host.
 
     bounds: (D+1,) int64 on the host: 0, …, T, increasing; document i is the tokens [bounds[i], bounds[i+1]).
-    start, stop: (T,) int32 on the device: for each token the bounds of its own document.
+    start, stop: (T,) int32 on the device: the bounds of each token's own document.
     """
 
     bounds: Tensor
@@ -44,7 +43,7 @@ class Documents:
 
     @staticmethod
     def from_bounds(bounds, device: torch.device | str = "cpu") -> Documents:
-        """bounds: D+1 integers on the host (list, numpy array or CPU tensor). Raises ValueError where they are not
+        """bounds: D+1 integers on the host (list, numpy array or CPU tensor). Raises ValueError unless they are
         0, …, T, strictly increasing."""
         bounds = torch.as_tensor(bounds)
         if bounds.device.type != "cpu" or bounds.is_floating_point() or bounds.dim() != 1:
@@ -77,11 +76,11 @@ def attention_reference(
     dropout: Dropout | None = None,
     window: int | None = None,
 ):
-    """Plain PyTorch, document by document: memory and time go with the documents' own sizes, never with T × T."""
+    """Plain PyTorch, document by document: memory and time depend on the lengths of the documents, not on T²."""
     if window is not None:
         return _windowed(q, k, v, documents, dropout, window)
     lengths = documents.bounds.diff().tolist()
-    # split, not slices: its backward is one concatenation, where a slice's fills T × H × d with zeros per document
+    # split, not slices: its backward is one concatenation; each slice's would fill T × H × d with zeros
     parts = [[x.transpose(0, 1) for x in xs] for xs in zip(*(x.split(lengths) for x in (q, k, v)))]  # (H, n, d) each
     if dropout is None:
         outputs = [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts]
@@ -93,38 +92,38 @@ def attention_reference(
 
 
 def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: Dropout, rows: Tensor, keys: Tensor) -> Tensor:
-    """q, k, v: (H, n, d) of one document. A block of queries at a time, which bounds what the hashing of a long
-    document's mask takes beside its probabilities."""
+    """q, k, v: (H, n, d) of one document. Computes a block of queries at a time, which bounds the memory that
+    hashing the mask takes besides the probabilities."""
     heads, n, d = q.shape
     block = max(BLOCK // (heads * n), 1)
     outputs = []
     for qi, row in zip((q * d**-0.5).split(block, 1), rows.split(block)):
         probabilities = (qi @ k.transpose(1, 2)).softmax(-1)
-        # a product, not masked_fill, which is slower on a CPU, forward and backward
+        # a product, because masked_fill is slower on a CPU, forward and backward
         outputs.append((probabilities * dropout.keeps(row, keys).to(v.dtype)) @ v)
     return torch.cat(outputs, 1) * dropout.scale
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dropout | None, window: int) -> Tensor:
-    """All documents at once, cut into blocks of at least the window, so that a query sees keys of its own block and of
-    the two beside it alone."""
+    """All documents at once, cut into blocks at least as long as the window, so that a query sees only keys of its own
+    block and of the two next to it."""
     tokens, heads, d = q.shape
     block = min(max(window, LEAST_BLOCK), tokens)
     blocks = -(-tokens // block)
     spare = blocks * block - tokens
 
     def cut(x: Tensor) -> Tensor:
-        """(T, H, …) → (blocks, H, block, …), zeros behind the last token."""
+        """(T, H, …) → (blocks, H, block, …), with zeros after the last token."""
         padded = torch.cat([x, x.new_zeros(spare, *x.shape[1:])]) if spare else x
         return padded.unflatten(0, (blocks, block)).transpose(1, 2)
 
     def around(x: Tensor) -> Tensor:
-        """(blocks, H, block, …) → (blocks, H, 3 block, …): the block before, its own and the one behind."""
+        """(blocks, H, block, …) → (blocks, H, 3 block, …): the previous block, the block itself and the next one."""
         none = torch.zeros_like(x[:1])
         return torch.cat([torch.cat([none, x[:-1]]), x, torch.cat([x[1:], none])], 2)
 
     query = torch.arange(blocks * block, device=q.device)
-    # a query behind the last token sees itself, since a softmax of nothing would be NaN, in its gradient too
+    # a query after the last token sees itself, since the softmax of no scores and its gradient would be NaN
     start, stop = (torch.cat([bound, query[tokens:] + i]) for i, bound in enumerate((documents.start, documents.stop)))
     first, last = torch.maximum(start, query - window), torch.minimum(stop, query + window + 1)
     key = query.view(blocks, 1, block)[:, :, :1] - block + torch.arange(3 * block, device=q.device)
@@ -143,7 +142,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: Dr
 
 
 class WithBias(torch.autograd.Function):
-    """qkv as it is; its gradient, and that of the bias that it holds already."""
+    """Returns qkv unchanged. The backward pass also returns the gradient of the bias that was already added to qkv."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, bias: Tensor) -> Tensor:
@@ -177,10 +176,10 @@ def attention(
     dropout: Dropout | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides
-    (but on a GPU the last is 1).
+    """softmax(q kᵀ / sqrt(d)) v within each document. q, k, v, result: (T, H, d), one floating dtype, any strides (on
+    a GPU the last must be 1).
 
-    window: how far from a query the keys may be that it sees, to either side; None: as far as its document goes.
+    window: how far from a query, on either side, the keys that it sees may be; None: its whole document.
     dropout drops elements of the probabilities, by (query token, head, key token). Raises ValueError on other shapes.
     """
     if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
@@ -203,14 +202,15 @@ def self_attention(
     rotation: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention` of queries, keys and values that are one tensor (T, H, 3, d), with what surrounds it in a block.
-    Returns (T, H, d). Raises ValueError on other shapes.
+    """`attention` of queries, keys and values in one tensor (T, H, 3, d), with the rotary positions and the gradient of
+    the bias. Returns (T, H, d). Raises ValueError on other shapes.
 
-    rotation: (2, T, d/2) by `ops.rotation`; queries and keys are turned by it first, on a GPU in the memory of qkv.
-    bias: (3 H d,), which qkv holds already, added without a gradient (`bias.detach()`); it gets its gradient here.
+    rotation: (2, T, d/2) from `ops.rotation`. It is applied to queries and keys first; on a GPU that overwrites qkv.
+    bias: (3 H d,). It must already have been added to qkv without a gradient (`bias.detach()`); it gets its gradient
+    here.
 
-    On a GPU this saves passes over memory: the gradient is written as one tensor, turned back and added up for the bias
-    while it is at hand.
+    On a GPU this saves passes over memory: the gradient is written as one tensor, and is rotated back and added up for
+    the bias while it is in registers.
     """
     if qkv.dim() != 4 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv is {tuple(qkv.shape)} {qkv.dtype}; it must be floating, (tokens, heads, 3, head width)")

@@ -1,13 +1,13 @@
-"""Checkpoints: folders that appear whole or not at all.
+"""Checkpoints: folders that appear complete or not at all.
 
     step-00001000/
-        model.safetensors       the fp32 weights, whole, under the model's own names
+        model.safetensors       the unsplit fp32 weights, under the model's own names
         optimizer.safetensors   Adam's moments, under the same names
-        state.json              config, counters, sha256 of the two files, and of itself
+        state.json              config, counters, and the sha256 of the two files and of itself
 
-Every rank writes what it owns into the one file of each kind, so that a checkpoint does not show which layout made it.
-It is written in the background, beside its final name, flushed to disk, and renamed; older ones are removed after that.
-Nothing is pickled. With several machines the folder must be on storage that all of them see.
+All ranks write their parts into the same two files, so a checkpoint does not depend on the layout that wrote it. It is
+written in the background, in a folder beside its final name, flushed to disk and renamed. Then older checkpoints are
+removed. Nothing is pickled. With several machines the folder must be on storage that all of them share.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from minisobert.parallel.mesh import KnownToAll, Mesh
 
 FILES = ("model", "optimizer")
 UNFINISHED = ".unfinished-"
-CHECKSUM = b',\n  "checksum": "'  # the last entry of a state.json: sha256 of all bytes before these
-UNCHECKED = {"progress", "run", "validation_loss", "sha256"}  # the entries of version 0.1.0, which wrote no checksum
+CHECKSUM = b',\n  "checksum": "'  # the last entry of a state.json: the sha256 of all bytes before it
+UNCHECKED = {"progress", "run", "validation_loss", "sha256"}  # the entries of version 0.1.0, which had no checksum
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank writes of a tensor. runs: (first element in the whole, first in `tensor`, how many), flattened."""
+    """One rank's part of a tensor. runs: (first element in the flattened whole, first element in `tensor`, count)."""
 
     file: str  # one of FILES
     name: str
@@ -46,40 +46,40 @@ class Slice:
 
 
 class SaveFailed(KnownToAll):
-    """A checkpoint could not be written. The message is empty on ranks that have nothing to say about it."""
+    """A checkpoint could not be written. The message is empty on ranks on which nothing failed."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, all ranks together, while training goes on.
+    """Writes the checkpoints of a run, one at a time, on all ranks together, while training continues.
 
-        start     every rank copies what it owns, and begins to write it
+        start     every rank copies its part and begins to write it
         flags     this rank's two flags; each step the caller sums them over all ranks and passes the sums to `advance`
-        advance   when all ranks have written, the first one gives the checkpoint its name
+        advance   when all ranks have written, the first rank gives the checkpoint its name
 
-    `start`, `advance` and `wait` are called by all ranks alike, and raise SaveFailed on all where one failed.
+    All ranks must call `start`, `advance` and `wait` alike. If one rank fails, these raise SaveFailed on all ranks.
     """
 
     def __init__(self, folder: Path, keep: int, mesh: Mesh):
-        """keep: of the last ones; that with the lowest validation loss is kept too."""
+        """keep: how many of the last checkpoints to keep, besides the one with the lowest validation loss."""
         self.folder, self.keep, self.mesh = folder, keep, mesh
-        self.last: Path | None = None  # that was asked for
-        self._memory: list[Tensor] = []  # of the last snapshot, by slice
+        self.last: Path | None = None  # the last checkpoint that was started
+        self._memory: list[Tensor] = []  # the copies of the last snapshot, by slice
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future | None = None  # this rank's part
-        self._publishing: Future | None = None  # the first rank's work when all have written
+        self._writing: Future | None = None  # writes this rank's part
+        self._publishing: Future | None = None  # the first rank's work after all have written
 
     def start(
         self, step: int, shapes: dict[str, dict[str, tuple[int, ...]]], slices: Iterable[Slice], state: dict,
         before: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """shapes: of the whole tensors, by file and name, all fp32; slices: what this rank has of them; before: what
-        the first rank has to bring to the disk before there may be a checkpoint of this step.
+        """shapes: those of the whole tensors, by file and name, all fp32; slices: this rank's parts of them; before:
+        called on the first rank, to write what must be on disk before there is a checkpoint of this step.
 
-        Returns when slices may change again. Waits for the checkpoint before it.
+        Waits for the previous checkpoint, and returns when the slices may change again.
         """
         self.wait()
         self.last = path_of(self.folder, step)
-        # only ever renamed to when complete, and a step has one state
+        # a folder of that name is complete, and a step has only one state
         if self.mesh.sum_on_hosts([int(self.mesh.is_first and self.last.exists())])[0]:
             return
         work = self.folder / f"{UNFINISHED}{step:08d}"
@@ -95,10 +95,10 @@ class Saver:
         self._state = state
 
     def _snapshot(self, slices: Iterable[Slice]) -> list[tuple[Slice, Tensor]]:
-        """Copies on the host, which may be written while training goes on.
+        """Copies on the host, to be written while training continues.
 
-        From a GPU they go into pinned memory, several times as fast as into other memory, all at once. The memory is
-        kept for the next checkpoint, since to pin it takes longer than to fill it.
+        A GPU copies them into pinned memory, which is several times as fast as other memory, without waiting after each
+        copy. The memory is kept for the next checkpoint, because pinning it takes longer than filling it.
         """
         copies = []
         for i, s in enumerate(slices):
@@ -112,7 +112,7 @@ class Saver:
 
     @property
     def flags(self) -> tuple[int, int]:
-        """(whether this rank's part is written, whether something failed)"""
+        """(whether this rank's part is written, whether something failed), as 0 or 1."""
         futures = [future for future in (self._writing, self._publishing) if future]
         failed = any(future.done() and future.exception() for future in futures)
         return int(self._writing is None or self._writing.done()), int(failed)
@@ -126,7 +126,7 @@ class Saver:
                 self._publishing = self._pool.submit(_publish, self.last, self._state, self.keep)
 
     def wait(self) -> None:
-        """Until the last checkpoint asked for has its name."""
+        """Waits until the last checkpoint that was started has its name."""
         if self._writing:
             self._agree(self._writing)
             self.advance(self.mesh.world, 0)
@@ -135,7 +135,7 @@ class Saver:
             self._publishing = None
 
     def _agree(self, future: Future | None) -> None:
-        """Waits for it on this rank, and for the other ranks to have done the same, however long somebody writes."""
+        """Waits for `future` on this rank and for the other ranks to do the same, however long a rank writes."""
         self.mesh.wait_for_all(future)
         error = future.exception() if future else None
         if error and not isinstance(error, OSError):
@@ -148,9 +148,9 @@ class Saver:
 def _create(
     work: Path, headers: dict[str, tuple[bytes, dict[str, int], int]], before: Callable[[], None] = lambda: None
 ) -> None:
-    """A folder with files of their full size that nobody has written to yet."""
+    """Makes a folder with files of their full size, to which the ranks will write."""
     before()
-    make_folder(work.parent)  # flushes the names beside it too
+    make_folder(work.parent)  # also flushes its parents, so that the new names are on disk
     for left_over in work.parent.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left_over)
     work.mkdir()
@@ -178,13 +178,13 @@ def _write(work: Path, places: dict[str, dict[str, int]], slices: list[tuple[Sli
 
 
 def _write_at(descriptor: int, data: memoryview, at: int) -> None:
-    while data:  # a call writes 2 GB at most
+    while data:  # one call writes at most 2 GB
         written = os.pwrite(descriptor, data, at)
         data, at = data[written:], at + written
 
 
 def _publish(final: Path, state: dict, keep: int) -> None:
-    """Checksums of what the files hold, the name, and the end of older checkpoints."""
+    """Computes the checksums of the files, gives the folder its name, and removes older checkpoints."""
     folder, work = final.parent, final.with_name(final.name.replace("step-", UNFINISHED))
     checksums = {f"{file}.safetensors": sha256(work / f"{file}.safetensors") for file in FILES}
     write_state(work, {**state, "sha256": checksums})
@@ -195,7 +195,7 @@ def _publish(final: Path, state: dict, keep: int) -> None:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Removes all but the last checkpoints and the best, and what a killed process left. While nobody writes there."""
+    """Removes all checkpoints but the last ones and the best, and unfinished ones. Nobody may be writing there."""
     for left_over in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left_over)
     for old in set(steps(folder)) - set(steps(folder)[-keep:]) - {best(folder)}:
@@ -213,18 +213,18 @@ def step_of(path: Path) -> int:
 
 
 def steps(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, the oldest first."""
     named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
     return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def best(folder: Path) -> Path | None:
-    """Of the checkpoints in a folder that were evaluated, the one with the lowest validation loss."""
+    """The checkpoint in a folder with the lowest validation loss, or None if none was evaluated."""
     losses = {}
     for path in steps(folder):
         try:
             loss = read_state(path).get("validation_loss")
-        except ValueError:  # damaged: no reason for it to be lost, or for this run to end
+        except ValueError:  # damaged, which should not end this run
             continue
         if loss is not None:
             losses[path] = loss
@@ -232,7 +232,7 @@ def best(folder: Path) -> Path | None:
 
 
 def write_state(path: Path, state: dict) -> None:
-    """The state.json of a checkpoint that has no name yet."""
+    """Writes the state.json of a checkpoint that does not have its final name yet."""
     content = json.dumps(state, indent=2).encode().removesuffix(b"\n}")
     with open(path / "state.json", "wb") as file:
         file.write(content + CHECKSUM + _end(content))
@@ -245,9 +245,9 @@ def _end(content: bytes) -> bytes:
 
 
 def read_state(path: Path) -> dict:
-    """The state.json of a checkpoint. Raises ValueError where it cannot be read or is not what was written.
+    """The state.json of a checkpoint. Raises ValueError if it cannot be read or is not as it was written.
 
-    Has no "checksum" where it is one of version 0.1.0: that one may be edited or damaged without being noticed.
+    One of version 0.1.0 has no "checksum", so damage or edits to it go unnoticed.
     """
     try:
         text = (path / "state.json").read_bytes()
@@ -263,12 +263,12 @@ def read_state(path: Path) -> dict:
 
 
 def damaged(file: Path, why: str) -> ValueError:
-    """For a file of a checkpoint, with what can be done."""
+    """The error for a damaged file of a checkpoint. It says what to do."""
     return ValueError(f"{file} is damaged ({why}); remove {file.parent} to go on from the one before")
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError where a file of a checkpoint has not the checksum that is in state.json."""
+    """Raises ValueError if a file of a checkpoint does not have its checksum from state.json."""
     for name, expected in read_state(path)["sha256"].items():
         try:
             found = sha256(path / name)
@@ -279,5 +279,5 @@ def verify(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The whole tensors of a checkpoint, by file and name. Nothing is read before somebody looks at it."""
+    """The whole tensors of a checkpoint, by file and name. Each is read only when it is used."""
     return {file: read_safetensors(path / f"{file}.safetensors") for file in FILES}

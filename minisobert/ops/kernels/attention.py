@@ -1,16 +1,16 @@
 """Attention over packed documents in Triton, forward and backward. `docs/attention.md` derives the formulas.
 
-One program holds a tile of queries (or, for the gradients of keys and values, of keys) and visits tiles of the other
-side, so that no probability ever reaches memory. What a tile may see lies between `start` of its first and `stop` of
-its last token, less what is beyond the window of both; other tiles are not visited. Inside that range
+Each program holds a tile of queries (for the gradients of keys and values, a tile of keys) and visits tiles of the
+other side. No probability is ever written to memory. A program visits the range from `start` of its tile's first token
+to `stop` of its last one; a window narrows it to [first - window, last + window]. Within that range
 
-    all tokens of the tile are of one document      what every token sees needs no mask, the steps before and behind do
+    all tokens of the tile are of one document      tiles that every token sees need no mask; those around them do
     documents meet inside the tile                  every visit is masked
 
-Softmax is in base 2, since the chip has exp2 and not exp: with c = log2(e) / sqrt(d), p = exp2(c q·k - L), where
-L = log2 Σ exp2(c q·k) is what the forward leaves for the backward. Statistics and sums are fp32.
+Softmax is in base 2, because the chip has exp2 and not exp: with c = log2(e) / sqrt(d), p = exp2(c q·k - L). The
+forward pass stores L = log2 Σ exp2(c q·k) for the backward pass. Statistics and sums are fp32.
 
-Every output element is written by one program, which adds in a fixed order: results repeat bit for bit.
+Every output element is written by one program, which adds in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ from minisobert.ops.kernels.attention_parts import (
 )
 from minisobert.ops.kernels.dropout import attention_hashes, keep, settings
 
-# width of a head: those of the two tiles that it is
+# head width → the widths of its two parts
 PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0)}
 
-# What the kernels take. T tokens, H heads, d head width; strides count elements. A tile is (queries, keys).
-#   q, k, v, out, do           (T, H, d): the inputs, the result and its gradient; of one dtype, the last stride is 1
+# The kernels' arguments. T tokens, H heads, d head width; strides count elements. A tile is (queries, keys).
+#   q, k, v, out, do           (T, H, d): the inputs, the result and its gradient; one dtype, the last stride is 1
 #   dq, dk, dv                 (T, H, d): the gradients of q, k and v
 #   q_t, k_t, v_t              strides from one token to the next
-#   out_t, grad_t              likewise; those of out are do's too, those of grad are dq's, dk's and dv's
+#   out_t, grad_t              likewise; out's strides are also do's, and grad's are those of dq, dk and dv
 #   q_h, k_h, v_h              strides from one head to the next
 #   out_h, grad_h              likewise
 #   lse, delta                 (H, T) fp32: log2 Σ exp2(scale q·k) and rowsum(dO ∘ O) (1-p) of each query
 #   start, stop                (T,) int32: the bounds of each token's document
-#   row_hashes, key_hashes     (T,) and (H, T) int32: of queries and of keys, for the mask; None without dropout
-#   tokens, scale              T; log2(e) / sqrt(d), by which a score becomes an exponent of 2
-#   rotation, sums             what turns the gradients of q and k back; where their sums over tokens go:
-#                              see attention_parts.py
-#   window                     how far from a query its keys may be. None is compiled in and leaves no code behind;
-#                              a number is read at run time, for the cost of a register, and one kernel serves them all
+#   row_hashes, key_hashes     (T,) and (H, T) int32: hashes of queries and keys, for the mask; None without dropout
+#   tokens, scale              T; log2(e) / sqrt(d), which makes a score an exponent of 2
+#   rotation, sums             the rotary positions, to rotate the gradients of q and k back; the gradients' sums
+#                              over tokens: see attention_parts.py
+#   window                     how far from a query its keys may be. None is compiled in and leaves no code; a number
+#                              is read at run time and costs a register, so that one kernel serves all windows
 #   rescale, factor            1/(1-p); 1/((1-p) sqrt(d))
 #   D, REST                    the widths of the two parts of a head, see attention_parts.py
-#   q_rest, k_rest, v_rest     the second part of a tile of q, whose first is called q, and so on
+#   q_rest, k_rest, v_rest     the second part of a tile of q, whose first part is called q, and so on
 #   out_rest, do_rest          likewise
 #   dq_rest, dk_rest, dv_rest  likewise
 #   QUERIES, KEYS              the rows of a tile of each side
-#   THRESHOLD, PRECISION       p in 2**32ths, 0 for a kernel without dropout; of products: "ieee" for fp32, or "tf32"
-#   begin, end, row, column    of each row that a loop holds: the bounds of what it sees; its hash
-#   key_hash, MASKED           key_hashes of one head; whether a row held may not see some token in [lo, hi)
+#   THRESHOLD, PRECISION       p times 2**32, or 0 without dropout; that of products: "ieee" for fp32, or "tf32"
+#   begin, end, row, column    for each row that a loop holds: the bounds of what it sees, and its hash
+#   key_hash, MASKED           key_hashes of one head; whether [lo, hi) may hold a token that some row does not see
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def _attend(
     D: tl.constexpr, REST: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (Milakov and Gimelshein 2018) over the keys [lo, hi). Of each query: out, Σ p v; total, Σ p;
-    peak, the largest scaled score so far, to which both are relative."""
+    """The running softmax (Milakov and Gimelshein 2018) over the keys [lo, hi). For each query, out is Σ p v, total is
+    Σ p, and peak is the largest scaled score so far, to which both are relative."""
     for n in tl.range(lo, hi, KEYS):
         kn, kn_rest = load(k, n, hi, k_t, KEYS, D, REST, MASKED)
         score = across(q, q_rest, kn, kn_rest, REST, PRECISION)
@@ -114,7 +114,7 @@ def _attention_forward(
     key_hash = key_hashes + head * tokens if THRESHOLD else None
     acc, acc_rest = zeros(QUERIES, D, REST)
     total = tl.zeros([QUERIES], tl.float32)
-    # below all scores, but finite: where a query sees nothing in the first tiles, -inf - -inf would be NaN
+    # below all scores, but finite: if a query sees nothing in the first tiles, -inf - -inf would be NaN
     peak = tl.full([QUERIES], -1e38, tl.float32)
     for i in tl.static_range(1 if window is None else 0, 3):
         acc, acc_rest, total, peak = _attend(
@@ -132,7 +132,7 @@ def _attention_forward(
 def _attention_delta(
     out, grad, delta, tokens, out_t, out_h, keep_rate, D: tl.constexpr, REST: tl.constexpr, QUERIES: tl.constexpr
 ):
-    """delta = rowsum(dO ∘ O) keep_rate, where keep_rate is 1-p. grad: dO, with the strides of out."""
+    """delta = rowsum(dO ∘ O) keep_rate, where keep_rate is 1-p. grad is dO and has the strides of out."""
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     queries = first + tl.arange(0, QUERIES)
     o, o_rest = load(out + head * out_h, first, tokens, out_t, QUERIES, D, REST, True)
@@ -143,11 +143,11 @@ def _attention_delta(
     tl.store(delta + head * tokens + queries, total * keep_rate, queries < tokens)
 
 
-# In both gradients 1/(1-p) is a factor of the whole sum, applied once at the end: the loops work with
-# dS (1-p) = P ∘ (keep ∘ dO Vᵀ - delta), where delta carries (1-p) already.
+# In both gradients 1/(1-p) is a factor of the whole sum and is applied once, at the end. The loops compute
+# dS (1-p) = P ∘ (keep ∘ dO Vᵀ - delta), where delta already contains the factor (1-p).
 #
-# Where p is dropped, a zero stands that the compiler cannot know, scale * 0.0. With a known one it rounds to bf16 first
-# and selects among 16-bit halves afterwards, which it has to take apart for that.
+# A dropped p becomes scale * 0.0, a zero that the compiler does not know. If it knew the zero, it would round to bf16
+# first and then select among 16-bit halves of registers, which it would have to take apart.
 
 
 @triton.jit
@@ -216,13 +216,13 @@ def _visit_queries(
         dom, dom_rest = load(do, 0, hi - m, out_t, QUERIES, D, REST, MASKED)
         lse_m, delta_m = lines(lse, delta, m, hi, QUERIES, MASKED)
         p = tl.exp2(across(k, k_rest, qm, qm_rest, REST, PRECISION) * scale - lse_m[None, :])
-        if MASKED:  # a query sees a key where the key sees the query
+        if MASKED:  # a query sees a key if the key sees the query
             p = tl.where(sees(begin, end, m + tl.arange(0, QUERIES)), p, 0.0)
         dp = across(v, v_rest, dom, dom_rest, REST, PRECISION)
         if THRESHOLD:
             row = uint32(line(row_hashes, m, hi, QUERIES, MASKED))
             kept = tl.where(keep(row[None, :], column[:, None], THRESHOLD), p, scale * 0.0)
-            ds = kept * dp - p * delta_m[None, :]  # one selection less than P ∘ (keep ∘ dP - delta)
+            ds = kept * dp - p * delta_m[None, :]  # one select less than P ∘ (keep ∘ dP - delta)
         else:
             kept, ds = p, p * (dp - delta_m[None, :])
         dv, dv_rest = add_product(dv, dv_rest, kept, dom, dom_rest, REST, PRECISION)
@@ -261,7 +261,7 @@ def _attention_key_gradient(
 
 
 class _Attention(torch.autograd.Function):
-    """Of q, k and v, or of the one tensor that holds them, whose gradient is then written as one and not stacked."""
+    """Attention of q, k and v, or of one qkv tensor, whose gradient is then written as one tensor, not stacked."""
 
     @staticmethod
     def forward(ctx, qkv, q, k, v, start: Tensor, stop: Tensor, dropout: Dropout | None, window: int | None,
@@ -269,7 +269,7 @@ class _Attention(torch.autograd.Function):
         if rotation is not None:
             rotary.turn(qkv, qkv, rotation, len(qkv[0]))
             if not qkv.is_inference():
-                torch.autograd.graph.increment_version(qkv)  # tells whoever kept what was there for a backward
+                torch.autograd.graph.increment_version(qkv)  # autograd then raises if a backward needs the old values
         if qkv is not None:
             q, k, v = qkv.unbind(2)
         tokens, heads, d = q.shape
@@ -300,7 +300,7 @@ class _Attention(torch.autograd.Function):
         key_grid, key_meta = _launch(tiles.KEY_GRADIENT, q, ctx.threshold, held="KEYS", visited="QUERIES")
         table = tiles.QUERY_GRADIENT_WINDOW if ctx.window else tiles.QUERY_GRADIENT
         query_grid, query_meta = _launch(table, q, ctx.threshold)
-        # a head of two parts is turned back by itself: the two of a pair are not in one part
+        # a head of two parts is rotated back in a separate pass, because the features of a pair are in different parts
         apart = rotation is not None and PARTS[d][1] > 0
         sums = None
         if ctx.needs_input_grad[-1] and not apart:
@@ -326,7 +326,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Of each its strides along tokens and heads."""
+    """The strides of each tensor along tokens and heads."""
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
@@ -336,7 +336,7 @@ def _launch(table: dict, q: Tensor, threshold: int, held: str = "QUERIES", visit
     rows, steps, warps, stages = table[q.element_size(), d][chip_family(q.device)]
     return (triton.cdiv(tokens, rows), heads), {
         "D": PARTS[d][0], "REST": PARTS[d][1], held: rows, visited: steps, "THRESHOLD": threshold,
-        # exact products in fp32, at a tenth of the speed: who asks for fp32 wants it for comparisons
+        # exact products in fp32, at a tenth of the speed, because fp32 is used for comparisons
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         **options(warps, stages),
     }  # fmt: skip
@@ -350,7 +350,7 @@ def attention(
     dropout: Dropout | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """As `ops.attention`. q, k, v: (T, H, d), d in PARTS; strides may be any but the last, which is 1.
+    """As `ops.attention`. q, k, v: (T, H, d), d in PARTS; the last stride must be 1, the others are free.
 
     Raises ValueError on another dtype, device, layout or width.
     """
@@ -366,8 +366,8 @@ def self_attention(
     rotation: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """As `ops.self_attention`. qkv: (T, H, 3, d), d in PARTS; contiguous where there is a rotation, otherwise with
-    strides as for `attention`, which raises likewise."""
+    """As `ops.self_attention`. qkv: (T, H, 3, d), d in PARTS; contiguous if there is a rotation, otherwise with strides
+    as for `attention`. Raises ValueError as `attention` does."""
     check(qkv=qkv, bias=bias)
     if rotation is not None:
         rotary.check_rotation(qkv, rotation)
@@ -382,5 +382,5 @@ def _apply(qkv, q, k, v, documents, dropout, window: int | None, rotation=None, 
     if x.shape[-1] not in PARTS:
         raise ValueError(f"{name} is {tuple(x.shape)}; its heads must be one of {', '.join(map(str, PARTS))} wide")
     if window is not None:
-        window = min(window, len(x))  # a larger one sees no more, and position + window must fit 31 bits
+        window = min(window, len(x))  # a larger window sees no more, and position + window must fit into 31 bits
     return _Attention.apply(qkv, q, k, v, documents.start, documents.stop, dropout, window, rotation, bias)

@@ -1,8 +1,8 @@
-"""Which tiles attention's kernels take on which chip.
+"""The tiles that attention's kernels use on each chip.
 
-(rows that a program holds, rows of a tile it visits, warps, stages of the pipeline that loads them), by (bytes of an
-element, width of a head), for sm_80 and others, sm_90, sm_100. Chosen by what compiles without spilling and by
-instructions per score, on no GPU yet.
+Each entry is (rows that a program holds, rows of a tile that it visits, warps, stages of the pipeline that loads them),
+by (bytes of an element, width of a head), for three chips: sm_80 and others, sm_90, sm_100. The tiles were chosen
+because they compile without spilling and take few instructions per score. They have not been tuned on a GPU yet.
 """
 
 FORWARD = {
@@ -20,7 +20,7 @@ FORWARD_DROPOUT = {
     (2, 32): [(128, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
     (2, 64): [(64, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3)],
 }
-# A window takes registers too, and favours small tiles: one of r rows visits r + 2w where a row sees 2w + 1
+# A window takes registers and favours small tiles: a tile of r rows visits r + 2w tokens, and a row sees 2w + 1
 FORWARD_WINDOW = {**FORWARD, (2, 64): [(64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)]}
 QUERY_GRADIENT = {
     (2, 32): [(128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2)],
