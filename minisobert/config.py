@@ -367,6 +367,7 @@ class TrainConfig:
         most = min(most, MOST_TOKENS)
         row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batch_ramp]  # row: one of each process
         fits = max(sizes) <= most
+        most = most if fits else min(most, max(most // 100, row))  # a hundred steps in an epoch, if possible, not one
         choices = self.near_batches(self.micro_batch_rows * row, most)
         rows, rest = divmod(math.gcd(*sizes), row)
         if fits and not rest:
@@ -377,8 +378,7 @@ class TrainConfig:
         return choices + processes + ([] if fits and choices else ["more text for data.prepare"])
 
     def near_batches(self, unit: int, most: float = math.inf) -> list[str]:
-        """The option for batches near those that are set, of whole units and at most `most` tokens. [] where there are
-        none."""
+        """The option for batches near those set, of whole units and at most `most` tokens; [] where there are none."""
         most = int(min(most, MOST_TOKENS)) // unit * unit
         if not most:
             return []
