@@ -367,6 +367,7 @@ class TrainConfig:
         most = min(most, MOST_TOKENS)
         row, sizes = self.row_tokens * data_parallel, [size for _, size in self.batch_ramp]  # row: one per process
         fits = max(sizes) <= most
+        most = most if fits else min(most, max(most // 100, row))  # a hundred steps in an epoch, if possible, not one
         choices = self.near_batches(self.micro_batch_rows * row, most)
         rows, rest = divmod(math.gcd(*sizes), row)
         if fits and not rest:

@@ -52,7 +52,10 @@ def test_a_batch_that_does_not_divide_or_is_too_large_for_the_text(capsys):
             assert rows < data_parallel and message.endswith(f"at most {rows} processes, or more text for data.prepare")
             alone += 1
         for words in advice:
-            parse(TrainConfig, [*argv, *words]).check(rows, data_parallel)
+            advised = parse(TrainConfig, [*argv, *words])
+            advised.check(rows, data_parallel)
+            if "fewer than the" in message:  # one row of each process, or many steps an epoch
+                assert all(n == row * data_parallel or n * 100 <= rows * row for _, n in advised.batch_ramp), message
             followed[" ".join(words[::2])] += 1
     assert len(followed) == 5 and min(followed.values()) > 10 and alone > 10, followed
 

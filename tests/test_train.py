@@ -445,7 +445,7 @@ MODERN = {"preset": "modern-tiny"}
         ({"data": "nowhere"}, "nowhere holds no prepared data .*python -m data.prepare --input .* --out nowhere"),
         ({"preset": "huge"}, "--preset: invalid choice: 'huge'"),
         ({"tokens_per_batch": 10_000}, r"10,000 = 4 × 512 × 1 × 4.883; choose --tokens-per-batch 8,192 or 10,240"),
-        ({"tokens_per_batch": ROW * 400}, r"fewer than the 400 of one batch; choose --tokens-per-batch \d+"),
+        ({"tokens_per_batch": ROW * 400}, r"400 of one batch; choose --micro-batch-rows 1 with --tokens-per-batch \d"),
         ({"train_tokens": "27e9.5"}, "'27e9.5' is not a whole number"),
         ({"train_tokens": 0}, "--train-tokens is 0; it must be at least 1"),
         ({"dropout": 1}, "--dropout is 1.0; it must be at least 0 and less than 1"),

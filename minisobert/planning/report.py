@@ -108,7 +108,10 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
 
     Raises ValueError if --gpu is not known or nothing fits.
     """
-    model, gpu, mfu = config.model_config(ModelConfig.vocabulary, init), config.gpu, config.mfu
+    path = Path(config.data) / "meta.json"  # a plan may come before its data
+    data = read_meta(path) if path.is_file() else {}
+    model = config.model_config(data.get("vocab_size", ModelConfig.vocabulary), init)
+    gpu, mfu = config.gpu, config.mfu
     given = Layout(
         max(config.gpus // config.tensor_parallel, 1), config.tensor_parallel, config.micro_batch_rows,
         config.sequence_parallel, config.shard_optimizer, config.recompute,
@@ -125,7 +128,7 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
         f"{config.train_tokens:,} tokens in {len([*config.batch_sizes()]):,} steps of {words(sizes, 'then')}; "
         f"{_mean_flops(model, config, config.row_tokens) / 1e9:.2f} GFLOP a token, if documents were as long as rows "
         "(less otherwise)",
-        *_mixture(config),
+        *(_epochs(config, data) if data else []),
         f"{config.gpus} × {gpu}: {chip.memory / 1e9:.0f} GB, of which {RESERVED / 1e9:.0f} are kept free; "
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bf16, MFU {mfu:g} in each layout; "
         + (f"${price:g} an hour each" if price else "no --price-per-gpu-hour"),
@@ -142,24 +145,25 @@ def report(config: TrainConfig, init: ModelConfig | None = None) -> str:
     return "\n".join(lines)
 
 
-def _mixture(config: TrainConfig) -> list[str]:
-    """Lines on how much of an epoch each input of --data is, if inputs have weights. [] if there is no data yet."""
-    path = Path(config.data) / "meta.json"
-    inputs = read_meta(path).get("weights", []) if path.is_file() else []
-    found = []  # for each input: documents, copies in an epoch, and the tokens of these
+def _epochs(config: TrainConfig, data: dict) -> list[str]:
+    """How often the run reads the data, whose meta.json this is, and what an epoch holds of inputs with weights."""
+    (training, documents), inputs = data["validation_documents"], data.get("weights", [])
+    epoch = (data["tokens"] / documents + SPECIALS) * training  # held-out documents are as long as others
+    found = []  # of each input: documents, copies in an epoch, and the tokens of these
     for one in inputs:
-        documents = one["documents"][1] - one["documents"][0]
-        copies = copies_in_epoch(documents, one["weight"])
-        tokens = (one["tokens"] / documents + SPECIALS) * copies if documents else 0
-        found.append((documents, copies, tokens))
-    if not (epoch := sum(tokens for *_, tokens in found)):
+        there = one["documents"][1] - one["documents"][0]
+        copies = copies_in_epoch(there, one["weight"])
+        tokens = (one["tokens"] / there + SPECIALS) * copies if there else 0
+        found.append((there, copies, tokens))
+    epoch = sum(tokens for *_, tokens in found) if inputs else epoch
+    if not epoch:
         return []
     epochs = config.train_tokens / epoch  # rows are full except for less than a hundredth
     lines = [f"{config.data}: about {epoch:,.0f} tokens in an epoch; this run is {epochs:,.2f} epochs"]
-    for one, (documents, copies, tokens) in zip(inputs, found):
+    for one, (there, copies, tokens) in zip(inputs, found):
         lines.append(
-            f"  {one['input']}, weight {one['weight']:g}: {copies:,} documents in an epoch ({documents:,} are there), "
-            f"{tokens / epoch:.1%} of its tokens; each is read {epochs * copies / max(documents, 1):,.2f} times"
+            f"  {one['input']}, weight {one['weight']:g}: {copies:,} documents in an epoch ({there:,} are there), "
+            f"{tokens / epoch:.1%} of its tokens; each is read {epochs * copies / max(there, 1):,.2f} times"
         )
     return [printable(line) for line in lines]
 

@@ -363,13 +363,21 @@ def test_the_plan_shows_what_fits_and_what_was_given():
     assert "57,221 steps of 131,072 then 524,288" in page  # 7,630 of the first 1e9, 49,591 of the rest
 
 
-def test_the_plan_shows_the_weights_of_the_data(corpus, tmp_path):
+def test_the_plan_shows_the_epochs_and_the_weights_of_the_data(corpus, tmp_path):
     def plan(data) -> list[str]:
         config = TrainConfig(preset="base", data=str(data), train_tokens=2_000_000, tokens_per_batch=65_536)
         return planning.report(config).splitlines()
 
-    without = plan(tmp_path / "none")
-    assert plan(corpus.folder) == without  # no weights
+    def tokens_in_an_epoch(line: str) -> int:
+        return int(re.search(r"about ([\d,]+) tokens in an epoch", line)[1].replace(",", ""))
+
+    assert "vocabulary 50,048" in plan(tmp_path / "none")[0]
+    without = plan(corpus.folder)
+    assert "vocabulary 512" in without[0] and corpus.vocab_size in range(385, 513)  # the next multiple of 128
+    packing = Packing(corpus.offsets, corpus.training_documents, 1, 2_048)
+    epoch = tokens_in_an_epoch(without[2])
+    assert epoch == pytest.approx(packing.tokens, rel=0.02)
+    assert without.pop(2).endswith(f"; this run is {2_000_000 / epoch:,.2f} epochs")
     folder = shutil.copytree(corpus.folder, tmp_path / "weighted")
     cut, end = 300, len(corpus.training_documents)
     meta = json.loads((folder / "meta.json").read_text())
@@ -382,7 +390,7 @@ def test_the_plan_shows_the_weights_of_the_data(corpus, tmp_path):
     assert [line for line in lines if line not in without] == lines[2:5] and lines[:2] + lines[5:] == without
     shards = open_shards(folder)
     packing = Packing(shards.offsets, shards.training_documents, 1, 2_048, shards.weights)
-    epoch = int(re.search(r"about ([\d,]+) tokens in an epoch", lines[2])[1].replace(",", ""))
+    epoch = tokens_in_an_epoch(lines[2])
     assert epoch == pytest.approx(packing.tokens, rel=0.02)
     epochs = 2_000_000 / epoch
     assert lines[2].endswith(f"this run is {epochs:,.2f} epochs")
