@@ -1,8 +1,8 @@
 """The encoder for flat, packed tokens, in two architectures: Megatron-LM's BERT and ModernBERT (Warner et al. 2024).
 
-Hidden states are (T, h): the T tokens of several documents, one after the other, without a batch dimension. Padding
-at the end of a row is a document of its own. The residual stream and its layer-normed copy travel together, because `ops.add_norm` computes both. The norm
-after a block's MLP therefore belongs to the next block, and is passed in.
+Hidden states are (T, h): the T tokens of several documents, one after the other, without a batch dimension. Padding at
+the end of a row is a document of its own. The residual stream and its layer-normed copy travel together, because
+`ops.add_norm` computes both. The norm after a block's MLP therefore belongs to the next block, and is passed in.
 
     T tokens   h hidden   H heads   d = h / H head width   f FFN width   V vocabulary   M masked tokens
 
