@@ -1,6 +1,5 @@
 """Predicts each figure of `make gpu` from a model of the chip, which should be right within 15 %.
 
-
     matrix products   FLOPs, at the rate of a large product on a chip at its power limit
     memory            bytes that have to move, at the share of the copy bandwidth that such kernels reach
     attention         clocks per score = OVERLAP (tensor + issue + exp2), where a multiprocessor does 4,096 bf16 FLOPs,
