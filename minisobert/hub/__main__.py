@@ -1,4 +1,4 @@
-"""To and from Hugging Face's format: `python -m minisobert.hub export` and `import`."""
+"""Converts models to and from Hugging Face's format: `python -m minisobert.hub export` and `import`."""
 
 from __future__ import annotations
 

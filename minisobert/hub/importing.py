@@ -1,8 +1,8 @@
-"""A folder in Hugging Face's format as a model of ours, and as the folder of a run that has not begun.
+"""Reads a folder in Hugging Face's format as a model of ours, or turns it into the folder of a run that has not begun.
 
     python -m minisobert.hub import DIR --out RUN
 
-Nothing of transformers is needed, and nothing in the folder is executed: weights come from safetensors, or from a
+transformers is not needed, and nothing in the folder is executed: the weights are read from safetensors, or from a
 pytorch_model.bin that torch opens with weights_only.
 """
 
@@ -29,24 +29,24 @@ from minisobert.model import Classifier, Embedder, MaskedLM, Model
 from minisobert.training import checkpoint
 from minisobert.training.run import Trained, open_run
 
-# What a ModernBERT may say of itself that ours cannot be, with the value that it must have
+# Options of a ModernBERT that ours does not have, each with the only value that is accepted
 _FIXED = {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False}
 _GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
 
 @dataclass(frozen=True)
 class Imported:
-    model: Model  # a MaskedLM, a Classifier or, of an encoder without a head, an Embedder; in fp32, on the CPU
+    model: Model  # a MaskedLM, a Classifier or, for an encoder without a head, an Embedder; in fp32, on the CPU
     tokenizer: Tokenizer | JsonTokenizer
     format: str  # one of FORMATS
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
     of_documents: bool = False  # a Classifier of whole documents, not of words
-    several: bool = False  # of the labels may belong to a document
-    number: bool = False  # what it gives of a document is a number, whose name is the one label
+    several: bool = False  # a document may have several of the labels
+    number: bool = False  # it predicts a number for a document, and the one label is the number's name
 
 
 def read(folder: str | Path) -> Imported:
-    """The model in a folder of Hugging Face's. Raises ValueError where it is none that can be one of ours."""
+    """The model in a folder in Hugging Face's format. Raises ValueError if it cannot be one of our models."""
     folder = Path(folder)
     try:
         theirs = json.loads((folder / "config.json").read_text())
@@ -81,7 +81,7 @@ def read(folder: str | Path) -> Imported:
     else:
         model = (MaskedLM if "mlm_head.decoder.bias" in ours else Embedder)(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})
-    tokenizer = open_tokenizer(folder)  # ours where the folder was exported from here
+    tokenizer = open_tokenizer(folder)  # our own if minisobert exported the folder
     if tokenizer.vocab_size > config.vocabulary:
         raise ValueError(
             f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
@@ -93,7 +93,8 @@ def read(folder: str | Path) -> Imported:
 
 
 def our_config(theirs: dict) -> ModelConfig:
-    """Of the content of a config.json. Raises ValueError for what ours cannot be, LookupError for what is missing."""
+    """The config of our model, from the content of a config.json. Raises ValueError for what our models do not have,
+    LookupError for what is missing."""
     modern, activation = theirs["model_type"] == "modernbert", theirs.get("hidden_act", "gelu")
     activation = theirs.get("hidden_activation", "gelu") if modern else activation
     if activation not in _GELU:
@@ -114,12 +115,12 @@ def our_config(theirs: dict) -> ModelConfig:
     if theirs.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"its positions are {theirs['position_embedding_type']!r}; minisobert has absolute ones")
     if theirs["model_type"] == "xlm-roberta-xl":
-        positions -= theirs["pad_token_id"] + 1  # rows of the table that no token has
+        positions -= theirs["pad_token_id"] + 1  # rows of the table that no token uses
     return ModelConfig(**sizes, positions=positions, norm_eps=theirs.get("layer_norm_eps", 1e-12))
 
 
 def _attention(theirs: dict, layers: int) -> dict:
-    """Windows and rotary bases of a ModernBERT, as transformers 5 writes them or as version 4 did."""
+    """Windows and rotary bases of a ModernBERT, as transformers 5 or version 4 writes them."""
     for name, value in _FIXED.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"{name} is {theirs[name]}; the layers of minisobert's modernbert have no biases")
@@ -148,7 +149,8 @@ def _attention(theirs: dict, layers: int) -> dict:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, whichever of transformers' files they are in."""
+    """All tensors in a folder, in whichever of transformers' files they are. Raises ValueError if there are none, or if
+    they cannot be read."""
     for name, opened in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_pickle)):
         index = folder / f"{name}.index.json"
         try:
@@ -167,8 +169,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _one_row_before(tensors: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
-    """With the tables of an xlm-roberta-xl as large as where its padding id is 0: positions count from the padding id
-    + 1 on, and ours has a second token type, which nothing uses."""
+    """The tensors of an xlm-roberta-xl as they would be with a padding id of 0, since it counts positions from the
+    padding id + 1; and with a second token type, which ours has and nothing uses."""
     tensors = dict(tensors)
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_embeddings.weight"):
@@ -183,8 +185,8 @@ def _what(model: Model) -> str:
 
 
 def import_run(folder: str | Path, out: str | Path) -> None:
-    """Writes the folder of a run at step 0 with a model's weights and tokenizer, for `train.py --init`, fine-tuning and
-    whatever else takes a run. Raises ValueError where the model is none that can be imported, or `out` exists."""
+    """Writes the folder of a run at step 0, with the weights and the tokenizer of a model, for `train.py --init`,
+    fine-tuning and all else that takes a run. Raises ValueError if the model cannot be imported, or if `out` exists."""
     with new_folder(out) as run:
         imported = read(folder)
         if not isinstance(imported.model, MaskedLM):
@@ -207,8 +209,8 @@ def import_run(folder: str | Path, out: str | Path) -> None:
 
 
 def open_model(path: str | Path) -> Trained:
-    """A run of ours, or a folder of Hugging Face's, whose masked language model is wanted. Raises ValueError where it
-    is neither."""
+    """The masked language model in a run of ours, or in a folder in Hugging Face's format. Raises ValueError if the
+    path is neither, or if it holds another kind of model."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; give the --out of a train.py, or a folder in Hugging Face's format")
@@ -221,7 +223,7 @@ def open_model(path: str | Path) -> Trained:
 
 
 def open_init(path: str, shards: Shards) -> Trained:
-    """The model of --init. Raises ValueError where the corpus is in the ids of another tokenizer than the model's."""
+    """The model of --init. Raises ValueError if the corpus was encoded by another tokenizer than the model's."""
     init = open_model(path)
     if init.tokenizer.content != shards.tokenizer_file.read_bytes():
         raise ValueError(

@@ -47,7 +47,7 @@ def read(
     several: bool = False, number: bool = False,
 ) -> Dataset:  # fmt: skip
     """Texts with a class, several classes or a number. The commonest class comes first. Classes that train lacks are
-    kept, and predictions for them count as wrong.
+    kept, and their rows count as wrong.
 
     text, label, split: columns (default: "text", "label" and none). several: a text has any number of classes, in a
     list in a .jsonl, or else separated by ;. number: a text has a number instead of a class. Raises ValueError if

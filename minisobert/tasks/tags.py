@@ -99,7 +99,7 @@ def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
 
 
 def _blocks(file: File, column: int) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
-    """(document, line, words and tags) of each sentence. Documents are counted from 1, and are 0 if none are marked; the
+    """(document, line, words and tags) of each sentence. Documents are counted from 1, and 0 if none are marked; the
     line is that on which the sentence begins. column: that of the tags, from 1, or 0 for the last. A line that is too
     short for it has the tag "", which is not a tag."""
     block: list[tuple[str, str]] = []
