@@ -28,7 +28,7 @@ COMMENT_WORDS = 28  # per comment, about 180 characters
 CHARACTERS_PER_TOKEN, CHARACTERS_PER_WORD = 3.5, 6.4
 TEXT, CODE = 60, 50  # words of text before code follows, and of code before text follows
 QUESTIONS = 0.42  # share of the posts
-# The share of comments that come at any later time; how many posts are written, on average, before another comment comes
+# The share of comments that come at any later time; posts that are written, on average, before another comment comes
 OLD, RECENT = 0.15, 1_000
 
 _PARAGRAPH, _BLOCK = ("<p>", "</p>\n"), ("<pre><code>", "\n</code></pre>\n")
