@@ -1,4 +1,4 @@
-"""Benchmarks change a committed result with --write alone, and need nothing from outside the repository."""
+"""Benchmarks change a committed result only with --write, and need nothing from outside the repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in pa
 
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
-    """The folder that results go to, which is empty."""
+    """The folder for results, which is empty."""
     monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
     monkeypatch.setattr(lengths, "HISTOGRAM", tmp_path / "post_lengths.json")
     monkeypatch.setattr(os, "sched_setaffinity", lambda *cores: None)

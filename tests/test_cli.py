@@ -1,4 +1,4 @@
-"""The command line: numbers as people write them, the option that was meant, errors and readers that go away."""
+"""The command line: numbers as people write them, mistyped options, errors, and readers that stop reading."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_an_option_that_is_there_is_not_taken_for_another_tools(capsys):
      (prepare.main, ["--help"]), (overview.main, []), (compare.main, ["--help"])],
 )  # fmt: skip
 def test_a_reader_that_has_seen_enough_is_no_error(main, argv, monkeypatch, capsys):
-    """As `| head` is: it has gone before all is written."""
+    """Such as `| head`, which ends before all is written."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""`make demo` costs nobody an earlier demo: neither by a mistake nor by a failure half-way."""
+"""`make demo` never loses an earlier demo, neither by a mistake nor by a failure halfway."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, one process at a time makes one, and what a killed process left is removed."""
+"""A folder appears complete or not at all, is made by one process at a time, and remains of killed ones are removed."""
 
 import errno
 import fcntl
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(code: str, *arguments, **options) -> subprocess.Popen:
-    """A process that runs this code; `ready()` in it tells this one to go on, and waits until it is told to end."""
+    """A process that runs this code. In it, `ready()` tells this process to continue and waits until it is told to end.
+    """
     head = "import os, sys\nfrom minisobert.files import *\ndef ready(): print(flush=True); sys.stdin.readline()\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
@@ -64,7 +65,7 @@ def test_a_lock_ends_with_its_process_and_the_next_learns_whose_it_was(tmp_path)
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
-    # the child says that it is ready: on a busy machine the parent may be there long before it, and be killed
+    # the child says when it is ready, since on a busy machine the parent may get there long before it and be killed
     code = "child = os.fork()\n    if not child: print(flush=True); os.read(int(sys.argv[2]), 1)\n"
     code += "    else: sys.stdin.readline()"
     ours, theirs = os.pipe()
@@ -74,7 +75,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path
     kill(holder)
     with locked(tmp_path / "lock", "it"):
         pass
-    os.write(theirs, b"x")  # to the child, which is the only one to read it: a broken pipe if that had ended
+    os.write(theirs, b"x")  # only the child reads it, so this would be a broken pipe if the child had ended
     os.close(theirs)
 
 

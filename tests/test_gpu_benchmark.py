@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: its dry run, its counts of FLOPs and bytes, and the lengths it draws."""
+"""`make gpu` without a GPU: its dry run, its counts of FLOPs and bytes, and the lengths that it draws."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def threads():
-    """A dry run takes one thread; the tests after it get theirs back."""
+    """A dry run sets the number of threads to one; this restores it for later tests."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -53,7 +53,7 @@ def test_the_first_tile_that_is_timed_is_the_one_that_ships_and_it_ships_afterwa
 
 def test_a_machine_for_measuring_needs_no_library_of_the_data_path():
     needed = "import sys; sys.modules |= dict.fromkeys(['sentencepiece', 'py7zr', 'tokenizers']); import {}"
-    for module in ("benchmarks.gpu.__main__", "conftest"):  # that of tests/gpu
+    for module in ("benchmarks.gpu.__main__", "conftest"):  # the conftest of tests/gpu
         command = [sys.executable, "-c", needed.format(module)]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True)
@@ -123,7 +123,7 @@ def test_committed_results_change_with_write_alone_which_repeats_nothing(tmp_pat
 
 def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypatch):
     hanging, alive, log = (tmp_path / name for name in ("python", "alive", "tests.log"))
-    os.mkfifo(alive)  # at its end when nobody holds it open any more
+    os.mkfifo(alive)  # reads end when no process has it open any more
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
     hanging.write_text(f"#!/bin/sh\necho GPU: $CUDA_VISIBLE_DEVICES.\nexec 3> '{alive}'\nsleep 60 &\nsleep 60\n")
     hanging.chmod(0o755)
@@ -138,7 +138,7 @@ def test_tests_that_hang_are_ended_with_all_that_they_started(tmp_path, monkeypa
 
 
 def test_plots_are_drawn_before_a_whole_model_is_compiled(tmp_path, monkeypatch):
-    """What torch's compiler takes is unknown: a run that is killed in it leaves its plots."""
+    """How long torch's compiler takes is unknown, so a run that is killed during it must have left its plots."""
 
     class Killed(BaseException):
         pass
@@ -223,7 +223,7 @@ def test_bytes_are_those_of_the_tensors(dropout):
     result = rowwise.measure_norm(TOY, width, dropout, "minisobert")
     matrix = torch.empty(TOY.tokens, width, dtype=DTYPE).nbytes
     branch, residual, new_residual, normal = [matrix] * 4
-    read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # gradients, but the residual
+    read, written = new_residual + normal + residual, residual + branch * (dropout > 0)  # no gradient of residual
     moved = {d: result[f"{d}_bytes_per_second"] * result[f"{d}_seconds"] for d in ("forward", "backward")}
     assert moved == pytest.approx({"forward": branch + residual + new_residual + normal, "backward": read + written})
 

@@ -1,4 +1,4 @@
-"""minisobert.load: what a loaded model says is what the model computes, one text at a time."""
+"""minisobert.load: a loaded model says what the model computes, one text at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_vectors_are_the_means_of_final_states(run, capsys, monkeypatch):
     monkeypatch.setattr(inference, "EVAL_TOKENS", 300)  # several batches
     monkeypatch.setattr(inference, "CHUNK", 7)
     model, trained = minisobert.load(run), open_run(run)
-    trained.model.config.__dict__["positions"] = model.model.config.__dict__["positions"] = 100  # the last one is cut
+    trained.model.config.__dict__["positions"] = model.model.config.__dict__["positions"] = 100  # cuts the last text
     found = model.embed(TEXTS)
     assert found.dtype == np.float32 and found.shape == (len(TEXTS), 64)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_vectors_in_a_file(run, tmp_path, capsys, monkeypatch):
 
 
 def toy(kind: str):
-    """Whether a text says bar, or which words are bar."""
+    """A toy task: does a text contain "bar", or which words are "bar"?"""
     task = tasks.TASKS["quality" if kind == "sequence" else "ner"]
 
     def read(paths, seed, **options) -> Dataset:

@@ -1,4 +1,4 @@
-"""What a person looks at: guesses, and the demo's own corpus."""
+"""The guesses of the playground, and the demo's own corpus."""
 
 from __future__ import annotations
 

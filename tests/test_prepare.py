@@ -1,4 +1,4 @@
-"""`python -m data.prepare`, from files to shards, as a person runs it."""
+"""`python -m data.prepare`, from files to shards, as a user runs it."""
 
 import gzip
 import json
@@ -137,7 +137,7 @@ def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
 
 
 def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
-    """Tickets as a spreadsheet exports them, a wiki as a folder of pages, and a .zip: in one command."""
+    """In one command: tickets as a spreadsheet exports them, a wiki as a folder of pages, and a .zip."""
     wiki = tmp_path / "wiki/pages"
     wiki.mkdir(parents=True)
     for i in range(20):
@@ -193,7 +193,7 @@ def test_several_inputs_become_one_corpus(site, tmp_path):
 
 @pytest.fixture
 def weighed(site, tmp_path):
-    """Three inputs: a dump, a folder of two files with 100 lines in all, and a file whose name ends like a weight."""
+    """Three inputs: a dump, a folder with two files and 100 lines in all, and a file whose name ends like a weight."""
     (tmp_path / "wiki").mkdir()
     for name, lines in (("a.txt", range(60)), ("b.txt", range(60, 100))):
         (tmp_path / "wiki" / name).write_text("".join(f"page {i} of the wiki\n" for i in lines))
@@ -410,8 +410,8 @@ sys.exit(prepare.main(arguments))
 
 @contextmanager
 def at_work(site, function: str, seconds: float):
-    """A run of data.prepare, one of whose processes is now in this function, for this long. The output of a run ends
-    when the last of its processes does."""
+    """A run of data.prepare in which a process is now in this function, where it stays for so long. The output of a run
+    ends when its last process does."""
     mark = site.parent / "mark"
     arguments = ["--input", site, "--out", site.parent / "out", "--workers", "2", "--vocab-size", "400"]
     command = [sys.executable, "-c", AT_WORK, function, seconds, mark, *arguments]
@@ -459,8 +459,8 @@ def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tm
 def test_an_interrupted_run_leaves_what_the_next_goes_on_with(site, tmp_path, number, status, function, seconds):
     with at_work(site, function, seconds) as process:
         os.kill(process.pid, number)
-        if number == signal.SIGINT:  # a terminal sends it to all processes
-            os.killpg(process.pid, number)  # and somebody is in a hurry
+        if number == signal.SIGINT:  # as a terminal does, to all processes
+            os.killpg(process.pid, number)  # as when Ctrl-C is pressed twice
         _, errors = process.communicate(timeout=15)
     assert process.returncode == status
     assert errors.splitlines()[-1].startswith("data.prepare: interrupted; the same command goes on from where it was")
@@ -498,7 +498,7 @@ sys.exit(status)
 
 
 def run_until(last: int, *arguments) -> subprocess.CompletedProcess:
-    """A run of data.prepare in small pieces that is killed when it touches a file for the last-th time."""
+    """A run of data.prepare in small pieces, killed when it touches a file for the n-th time, where n is `last`."""
     command = [sys.executable, "-c", INTO_PIECES, last, *arguments, "--workers", "1", "--vocab-size", "400"]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -520,10 +520,10 @@ def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same(site, tmp_path):
     for last in range(5, moments, max(1, moments // 8)):
         out = tmp_path / "killed"
         killed = run_until(last, *arguments, out)
-        if killed.returncode == 0 and last > moments - 20:  # what python opens by itself is not always the same
+        if killed.returncode == 0 and last > moments - 20:  # Python itself does not always open the same files
             break
         assert killed.returncode == -signal.SIGKILL
-        again = run_until(last, *arguments, out)  # and once more, if it comes so far
+        again = run_until(last, *arguments, out)  # killed once more, if it gets so far
         went_on += "going on with" in again.stderr
         if again.returncode:
             assert again.returncode == -signal.SIGKILL, again.stderr
@@ -582,7 +582,7 @@ sys.exit(prepare.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(  # what is too large is the spool; of many short documents, the offsets
+@pytest.mark.parametrize(  # the spool gets too large; with many short documents, the offsets do
     "line, size", [("one word and another {}\n", 10_000), ("{}\n", 65_000)]
 )
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path, line, size):
@@ -618,7 +618,7 @@ def test_a_real_dump_comes_back_exactly(tmp_path):
     (site,), _, _ = module.check([path])
     rendered = [entry.post.text() for entry in reading.posts(site, tmp_path, module.Counter())]
     meta = prepare([path], tmp_path / "out", vocab_size=4_000, workers=2)
-    assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is an image alone
+    assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is only an image
     assert sorted(texts(tmp_path / "out")) == sorted(filter(None, rendered))
 
 
@@ -656,7 +656,7 @@ def test_threads_of_two_sites_are_not_one_thread(site, tmp_path):
         )
     meta = prepare([tmp_path / "both"], tmp_path / "out", vocab_size=400, workers=1)
     assert meta["posts"] == 240
-    held_out = texts(tmp_path / "out")[-12:]  # of 6 of 120 threads
+    held_out = texts(tmp_path / "out")[-12:]  # those of 6 of 120 threads
     of_site = {name: set(re.findall(f"{name}: how to do ([0-9]+)", "\n".join(held_out))) for name in ("a", "b")}
     assert sum(map(len, of_site.values())) == 6
     assert of_site["a"] != of_site["b"]

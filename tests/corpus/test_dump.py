@@ -1,4 +1,4 @@
-"""Every layout in which a dump comes is found and joined; what cannot be read is named for what it is."""
+"""Dumps are found and joined in every layout in which they come, and errors say what is wrong with a file."""
 
 import lzma
 import random
@@ -29,7 +29,7 @@ def pack(path: Path, *members: tuple[str, bytes | Path], **options) -> Path:
 
 
 def tables(site: str) -> dict[str, bytes]:
-    """The files of a site with two posts and a comment, which hold its name. All sites have the same Ids."""
+    """The files of a site with two posts and a comment, which contain its name. All sites have the same Ids."""
     content = (HEAD + GOOD.format(1) + GOOD.format(2)).replace("&gt;b", f"&gt;{site}")
     return {
         "Posts.xml": f"{content}</posts>".encode(),
@@ -365,7 +365,7 @@ def test_an_encrypted_archive_is_named(tmp_path, options):
 
 
 def with_method(path: Path, old: bytes, new: bytes) -> Path:
-    """Write an archive with a method that py7zr cannot write: another method's id in the header."""
+    """Gives an archive a method that py7zr cannot write, by changing the method's id in the header."""
     py7zr = pytest.importorskip("py7zr")
     with py7zr.SevenZipFile(path, "w") as file:
         file.set_encoded_header_mode(False)
@@ -374,7 +374,7 @@ def with_method(path: Path, old: bytes, new: bytes) -> Path:
 
 
 def with_header(path: Path, old: bytes, new: bytes) -> Path:
-    """Other bytes in the header of an archive, and its checksums."""
+    """Replaces bytes in the header of an archive, and its checksums."""
     content = path.read_bytes()
     start, size = struct.unpack("<QQ", content[12:28])
     body, header = content[32 : 32 + start], content[32 + start : 32 + start + size]
@@ -413,7 +413,7 @@ def test_what_is_no_archive_is_one_short_line(tmp_path, content):
 
 
 def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monkeypatch):
-    badges = random.Random(0).randbytes(3_000_000)  # they stand before the posts
+    badges = random.Random(0).randbytes(3_000_000)  # they come before the posts in the archive
     (site,), _ = sites([pack(tmp_path / "a.7z", ("Badges.xml", badges), *tables("a").items(), filters=METHODS["Copy"])])
     read, after = archives._File.readinto, []
 

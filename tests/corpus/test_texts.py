@@ -1,4 +1,4 @@
-"""Files of text as people have them: what becomes a document, what is left out and said, what is refused."""
+"""Text files as people have them: what becomes a document, what is left out with a note, and what is refused."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_one_unreadable_line_in_a_hundred_is_said_and_more_are_refused(tmp_path,
     assert len(read(path, unreadable=1)) == 99
     assert "\x1b" not in capsys.readouterr().err
     path.write_text("{\n" * 5_000 + "\n".join(good * 10_000))
-    with pytest.raises(ValueError, match="1,000 of the first 1,000"):  # before the end of what may be terabytes
+    with pytest.raises(ValueError, match="1,000 of the first 1,000"):  # not at the end, terabytes later
         read(path)
 
 
@@ -195,7 +195,7 @@ def test_several_keys_are_joined_by_a_blank_line(tmp_path, kind):
         ValueError, match="no column 'descripton'; its columns are id, subject, description; name yours"
     ):
         read(tmp_path / f"a{kind}", keys=("subject", "descripton"))
-    if kind in tables.OBJECTS:  # in which what is empty is often not there at all
+    if kind in tables.OBJECTS:  # in which an empty field is often missing
         rows = [{key: value for key, value in row.items() if value.strip()} for row in rows[:3]]
         (tmp_path / f"a{kind}").write_bytes(WRITE[kind]([*rows, {"subject": None, "description": "none"}]))
         assert read(tmp_path / f"a{kind}", keys=keys) == ["Printer\n\nIt is\non fire.", "Empty", "alone", "none"]
@@ -207,7 +207,7 @@ def test_a_json_may_hold_lines_or_objects_in_a_row(tmp_path):
         for indent in (None, 2):
             path.write_text(joint.join(json.dumps({"text": text}, indent=indent) for text in TEXTS))
             assert read(path) == TEXTS
-    path.write_bytes(as_lines(ROWS) * 40 + b"{\n" + as_lines(ROWS))  # a damaged line costs no other
+    path.write_bytes(as_lines(ROWS) * 40 + b"{\n" + as_lines(ROWS))  # the damaged line costs no other
     assert read(path) == TEXTS * 41
     path.write_text("")
     assert read(path) == []
@@ -220,7 +220,7 @@ def test_a_json_array_is_the_same_wherever_it_is_cut_into_pieces(tmp_path, monke
     path = tmp_path / "a.json"
     for indent in (None, 1):
         path.write_text(json.dumps(values, indent=indent))
-        monkeypatch.setattr(tables, "LONGEST", 3_000)  # more than a value has, less than the array
+        monkeypatch.setattr(tables, "LONGEST", 3_000)  # longer than a value, shorter than the array
         for piece in (1, 2, 7, 64):
             monkeypatch.setattr(tables, "HEAD", piece)
             assert read(path) == [value["text"].strip("\n") for value in values]
@@ -231,7 +231,7 @@ def test_a_json_array_is_the_same_wherever_it_is_cut_into_pieces(tmp_path, monke
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    draw = random.Random(0)  # what does not shrink when it is packed
+    draw = random.Random(0)  # text that compression does not shrink
     rows = [{"text": f"{draw.getrandbits(2_000):x}"} for _ in range(20_000)]
     content = {**WRITE, ".txt": lambda rows: "".join(row["text"] + "\n" for row in rows).encode()}[kind](rows)
     path = tmp_path / f"a{kind}.gz"
@@ -257,7 +257,7 @@ def test_a_document_without_end_is_refused(tmp_path, monkeypatch, document):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A folder as it lies on a disk."""
+    """A folder with files of many kinds, as on a real disk."""
     folder = tmp_path / "mine"
     (folder / "sub").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -373,7 +373,7 @@ def test_standard_input_is_text_where_documents_are_asked_for(monkeypatch):
 
 
 def test_half_of_a_pair_costs_its_line_alone(tmp_path):
-    """In UTF-16, which can hold it, as UTF-8 cannot."""
+    """In UTF-16, which can hold half a surrogate pair; UTF-8 cannot."""
     lines = [*map(str, range(100)), "half \ud83d", "after"]
     (tmp_path / "a.txt").write_bytes(("\ufeff" + "\n".join(lines)).encode("utf-16-le", "surrogatepass"))
     dropped = Counter()
@@ -404,12 +404,12 @@ def test_parquet_reads_the_columns_of_the_text_alone_and_says_what_is_no_text(tm
 
 
 def test_a_window_of_two_gibibytes_is_unpacked(tmp_path):
-    """As `zstd --long=31` makes them, by which large archives are published."""
+    """`zstd --long=31` makes such files, and large archives are published so."""
     zstd = pytest.importorskip("backports.zstd")
     options = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.enable_long_distance_matching: 1}
     compressor = zstd.ZstdCompressor(options=options)
     packed = compressor.compress(as_lines(ROWS)) + compressor.flush()
-    (tmp_path / "a.jsonl.zst").write_bytes(packed + zst(as_lines(ROWS)))  # and a second frame
+    (tmp_path / "a.jsonl.zst").write_bytes(packed + zst(as_lines(ROWS)))  # with a second frame
     assert read(tmp_path / "a.jsonl.zst") == TEXTS * 2
 
 

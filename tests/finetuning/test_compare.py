@@ -1,4 +1,4 @@
-"""finetuning.compare: the table of results beside what was published."""
+"""finetuning.compare: the table of results, beside published figures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_results_of_other_options_and_sizes_are_told_apart(tmp_path):
 
 
 def test_the_difference_of_two_models_is_measured_in_its_standard_error(tmp_path):
-    """That of Welch's test, from scipy."""
+    """The standard error is that of Welch's test, from scipy."""
     one = folder(tmp_path / "a", "ner", "runs/base", {"f1": 0.61}, {"f1": 0.007})
     other = folder(tmp_path / "b", "ner", "random:base", {"f1": 0.58}, {"f1": 0.013})
     stats = pytest.importorskip("scipy.stats")

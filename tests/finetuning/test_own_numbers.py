@@ -1,4 +1,4 @@
-"""finetune.py --number: learnt, reported, saved, loaded, exported and applied, always as the number itself."""
+"""finetune.py --number: numbers are learnt, reported, saved, loaded, exported and predicted, always as themselves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small(monkeypatch):
 
 
 def table(path: Path, n: int = 240) -> Path:
-    """A year, which the share of words in "ba" and "du" tells; two rows have none."""
+    """A table with years, which the share of words in "ba" and "du" tells; two rows have none."""
     draw = random.Random(0)
     texts = [draw.choices(WORDS, k=6) for _ in range(n)]
     rows = [(" ".join([*t, str(i)]), 2000 + 4 * sum(w[:2] in ("ba", "du") for w in t)) for i, t in enumerate(texts)]
@@ -55,7 +55,7 @@ MADE = ["--epochs", "6", "--dropout", "0", "--learning-rate", "5e-3", "--tokens-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """The folders "tiny", "old", "tfidf" and "hf", which goes on from an export of "tiny"."""
+    """A folder with the results "tiny", "old", "tfidf" and "hf"; the last continues from an export of "tiny"."""
     folder = tmp_path_factory.mktemp("numbers")
     with pytest.MonkeyPatch.context() as patch:
         small.__wrapped__(patch)
@@ -67,7 +67,7 @@ def results(tmp_path_factory) -> Path:
         fine_tune(folder, folder / "tfidf", "--model", "tfidf", "--seeds", "2")
         hub(["export", str(folder / "tiny"), "--out", str(folder / "tiny-exported")])
         described = json.loads((folder / "tiny-exported/config.json").read_text())
-        assert described.pop("problem_type") == "regression"  # as in the folders of people who did not say so
+        assert described.pop("problem_type") == "regression"  # as in folders of other people, who left it out
         (folder / "tiny-exported/config.json").write_text(json.dumps(described))
         fine_tune(folder, folder / "hf", "--model", f"hf:{folder / 'tiny-exported'}", *MADE[2:], "--epochs", "1")
     return folder
@@ -162,7 +162,7 @@ def test_a_model_of_transformers_is_kept_as_one_of_regression(results):
 
 
 def test_standard_scores_are_exported_within_1e_5(results, tmp_path):
-    """The same without the large mean, whose last digit is 1e-4."""
+    """The same without the mean of 2010, at which the last digit of fp32 is 1e-4."""
     transformers = pytest.importorskip("transformers")
     network, _, _ = apply.open_fine_tuned(results / "old")
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_standard_scores_are_exported_within_1e_5(results, tmp_path):
 
 
 def test_a_network_in_bf16_gives_years_and_not_decades(results, monkeypatch):
-    """As on a GPU, where parameters are kept in 8 bits: 2010 would be 2016."""
+    """As on a GPU, where parameters have the 8 significant bits of bf16: 2010 would become 2016."""
     made = encoder.Network.__init__
 
     def in_bf16(self, *arguments, **options):
@@ -201,7 +201,7 @@ def test_a_network_in_bf16_gives_years_and_not_decades(results, monkeypatch):
 
 
 def test_learning_does_not_depend_on_the_unit(results):
-    """Metres or miles, from 0 or from sea level: the same network but for its last layer."""
+    """Metres or miles, from 0 or from sea level: the networks differ only in their last layer."""
     found = []
     for scale, shift in ((1.0, 0.0), (1e3, -5e4)):
         draw = random.Random(1)

@@ -1,6 +1,6 @@
-"""Every kernel on a real GPU against the fp64 reference there: bf16, fp16 and fp32, real sizes, repeats, no waiting.
+"""Every kernel on a real GPU, against the fp64 reference there: bf16, fp16 and fp32, real sizes, repeats, no waiting.
 
-`make gpu` runs these first, `make gpu-sanitize` under compute-sanitizer, those marked slow left out.
+`make gpu` runs these tests first; `make gpu-sanitize` runs those that are not slow under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def check_attention(bounds: list[int], heads: int, d: int, dtype: torch.dtype, p
         lambda *x: attention(*x, documents, dropout, window),
         lambda *x: ops.attention_reference(*x, documents, dropout, window),
         parts,
-        # documents of one token: dS is the difference of two sums of d products, dO·v and delta, which are equal. At
-        # d = 128 two usual orders of adding leave 14 eps of the largest gradient, as much as all of the tolerance
+        # In a document of one token, dS is the difference of two equal sums of d products, dO·v and delta. At d = 128,
+        # two common orders of addition leave 14 eps of the largest gradient, nearly the whole tolerance.
         allowed=2 * tolerance(dtype) if dtype == torch.float32 and d == 128 else None,
-        # and where all are such: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
+        # If all documents are such, dS is the rounding error of dO·v (about 11 at d = 64) times keys of 3 over sqrt(d).
         least=4.0 if documents.bounds.diff().max() == 1 else 0.01,
     )
 
@@ -92,7 +92,7 @@ def test_attention_in_windows_at_awkward_shapes(window, p):
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("heads", "d", "window"), [(12, 64, None), (16, 96, None), (12, 64, 64), (16, 64, 64)])
 def test_attention_at_the_shapes_of_training(heads, d, window, p):
-    """A micro-batch of base, large, modern-base and modern-large: 8 rows of 2,048, of documents as long as posts."""
+    """A micro-batch of base, large, modern-base and modern-large: 8 rows of 2,048, with documents as long as posts."""
     lengths = np.random.default_rng(0).lognormal(5.5, 1, 200).astype(int).clip(3, 2_048)
     ends = lengths.cumsum()
     bounds = [0, *ends[ends < 16_384].tolist(), 16_384]
@@ -105,7 +105,7 @@ def test_attention_at_the_shapes_of_training(heads, d, window, p):
     [(64, 0.1, None, False), (96, 0.1, None, False), (64, 0.0, None, True), (64, 0.0, 64, True), (96, 0.0, None, True)],
 )
 def test_what_surrounds_attention_in_a_block(d, p, window, has_rotation, dtype):
-    """With a bias that qkv holds, or rotary positions, whose queries and keys are rounded once more."""
+    """With a bias added to qkv, or with rotary positions, which round queries and keys once more."""
     parts, documents = qkv(POSTS, 3, d, dtype, "cuda")
     dropout, turn = mask(p, "attention", "cuda"), rotation(torch.arange(4_096, device="cuda") % 700, d, 10_000.0)
     if has_rotation:
@@ -124,7 +124,7 @@ def test_what_surrounds_attention_in_a_block(d, p, window, has_rotation, dtype):
 
 
 def test_tiles_beyond_the_window_are_not_visited():
-    """NaN times a probability of 0 is NaN: no such tile may be loaded, forward or backward."""
+    """NaN times a probability of 0 is NaN, so no such tile may be loaded, forward or backward."""
     (parts, documents), window, most = qkv([0, 1_000], 2, 64, torch.bfloat16, "cuda"), 64, 128
     for x in parts:
         x[:300] = x[700:] = torch.nan
@@ -135,7 +135,8 @@ def test_tiles_beyond_the_window_are_not_visited():
 
 
 def test_attention_over_a_million_tokens():
-    """Views of a qkv of 2.4 billion elements: offsets pass 31 bits. Its last documents are compared, by themselves."""
+    """Views of a qkv of 2.4 billion elements, so that offsets exceed 31 bits. The last documents are compared with the
+    same documents by themselves."""
     tokens, heads, d = 1_048_581, 12, 64
     lengths = [1_000] * 1_048 + [1, 580]
     documents = Documents.from_bounds([0, *torch.tensor(lengths).cumsum(0).tolist()], "cuda")
@@ -145,7 +146,7 @@ def test_attention_over_a_million_tokens():
     upstream = torch.randn_like(out)
     out.backward(upstream)
 
-    first = tokens - 2_581  # three documents from here on
+    first = tokens - 2_581  # the last three documents begin here
     exact = qkv.detach()[first:].double().requires_grad_()
     last = Documents.from_bounds([0, 1_000, 2_000, 2_001, 2_581])
     expected = ops.attention_reference(*exact.unbind(2), last, replace(dropout, token_offset=first))
@@ -193,7 +194,7 @@ def test_rotary(heads, d, dtype):
 
 
 def test_rotary_of_more_than_two_billion_elements_turns_a_linears_output_in_place():
-    """Its last tokens are compared. They lie past 31 bits."""
+    """The last tokens are compared; their offsets exceed 31 bits."""
     tokens, heads, d = 1_000_003, 12, 64
     turn = rotation(torch.arange(tokens, device="cuda") % 2_048, d, 10_000.0)
     qkv = torch.randn(tokens, 3 * heads * d, dtype=torch.bfloat16, device="cuda").unflatten(1, (heads, 3, d))
@@ -237,7 +238,7 @@ def test_bias_gelu(dtype, form):
         lambda x, b: bias_gelu(x, b, form),
         lambda x, b: ops.bias_gelu_reference(x, b, form),
         inputs,
-        # what stands in the exponent is up to 100 and rounded; exp2 and division are the chip's fast ones
+        # the exponent is up to 100, and rounded; exp2 and division are the chip's fast versions
         allowed=max(tolerance(dtype), 5e-6),
     )
 
@@ -292,7 +293,7 @@ def test_masks_are_those_of_a_cpu_bit_for_bit():
 
 
 def all_operations(dtype: torch.dtype):
-    """A function that runs each forward and backward, on 4,096 tokens of 768, and returns all that came out."""
+    """A function that runs each operation forward and backward, on 4,096 tokens of 768, and returns all results."""
     (q, k, v), documents = qkv(POSTS, 12, 64, dtype, "cuda")
     inputs = [
         q,
@@ -339,7 +340,7 @@ def test_no_operation_waits_for_the_device():
 
 def training(architecture: str, optimizer: str):
     """A function that makes the next optimizer step of a small model in bf16, on documents of 1 to 600 tokens, and
-    returns what `train_step` says of it; and the model."""
+    returns what `train_step` returns; and the model."""
     sizes = {"ffn": 384, "architecture": "modernbert"} if architecture == "modernbert" else {"ffn": 1_024}
     model_config = ModelConfig(layers=4, hidden=256, heads=4, vocabulary=8_064, positions=2_048, **sizes)
     config = TrainConfig(
@@ -370,7 +371,7 @@ ARCHITECTURES = [("bert", "adamw"), ("bert", "muon"), ("modernbert", "adamw"), (
 
 @pytest.mark.parametrize(("architecture", "optimizer"), ARCHITECTURES)
 def test_an_optimizer_step_waits_for_the_device_twice(architecture, optimizer, monkeypatch):
-    """For the gradient's norm and for the loss; anything else that the host reads would stop it in the middle."""
+    """For the norm of the gradient and for the loss. Reading anything else would make the host wait in mid-step."""
     step, _ = training(architecture, optimizer)
     step()  # compiles
     read, item = [], torch.Tensor.item
@@ -411,7 +412,7 @@ def test_a_checkpoint_comes_through_pinned_memory_and_is_what_the_device_held(tm
         slices = [checkpoint.Slice("model", "w", weight, [(0, 0, len(weight))])]
         expected.append(weight.cpu())
         saver.start(step, {"model": {"w": tuple(weight.shape)}, "optimizer": {}}, slices, state)
-        weight += 1  # at once: the snapshot must be complete
+        weight += 1  # at once, since the snapshot must be complete by now
         saver.wait()
         assert torch.equal(checkpoint.read(saver.last)["model"]["w"], expected[-1])
     assert all(memory.is_pinned() for memory in saver._memory)
@@ -419,7 +420,7 @@ def test_a_checkpoint_comes_through_pinned_memory_and_is_what_the_device_held(tm
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model_learns_on_a_gpu_what_it_learns_on_a_cpu(dtype):
-    """Loss and gradient of a step with dropout; in half precision beside the same model in fp32."""
+    """Loss and gradient of a step with dropout; half precision is compared with the same model in fp32."""
     config = ModelConfig(layers=4, hidden=256, heads=4, ffn=1_024, vocabulary=8_064, positions=2_048)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, 8_064, (4_096,), generator=generator)
@@ -437,8 +438,8 @@ def test_a_model_learns_on_a_gpu_what_it_learns_on_a_cpu(dtype):
 
     loss, gradient = step("cuda", dtype)
     expected_loss, expected = step("cpu", torch.float32)
-    # weights of 0.02 rounded to bf16 change every activation by about its eps; they add up like random numbers.
-    # fp32: sums of thousands in another order
+    # Rounding weights of 0.02 to bf16 changes each activation by about an eps; the errors add up like random numbers.
+    # In fp32, sums of thousands of terms are added in another order.
     allowed = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     assert loss == pytest.approx(expected_loss, rel=allowed / 10)
     assert (gradient - expected).norm() <= allowed * expected.norm()

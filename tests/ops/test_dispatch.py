@@ -75,6 +75,6 @@ def test_the_model_learns_the_same_with_kernels_as_with_references(p, monkeypatc
     asked = []
     monkeypatch.setattr(dispatch, "takes_kernel", lambda x: asked.append(x) or True)
     with_kernels = train()
-    assert len(asked) >= 2 * (1 + 2 * 4 + 2)  # per step: drop, four operations a block, GELU and loss of the head
+    assert len(asked) >= 2 * (1 + 2 * 4 + 2)  # per step: drop, four operations per block, GELU and loss of the head
     for ours, expected in zip(with_kernels, with_references):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Tables as people have them: what becomes an example of which class, what is left out and said, what is refused."""
+"""Tables as people have them: which example gets which class, what is left out with a note, and what is refused."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_same_text_is_never_on_two_sides(tmp_path):
     sides = [{fingerprint(e.text) for e in part} for part in (data.train, data.dev, data.test)]
     assert sum(map(len, sides)) == len(set.union(*sides)) == len(everything(data)) == 150
     assert any("a duplicate with another label" in note for note in data.notes)
-    # of files with splits of their own test keeps it
+    # if files name the splits, test keeps the text
     table(tmp_path / "my_train.csv", "text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(40)))
     table(tmp_path / "my_test.csv", "text,label\nT1,x\nnew,x\n")
     data = labels.read([tmp_path / "my_train.csv", tmp_path / "my_test.csv"], 0)
@@ -167,7 +167,7 @@ def test_a_text_may_have_several_classes(tmp_path):
         assert data.several and data.labels == ("a", "b c", "d")
         found = {e.text: {data.labels[c] for c in e.tags} for e in everything(data)}
         assert found == {f"text {i}": set(given[i % 4]) for i in range(120)}
-        drawn = Counter(e.tags for e in data.test)  # by the rarest class of a text
+        drawn = Counter(e.tags for e in data.test)  # a text is drawn by its rarest class
         assert drawn[0, 1] == drawn[0, 2] == 3 and drawn[0,] + drawn[()] == 6
         assert data.notes[-1] == "texts of no class: 30"
     table(tmp_path / "u.jsonl", "\n".join([*lists, '{"text": "a", "label": null}', '{"text": "b"}']))
@@ -186,7 +186,7 @@ def test_thousands_of_classes_and_some_with_a_single_row(tmp_path):
     assert len(data.labels) == 3_000 and {e.label for e in data.train} == set(range(3_000))
     assert all(
         1_000 < len(part) < 1_200 for part in (data.dev, data.test)
-    )  # 10 %, but for what classes of one or two owe
+    )  # 10 %, except what classes with one or two rows still owe
     count = Counter(of)
     assert list(data.labels) == sorted(data.labels, key=lambda name: (-count[int(name[6:])], name))
 
@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_used_is_one_line(name, content, expected, tmp_pat
 
 
 def test_rows_are_read_one_at_a_time(tmp_path):
-    """So that a file may be larger than memory: the first comes before a damaged end is met."""
+    """A file may be larger than memory: the first row comes before a damaged end is reached."""
     path = table(tmp_path / "t.jsonl.gz", "")
     path.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)))[:-4_000])
     found = rows(File(path, ".jsonl", named=True))

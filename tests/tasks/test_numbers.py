@@ -1,4 +1,4 @@
-"""Tables whose label is a number: what is one, what is left out and said, and how the splits are drawn."""
+"""Tables whose label is a number: what counts as one, what is left out with a note, and how splits are drawn."""
 
 from __future__ import annotations
 

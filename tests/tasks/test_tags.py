@@ -1,4 +1,4 @@
-"""Entities of one's own types: every scheme of tags, columns and spans as people have them."""
+"""One's own types of entities: every scheme of tags, with columns and spans as people have them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from minisobert.tasks.words import word_spans
 
 
 def encoded(spans: list[tuple[int, int, str]], n: int, scheme: str) -> list[str]:
-    """The tags of n words. scheme: the letters that begin, go on, end and are a whole entity; IOB1 begins with I- but
-    after an entity of the same type."""
+    """The tags of n words. scheme: the letters for the beginning, inside and end of an entity and for a whole one; in
+    IOB1, an entity begins with B- only after one of the same type."""
     found = ["O"] * n
     for start, stop, kind in spans:
         if scheme == "IOB1":

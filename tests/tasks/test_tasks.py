@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 def table(path, columns, rows):
-    """Write a .csv file (.xz by its name)."""
+    """Writes a .csv file, compressed if its name ends in .xz."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns.split(","), *rows])
     content = text.getvalue().encode()
@@ -58,7 +58,7 @@ def site(folder, posts, comments=()):
 
 @pytest.fixture
 def dump(tmp_path):
-    """12 questions of each quality, each with 2 answers, the first of which half the time is called obsolete."""
+    """12 questions of each quality, with 2 answers each; half of the first answers are called obsolete."""
     edited = {"LastEditDate": "2020-01-01"}
     shut = {"ClosedDate": "2020-01-01"}
     posts, comments = [], []
@@ -316,7 +316,7 @@ def test_obsoletion_by_a_list_of_comments(dump, tmp_path):
     path = table(tmp_path / "comments.csv", "QuestionID,AnswerID,CommentID,CommentText", listed)
     found = everything(obsoletion.read([path, dump], 0))
     assert {e.id for e in found if e.label} == {f"site:{i * 10 + 1}" for i in range(100, 120)}
-    # 1010, 1030, … are called obsolete by the dump alone: they are neither; comments without the words tell nothing
+    # 1010, 1030, … are called obsolete only by the dump, so they have no class; comments without the words do not count
     assert not {f"site:{i * 10}" for i in range(101, 136, 2)} & {e.id for e in found}
     columns = "QuestionID,AnswerID,CommentID,CommentText"
     thanks = table(tmp_path / "thanks.csv", columns, [*listed, (100, 1000, 2, "ok")])
@@ -461,8 +461,8 @@ def test_the_ner_corpus_has_the_published_numbers_of_sentences_and_entities():
     assert {name: len(part) for name, part in parts.items()} == {"train": 9_263, "dev": 2_936, "test": 3_108}
     assert len(found.labels) == 41
     begins = {name: sum(tag % 2 for e in part for tag in e.tags) for name, part in parts.items()}
-    assert begins == {"train": 10_669, "dev": 3_423, "test": 3_679}  # what stands in these sentences
-    # the published numbers count the B- of the whole file, with the placeholders and before repair
+    assert begins == {"train": 10_669, "dev": 3_423, "test": 3_679}  # those in these sentences
+    # the published numbers count each B- in the file, with placeholders and before repair
     whole = {"train": 12_671, "dev": 4_019, "test": 4_382}
     for name in parts:
         counts = {

@@ -1,4 +1,4 @@
-"""TensorBoard's files hold what metrics.jsonl holds, each step once, however often a run was interrupted."""
+"""TensorBoard's files hold what metrics.jsonl holds, with each step once, however often a run was interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 
 def read(folder: Path) -> list[tuple[int, dict]]:
-    """(step, {tag: value}) of all records in the folder's files, in their order; the accumulator agrees with them."""
+    """(step, {tag: value}) of all records in the folder's files, in order. Asserts that TensorBoard reads the same."""
     found = []
     for path in folder.iterdir():
         for event in LegacyEventFileLoader(str(path)).Load():
@@ -41,7 +41,7 @@ def read(folder: Path) -> list[tuple[int, dict]]:
 
 
 def check(out: Path) -> None:
-    """Steps are row positions; the figures are those of metrics.jsonl."""
+    """Asserts that steps are row positions, and that the figures are those of metrics.jsonl."""
     lines = metrics(out)
     for (step, values), line in zip(read(out / "tensorboard"), lines, strict=True):
         assert step == line["positions"]
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_and_goes_on_with_two_processes_has_each_step_once
     argv = words(corpus, out, 40, checkpoint_every_tokens=4 * BATCH, tensorboard=True, micro_batch_rows=2)
     (process,) = start(argv, log)
     until = time.monotonic() + 120
-    while not (checkpoint.steps(out / "checkpoints") and len(metrics(out)) % 4 == 3):  # steps are about to be lost
+    while not (checkpoint.steps(out / "checkpoints") and len(metrics(out)) % 4 == 3):  # some steps will be lost
         assert process.is_alive() and time.monotonic() < until, log.read_text()
         time.sleep(0.001)
     process.kill()

@@ -1,4 +1,4 @@
-"""The folder of a run: what of an earlier one is believed, and what a damaged line or a full disk costs."""
+"""The folder of a run: what is accepted from an earlier run, and what a damaged line or a full disk costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_run(corpus, tmp_path):
 
 
 def save(folder: Path, identity: dict, step: int = 2) -> None:
-    """The state of a checkpoint, which is all that is looked at before it is loaded."""
+    """Writes the state of a checkpoint, which is all that is read before it is loaded."""
     path = checkpoint.path_of(folder / "checkpoints", step)
     path.mkdir(parents=True)
     state = {"progress": dataclasses.asdict(Progress(step)), "run": identity, "validation_loss": None, "sha256": {}}
@@ -38,7 +38,7 @@ def save(folder: Path, identity: dict, step: int = 2) -> None:
 
 
 def test_what_a_kill_left_beside_the_last_checkpoint_is_removed_at_the_next_start(make_run):
-    """A run that has ended makes no other checkpoint, which would remove it."""
+    """A run that has ended makes no further checkpoint, which would remove it."""
     run = make_run()
     for step in (1, 2, 3):
         save(run.folder, run.identity, step)
@@ -125,7 +125,7 @@ def test_infinity_in_metrics_of_the_version_before_is_read(make_run):
 
 @contextmanager
 def files_up_to(size: int):
-    """Bytes; more in a file is an OSError, part of the way through a write, as on a full disk."""
+    """Limits files to so many bytes. Writing more is an OSError in the middle of a write, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -145,7 +145,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(mak
     begin(run)
     path = run.folder / "metrics.jsonl"
     run.log(line(1))
-    with files_up_to(path.stat().st_size + 10):  # ten bytes of a line
+    with files_up_to(path.stat().st_size + 10):  # ten bytes of the next line
         run.log(line(2))
         run.log(line(3))
     assert read_metrics(run.folder) == [line(1)]
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_work_begins(make_r
     ):
         with pytest.raises(ValueError, match=f"^--out: .*{message}"):
             make_run(out=str(tmp_path / out))
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may do anything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # since root may write anywhere
     with pytest.raises(ValueError, match=f"^--out: nothing can be written in {tmp_path}; choose"):
         make_run(out=str(tmp_path / "new" / "run"))
     monkeypatch.undo()
