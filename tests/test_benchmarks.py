@@ -62,7 +62,7 @@ def test_no_benchmark_has_an_input_that_a_reader_lacks():
 
 
 @pytest.mark.parametrize("name", ["cpu", "faults", "loader", "lengths", "packing"])
-def test_a_corpus_that_is_none_is_one_line(name, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_a_corpus_is_one_line(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, name, "--data", tmp_path)
     error = capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_a_lock_file_that_is_removed_while_it_is_waited_for_is_no_lock(tmp_path,
     assert names(tmp_path) == ["moved"]
 
 
-def test_of_many_processes_one_at_a_time_has_the_lock(tmp_path):
+def test_only_one_of_many_processes_has_the_lock_at_a_time(tmp_path):
     code = """
 for i in range(300):
     try:
@@ -142,7 +142,7 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     assert names(out.parent) == ["b"]
 
 
-def test_what_is_in_a_folder_or_file_is_on_the_disk_before_it_has_its_name_and_the_name_at_the_end(
+def test_contents_are_on_the_disk_before_they_have_their_name_and_the_name_at_the_end(
     tmp_path, monkeypatch
 ):
     """As a power cut would find it: whatever was not flushed may be lost, and names outlive what they are of."""
@@ -192,7 +192,7 @@ def test_what_a_living_process_makes_is_not_touched_and_the_second_is_refused_at
     assert names(tmp_path / "out") == ["spool"]
 
 
-def test_who_gets_the_lock_late_does_not_replace_what_was_made_meanwhile(tmp_path, monkeypatch):
+def test_a_process_that_gets_the_lock_late_replaces_nothing_that_was_made_meanwhile(tmp_path, monkeypatch):
     flock = fcntl.flock
 
     def made_meanwhile(descriptor, operation):

@@ -412,7 +412,7 @@ def test_what_is_no_archive_is_one_short_line(tmp_path, content):
     assert len(str(error.value)) < 200 + len(str(tmp_path))
 
 
-def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monkeypatch):
+def test_a_thread_that_is_no_longer_needed_reads_no_further(tmp_path, monkeypatch):
     badges = random.Random(0).randbytes(3_000_000)  # they come before the posts in the archive
     (site,), _ = sites([pack(tmp_path / "a.7z", ("Badges.xml", badges), *tables("a").items(), filters=METHODS["Copy"])])
     read, after = archives._File.readinto, []
@@ -429,7 +429,7 @@ def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monke
     assert after == []
 
 
-def test_nor_does_one_in_an_archive_in_an_archive(tmp_path):
+def test_nor_does_one_in_a_nested_archive(tmp_path):
     inner = pack(tmp_path / "a.7z", ("Badges.xml", random.Random(0).randbytes(3_000_000)), filters=METHODS["Copy"])
     outer = pack(tmp_path / "b.7z", ("a.7z", inner), filters=METHODS["Copy"])
     stopped = threading.Event()

@@ -36,7 +36,7 @@ def test_what_is_a_number(given, expected):
      (None, "without a x"), ("nan", "not finite"), ("-Infinity", "not finite"), (float("nan"), "not finite"),
      ("1e999", "not finite"), (10**400, "not finite"), (True, "is no number"), ([1], "is no number")],
 )  # fmt: skip
-def test_what_is_none(given, why):
+def test_what_is_not_a_number(given, why):
     with pytest.raises(ValueError, match=why):
         labels.number_of({"x": given}, "x")
 
