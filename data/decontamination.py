@@ -76,7 +76,9 @@ def read(named: Sequence[str]) -> Texts:
     for name in named:
         task, _, path = name.partition("=")
         if task not in TASKS or not path:
-            raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
+            raise ValueError(
+                f"--decontaminate is {name!r}; it must be TASK=PATH, where TASK is one of {', '.join(TASKS)}"
+            )
         paths.setdefault(task, []).append(Path(path))
     data = {task: TASKS[task].read(files, SPLIT_SEED) for task, files in paths.items()}
     held_out = [(task, e) for task, d in data.items() for e in (*d.dev, *d.test)]

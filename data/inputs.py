@@ -85,8 +85,8 @@ def weighted(given: Iterable[str | Path]) -> list[Input]:
             value = math.nan
         if not 0 < value <= MOST_WEIGHT:
             raise ValueError(
-                f"{text} does not exist, and {weight!r} is no weight of {before}; give a number above 0 and at most "
-                f"{MOST_WEIGHT:,}, as in {before}=0.5"
+                f"{text} does not exist, and {weight!r} is not a weight for {before}; give a number above 0 and at "
+                f"most {MOST_WEIGHT:,}, as in {before}=0.5"
             )
         found.append(Input(Path(before), value))
     return found
@@ -151,7 +151,7 @@ def check(
         elif not found[path] and (others or not is_dump(path)):
             held = f"holds {some(others)}, which is" if others else "is"
             raise ValueError(
-                f"{path} {held} of no known kind; give a .7z, a folder with Posts.xml or .7z archives, "
+                f"{path} {held} of an unknown kind; give a .7z, a folder with Posts.xml or .7z archives, "
                 f"{', '.join(KINDS)} ({', '.join(COMPRESSED)}), a .zip or folder of such files"
             )
     dumps = [path for path, files in found.items() if not files]

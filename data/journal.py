@@ -38,7 +38,7 @@ class Journal:
             before = json.loads(self.path.read_bytes())
         if before.get("command") == self._command:
             self.state = before["state"]
-            print(printable(f"going on with {folder}, which an earlier run left unfinished"), file=sys.stderr)
+            print(printable(f"continuing in {folder}, which an earlier run left unfinished"), file=sys.stderr)
             return
         self.start_over("which another run left unfinished")
 

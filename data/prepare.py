@@ -187,7 +187,7 @@ def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold:
     if vocab_size < least:
         raise ValueError(f"a vocabulary of {vocab_size} pieces is too small: the bytes alone need at least {least}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: at least one process is needed")
+        raise ValueError(f"--workers is {workers}; it must be at least 1")
     if threshold is not None:
         if keep:
             raise ValueError("--keep-duplicates and --near-duplicates contradict each other; leave one of them out")
@@ -328,7 +328,7 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
-@command("data.prepare", "the same command goes on from where it was, or with --fresh from the start")
+@command("data.prepare", "repeat the command to continue, or give --fresh to start over")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("data.prepare", ABOUT, EXAMPLES)
     add_options(parser)

@@ -90,8 +90,7 @@ def after_a_cut(moment, root: int, lucky_file, lucky_folder) -> State:
 
 
 def states(disk: Disk, known: Callable[[set[str]], Any] = lambda names: None) -> Iterator[tuple[State, Any]]:
-    """Yields each state that the disk may be in after a cut, once, and what is `known` from the names flushed by then.
-    """
+    """Yields each possible state of the disk after a cut, once, and what is `known` from the names flushed by then."""
     seen, draw, root = set(), random.Random(0), disk.root.stat().st_ino
     for moment in disk.moments:
         certain = after_a_cut(moment, root, lambda _: 0, lambda _: False)

@@ -98,7 +98,7 @@ def test_without_the_option_nothing_is_looked_for(task, tmp_path):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("titles.csv", "it must be TASK=PATH, TASK one of quality, closed, ner, obsoletion"),
+        ("titles.csv", "it must be TASK=PATH, where TASK is one of quality, closed, ner, obsoletion"),
         ("spam=titles.csv", "it must be TASK=PATH"),
         ("closed=none.csv", "none.csv does not exist"),
         ("ner=IN", "is not a word and its tag"),

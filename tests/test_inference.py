@@ -61,7 +61,7 @@ def test_guesses(run):
     for wrong, expected in (("no mask", r"no \[MASK\]"), ("[MASK] " + "bar " * 3_000, "tokens; the model reads up to")):
         with pytest.raises(ValueError, match=expected):
             model.fill_mask(wrong)
-    with pytest.raises(ValueError, match="no model that classifies"):
+    with pytest.raises(ValueError, match="is not a model that classifies"):
         model.classify(["a"])
     with pytest.raises(ValueError, match="give a list"):
         model.embed("a")
@@ -125,7 +125,7 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         capsys.readouterr()
         model.classify([*texts, "bar " * 3_000])
         assert "1 of 5 texts were cut to their first" in capsys.readouterr().err
-        with pytest.raises(ValueError, match="no model that tags"):
+        with pytest.raises(ValueError, match="is not a model that tags"):
             model.entities(texts)
     else:
         found = model.entities(texts)

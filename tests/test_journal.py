@@ -67,7 +67,7 @@ def test_whatever_was_not_flushed_is_lost_and_the_shards_are_the_same(command, t
             done += 1
         else:
             assert ended == 0, said
-            went_on += "going on with" in said
+            went_on += "continuing in" in said
         left = files(root)
         for hidden in (".out.unfinished.lock", "out/journal.json"):  # after a cut just before they were deleted
             left.pop(Path(hidden), None)

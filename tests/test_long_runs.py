@@ -33,8 +33,7 @@ def command(folder: Path, name: str, script: str) -> None:
 
 
 def submit(tmp_path: Path, *options: str, torchrun: str) -> subprocess.Popen:
-    """Starts the batch file as SLURM does on a node with two GPUs. Calls of scontrol are recorded in tmp_path/scontrol.
-    """
+    """Starts the batch file as SLURM does on a node with two GPUs. tmp_path/scontrol records the calls of scontrol."""
     command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/scontrol')
     command(tmp_path / "bin", "torchrun", torchrun)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
@@ -79,7 +78,7 @@ def test_a_job_out_of_time_saves_and_is_put_back_and_a_cancelled_one_saves(corpu
     assert told(tmp_path) == ["requeue 17"]
     stop(lambda shell: os.killpg(shell, signal.SIGTERM), first)
     said = (tmp_path / "out").read_text()
-    assert f"going on after step {first}" in said and said.count("repeat the command to resume") == 2
+    assert f"continuing after step {first}" in said and said.count("repeat the command to resume") == 2
     assert told(tmp_path) == ["requeue 17"]  # a job that was cancelled is not put back
 
 

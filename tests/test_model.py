@@ -83,8 +83,7 @@ def gradients_under_their_names(model: MaskedLM, format: str) -> dict[str, torch
 
 
 def gradients_apart(ours: dict[str, torch.Tensor], theirs: torch.nn.Module) -> dict[str, float]:
-    """Name → relative difference, for each parameter whose gradients differ by more than 1e-5 of the largest element.
-    """
+    """Name → relative difference, for parameters whose gradients differ by more than 1e-5 of the largest element."""
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert ours.keys() == expected.keys()
     apart = {name: float((g - expected[name]).abs().max() / expected[name].abs().max()) for name, g in ours.items()}

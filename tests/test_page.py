@@ -207,7 +207,7 @@ def test_what_is_too_long_is_refused_or_cut_and_that_is_said(model, monkeypatch,
     for post, lines, message in (
         ("a" * 1_000_000, "", "the post has 1,000,000 characters; the page reads up to 100,000"),
         ("a", "a" * 1_000_000, "the list of texts has 1,000,000 characters; the page reads up to 100,000"),
-        ("a", "a\n" * 501, "the list has 501 texts; up to 500 fit"),
+        ("a", "a\n" * 501, "the list has 501 texts, and up to 500 fit"),
         ("a\ud800b", "", "the post holds half of a surrogate pair"),
     ):
         html = shown(post, lines)
@@ -252,7 +252,7 @@ def test_what_keeps_a_page_from_opening_is_one_line(monkeypatch, capsys):
     if _has("gradio"):
         cases += [(["--port", "0"], "--port is 0"), (["--port", "70000"], "--port is 70,000")]
         cases += [(["--best", "0"], "--best is 0")]
-        cases += [(["--host", "203.0.113.7"], "no page can be served at --host 203.0.113.7, port any: ")]
+        cases += [(["--host", "203.0.113.7"], "the page cannot be served at --host 203.0.113.7, port any: ")]
     for options, message in cases:
         with pytest.raises(SystemExit, match="2"):
             playground.main(["run", *options])

@@ -151,7 +151,7 @@ def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
     options = ["--text-key", "subject", "description", "--vocab-size", 330, "--workers", 2]
     status, output, errors = run("--input", *inputs, *options, "--out", tmp_path / "out", capsys=capsys)
     assert status == 0 and re.search("documents +120", output)
-    assert "tickets.csv:202: 2 fields, the header has 3; is a quote missing? (1 of 201 lines left out)" in errors
+    assert "tickets.csv:202: 2 fields, but the header has 3; is a quote missing? (1 of 201 lines left out)" in errors
     assert "note: left out of" in errors and "pages/logo.svg" in errors
     found = texts(tmp_path / "out")
     assert "Printer 7\n\nIt is \non fire; again" in found and "# Page 3\n\nIt has\n\n    code 3" in found
@@ -185,7 +185,7 @@ def test_several_inputs_become_one_corpus(site, tmp_path):
     meta = prepare(inputs, tmp_path / "out", vocab_size=400, workers=1)
     assert (meta["posts"], meta["documents"]) == (240, 242)
     assert meta["sources"] == ["site", "a.txt", "other"]
-    assert meta["notes"] == ["no Comments.xml for other: the posts come without comments"]
+    assert meta["notes"] == ["no Comments.xml for other: the posts are read without comments"]
     for twice in ([site, site], [*inputs, inputs[1]]):
         with pytest.raises(ValueError, match="is given twice"):
             prepare(twice, tmp_path / "twice")
@@ -238,8 +238,8 @@ def test_a_weight_that_cannot_be_is_an_error_and_a_path_that_exists_is_that_path
         folder.mkdir(parents=True)
         (site / table).rename(folder / table)
     for inputs, message in (
-        ([f"{wiki}=0"], "'0' is no weight of .*wiki; give a number above 0 and at most 1,000, as in .*wiki=0.5"),
-        *(([f"{wiki}={bad}"], f"'{bad}' is no weight of") for bad in ("", "two", "-1", "nan", "1001", "inf")),
+        ([f"{wiki}=0"], "'0' is not a weight for .*wiki; give a number above 0 and at most 1,000, as in .*wiki=0.5"),
+        *(([f"{wiki}={bad}"], f"'{bad}' is not a weight for") for bad in ("", "two", "-1", "nan", "1001", "inf")),
         ([f"{tmp_path}/none.txt=2"], "none.txt does not exist"),
         ([wiki, f"{wiki}=2"], "is given twice"),
         ([posts, f"{comments}=2"], "comments.* has a weight, but no posts or texts; give the weight to"),
@@ -324,8 +324,8 @@ def dump(content):
         (dump('<posts>\n<row Id="x" />\n</posts>'), "no document in .*1 malformed rows"),
         (dump('<posts>\n<row Id="1" PostTypeId="1" Body="b" />\n'), "truncated"),
         (dump('<!DOCTYPE p [<!ENTITY a "b">]>\n<posts></posts>'), "declares an XML entity"),
-        (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or no .7z archive"),
-        (broken("a.pdf", b"x"), "no known kind"),
+        (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or not a .7z archive"),
+        (broken("a.pdf", b"x"), "of an unknown kind"),
         (broken("a.txt", b"\n\n"), "no document"),
         (broken("a.jsonl", b"{\n[]\n"), r"a.jsonl:1: no JSON object \(2 of the first 2 lines .*--skip-unreadable"),
         (broken("a.txt.gz", gzip.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
@@ -354,7 +354,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, make, messag
     [
         (["--vocab-size", "100"], "at least 262"),
         (["--vocab-size", "265"], "need at least"),
-        (["--workers", "0"], "at least one process"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--posts", "some"], "invalid choice"),
         (["--unknown"], "unknown option --unknown"),
     ],
@@ -376,7 +376,7 @@ def test_a_folder_that_holds_something_is_refused(site, capsys):
 def test_a_bad_out_is_refused_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     with new_folder(tmp_path / "out"):
-        for out, message in [("file", "is no folder"), ("out", f"is in use by process {os.getpid()}")]:
+        for out, message in [("file", "is not a folder"), ("out", f"is in use by process {os.getpid()}")]:
             status, _, errors = run("--input", tmp_path / "none", "--out", tmp_path / out, capsys=capsys)
             assert (status, len(errors.splitlines())) == (2, 1)
             assert errors.startswith(f"data.prepare: {tmp_path / out}")
@@ -463,7 +463,7 @@ def test_an_interrupted_run_leaves_what_the_next_goes_on_with(site, tmp_path, nu
             os.killpg(process.pid, number)  # as when Ctrl-C is pressed twice
         _, errors = process.communicate(timeout=15)
     assert process.returncode == status
-    assert errors.splitlines()[-1].startswith("data.prepare: interrupted; the same command goes on from where it was")
+    assert errors.splitlines()[-1].startswith("data.prepare: interrupted; repeat the command to continue")
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} == {"site", ".out.unfinished", ".out.unfinished.lock"}
 
@@ -524,11 +524,11 @@ def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same(site, tmp_path):
             break
         assert killed.returncode == -signal.SIGKILL
         again = run_until(last, *arguments, out)  # killed once more, if it gets so far
-        went_on += "going on with" in again.stderr
+        went_on += "continuing in" in again.stderr
         if again.returncode:
             assert again.returncode == -signal.SIGKILL, again.stderr
             again = run_until(0, *arguments, out)
-            went_on += "going on with" in again.stderr
+            went_on += "continuing in" in again.stderr
         assert again.returncode == 0, again.stderr
         assert files(out) == files(tmp_path / "whole")
         assert {path.name for path in tmp_path.iterdir()} == {"site", "more.txt", "whole", "killed", "work"}
@@ -546,7 +546,7 @@ def test_what_another_command_left_is_not_gone_on_with(site, tmp_path, capsys, m
     monkeypatch.setattr(module, "_encode", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     arguments = ["--input", site, "--out", tmp_path / "out", "--workers", 1, "--vocab-size", 400]
     assert run(*arguments, capsys=capsys)[0] == 130
-    assert run(*arguments, capsys=capsys)[2].count("going on with") == 1
+    assert run(*arguments, capsys=capsys)[2].count("continuing in") == 1
     if change == ["touch"]:
         os.utime(site / "Posts.xml", (1, 1))
         change = []
@@ -637,11 +637,11 @@ def test_one_archive_for_each_table_goes_in(site, tmp_path, capsys):
     status, output, errors = run("--input", *dump, "--out", tmp_path / "a", "--workers", 1, capsys=capsys)
     assert status == 0
     assert re.search(r"^comments +2$", output, re.M)
-    assert "note: left out, as neither posts nor comments: stackoverflow.com-Users.7z\n" in errors
+    assert "note: left out, since they are neither posts nor comments: stackoverflow.com-Users.7z\n" in errors
     status, output, errors = run("--input", dump[0], "--out", tmp_path / "b", "--workers", 1, capsys=capsys)
     assert status == 0
     assert re.search(r"^comments +0$", output, re.M)
-    assert "note: no Comments.xml for stackoverflow.com: the posts come without comments\n" in errors
+    assert "note: no Comments.xml for stackoverflow.com: the posts are read without comments\n" in errors
     prepare([site], tmp_path / "c", workers=1)
     content = {name: (tmp_path / name / "tokens.bin").read_bytes() for name in "abc"}
     assert content["a"] == content["c"] != content["b"]

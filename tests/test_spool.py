@@ -154,9 +154,9 @@ def test_the_table_says_how_many_and_from_where(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--near-duplicates", "0.3"], "--near-duplicates 0.3 is not between 0.5 and 1"),
-        (["--near-duplicates", "80"], "--near-duplicates 80 is not between 0.5 and 1"),
-        (["--near-duplicates", "nan"], "--near-duplicates nan is not between 0.5 and 1"),
+        (["--near-duplicates", "0.3"], "--near-duplicates is 0.3; it must be from 0.5 to 1"),
+        (["--near-duplicates", "80"], "--near-duplicates is 80; it must be from 0.5 to 1"),
+        (["--near-duplicates", "nan"], "--near-duplicates is nan; it must be from 0.5 to 1"),
         (["--near-duplicates", "0.8", "--keep-duplicates"], "contradict each other; leave one of them out"),
         (["--keep-duplicates"], "every document is equal to a held-out one; leave --keep-duplicates out"),
     ],

@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was
         assert process.exitcode == -signal.SIGKILL
     (process,) = start(words(corpus, killed, **options), log)
     process.join()
-    assert log.read_text().count("; going on after step") >= 3  # not ten fresh starts
+    assert log.read_text().count("; continuing after step") >= 3  # not ten fresh starts
     assert process.exitcode == 0
     timed = {"tokens_per_second", "dollars"}
     expected, found = ([{k: line[k] for k in line.keys() - timed} for line in metrics(out)] for out in (whole, killed))
@@ -182,7 +182,7 @@ def signal_when(text: str, process, log: Path, number=signal.SIGINT, times: int 
     os.kill(process.pid, number)
 
 
-WILL = "will save after this step, and leave; Ctrl-C again leaves at once"
+WILL = "will save and exit after this step; Ctrl-C again exits at once"
 
 
 def test_ctrl_c_in_a_long_operation_is_answered_at_once(corpus, tmp_path):
@@ -209,7 +209,7 @@ def test_torchruns_copy_of_ctrl_c_is_not_taken_for_a_second_one(corpus, tmp_path
     assert log.read_text().count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
 
 
-@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "what came after {out}/checkpoints/step-00000002 is lost"),
+@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "all steps after {out}/checkpoints/step-00000002 are lost"),
                                              ("1e9", "nothing had been saved")])  # fmt: skip
 def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, every, lost):
     out, log = tmp_path / "run", tmp_path / "log"
@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, 
     os.kill(process.pid, signal.SIGINT)
     assert finish([process], 10) == [130]
     said = log.read_text()
-    assert said.splitlines()[-1] == f"train.py: left at once; {lost.format(out=out)}" and "Traceback" not in said
+    assert said.splitlines()[-1] == f"train.py: exited at once; {lost.format(out=out)}" and "Traceback" not in said
 
 
 def block_at(name: str, rank: int) -> None:
@@ -239,7 +239,7 @@ def test_ctrl_c_at_the_start_leaves_at_once(corpus, tmp_path, name):
     signal_when("blocked", process, log)
     assert finish([process], 10) == [130]
     said = log.read_text().split()
-    assert " ".join(said) in ("blocked train.py: left at once; nothing is lost", "blocked train.py: interrupted")
+    assert " ".join(said) in ("blocked train.py: exited at once; nothing is lost", "blocked train.py: interrupted")
 
 
 def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, tmp_path):
@@ -247,12 +247,12 @@ def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, t
     argv = words(corpus, out, steps=3, checkpoint_every_tokens=2 * BATCH)
     (process,) = start(argv, log, prepare=block_last_save)
     signal_when("saving", process, log)
-    wait_until(lambda: "is being saved; Ctrl-C again leaves at once" in log.read_text(), [process], log)
+    wait_until(lambda: "is being saved; Ctrl-C again exits at once" in log.read_text(), [process], log)
     time.sleep(1.1)
     os.kill(process.pid, signal.SIGINT)
     assert finish([process], 10) == [130]
     said = log.read_text()
-    assert said.endswith(f"train.py: left at once; what came after {out}/checkpoints/step-00000002 is lost\n")
+    assert said.endswith(f"train.py: exited at once; all steps after {out}/checkpoints/step-00000002 are lost\n")
     assert "Traceback" not in said
     assert finish(start(argv, log)) == [0]
 
@@ -382,7 +382,7 @@ def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(tmp_path, mo
         if alone:
             assert "nowhere holds no prepared data" in error
         elif rank == "0":
-            assert error.count("\n") == 1 and "each would train alone" in error
+            assert error.count("\n") == 1 and "each would train by itself" in error
             command = error.split("torchrun ")[-1].split(" train.py …")[0]
             parsed = get_args_parser().parse_args([*command.split(), "train.py"])
             assert parsed.nproc_per_node == "4"
@@ -419,7 +419,7 @@ def test_counters_without_a_checksum_of_their_own_are_believed_and_that_is_said(
     advice = re.search("remove (.*) to go on from the one before", error).group(1)
     shutil.rmtree(advice)
     assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "continuing after step 1" in capsys.readouterr().out
 
 
 def damaged(corpus, tmp_path, change) -> Path:
@@ -496,14 +496,14 @@ def test_rows_longer_than_any_table_of_positions_are_packed_trained_resumed_and_
     assert json.loads((out / "config.json").read_text())["model"]["positions"] == 4_096
     shutil.rmtree(last)
     assert train.main(argv) == 0
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "continuing after step 2" in capsys.readouterr().out
     assert all(torch.equal(w, whole[name]) for name, w in weights(out).items())
     assert train.main([*argv, "--plan", "--gpus", "1"]) == 0
     assert "32,768 tokens in 4 steps of 8,192" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         train.main(words(corpus, out, **{**LONG, "row_tokens": 2_048}))
     assert left.value.code == 2
-    expected = f"train.py: {out} holds a run with --row-tokens 4096, given is 2048; give the same, choose another --out"
+    expected = f"train.py: {out} holds a run with --row-tokens 4096, not 2048; give the same, choose another --out"
     assert capsys.readouterr().err.startswith(expected)
 
 
@@ -579,8 +579,8 @@ def test_a_config_or_data_that_is_not_the_checkpoints_is_refused_and_the_run_lef
     (other / "meta.json").write_text(json.dumps(meta))
     for options, message in (
         ({"data": reweighted(corpus, tmp_path, 2.0).folder}, "on other data than"),
-        ({"learning_rate": 2e-4}, "--learning-rate 0.0001, given is 0.0002; give the same, choose another --out"),
-        ({"seed": 2}, "--seed 1, given is 2"),
+        ({"learning_rate": 2e-4}, "--learning-rate 0.0001, not 0.0002; give the same, choose another --out"),
+        ({"seed": 2}, "--seed 1, not 2"),
         ({"data": other}, "on other data than"),
     ):
         with pytest.raises(SystemExit) as left:

@@ -56,7 +56,7 @@ def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], s
     try:
         task = read_task(folder)
     except OSError:
-        raise ValueError(f"{model} holds no fine-tuned model; give the --out of a finetune.py") from None
+        raise ValueError(f"{model} holds no fine-tuned model; give the --out of finetune.py") from None
     known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
     if task["cleaning"] not in known:
         raise ValueError(
@@ -88,7 +88,7 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
     network, task, clean = open_fine_tuned(model)
     if task["kind"] == "pair":
         raise ValueError(
-            f"{model} was trained on pairs, and makes vectors; python -m minisobert.embed {model} {source}"
+            f"{model} was trained on pairs and makes vectors; use python -m minisobert.embed {model} {source}"
         )
     trained = task.get("columns") or ("text",)
     posts = _posts(_file(source), source, columns or trained, clean, guess=not columns)
@@ -127,7 +127,7 @@ def _file(source: str) -> File:
         raise ValueError(f"--predict is {source}, a folder; name one file")
     found = find([Path(source)], KINDS)
     if len(found) != 1 or found[0].kind == DUMP:
-        raise ValueError(f"--predict is {source}; give a single {words(KINDS)}")
+        raise ValueError(f"--predict is {source}; give a single file, {words(KINDS)}")
     return found[0]
 
 
@@ -154,7 +154,9 @@ def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str
             bad = []
         yield Post(row.line, text, clean(text))
     if not texts_there:
-        first = f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give a post a line, or a .jsonl"
+        first = (
+            f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give one post per line, or a .jsonl"
+        )
         raise ValueError(first)
     if bad:
         print(printable("\n".join(bad)), file=sys.stderr)
@@ -272,5 +274,5 @@ def read(source: str) -> list[str]:
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
     if not any(map(str.strip, posts)):
-        raise ValueError(f"{source} has no text; give a post a line, or a .jsonl")
+        raise ValueError(f"{source} has no text; give one post per line, or a .jsonl")
     return posts

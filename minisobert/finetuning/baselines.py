@@ -182,7 +182,7 @@ def fitted(texts: Sequence[str]):
     try:
         return vectorizer, vectorizer.fit_transform(texts)
     except ValueError:
-        raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
+        raise ValueError("no word is in two texts of train, so TF-IDF has nothing to learn; give more texts") from None
 
 
 def _vectorizer(**options):

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             data = sample(read_data(config), options.limit)
             if data.several or data.number:
                 what = "several" if data.several else "number"
-                raise ValueError(f"a chat model is asked for one class a text; leave out --{what}")
+                raise ValueError(f"a chat model is asked for one class per text; leave out --{what}")
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
             with tqdm(data.test, unit="example") as bar:  # so that an error begins on a new line

@@ -44,7 +44,8 @@ def lines(folders: list[Path]) -> list[str]:
         for other in of_task[found.on]:
             if other.model == found.model:
                 raise ValueError(
-                    f"{other.folder} and {found.folder} both hold {found.model} on {found.on}; name one of them"
+                    f"{other.folder} and {found.folder} both hold results of {found.model} on {found.on}; give one of "
+                    "them"
                 )
         of_task[found.on].append(found)
         ours[found.model][found.on] = found.cell

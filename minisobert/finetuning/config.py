@@ -89,7 +89,9 @@ class FineTuneConfig:
         for name in task_options():
             of = [task.name for task in TASKS.values() if name in task.options]
             if getattr(self, name, False) and self.task not in of and not (self.predict and name == "text"):
-                raise ValueError(f"{flag(name)} is for --task {words(of)}, given is {self.task or 'none'}")
+                raise ValueError(
+                    f"{flag(name)} is for --task {words(of)}, and --task is {self.task or 'none'}; leave it out"
+                )
 
 
 def task_options() -> dict[str, Option]:

@@ -189,8 +189,8 @@ class Start:
         if source == "random" and like in PRESETS:
             if not config.tokenizer:
                 raise ValueError(
-                    f"{config.model} needs --tokenizer: the train.py run, or the tokenizer.model, of the model that it "
-                    "is compared with, so that the two differ in their weights alone"
+                    f"{config.model} needs --tokenizer; give the train.py run, or the tokenizer.model, of the model "
+                    "that it is compared with, so that the two differ only in their weights"
                 )
             self.tokenizer = open_tokenizer(config.tokenizer)
             vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
@@ -198,13 +198,13 @@ class Start:
             return
         if source == "random" and not Path(like).is_dir():
             raise ValueError(
-                f"--model is {config.model}; choose random: before the folder of a train.py run, for a model as large "
+                f"--model is {config.model}; give random: and the folder of a train.py run, for a model as large "
                 f"as that run's, or {words(f'random:{name}' for name in PRESETS)}"
             )
         run = like if source == "random" else config.model
         if not Path(run).is_dir():
             raise ValueError(
-                f"--model is {config.model}, which is no folder; give a run, an export, random: before one, or "
+                f"--model is {config.model}, which is not a folder; give a run, an export, random: before one, or "
                 f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
             )
         if config.tokenizer:

@@ -60,8 +60,8 @@ class Network:
     def __init__(self, module, tokenizer, kind: str, several: bool = False, number: bool = False):
         if len(tokenizer) > (rows := module.get_input_embeddings().weight.shape[0]):
             raise ValueError(
-                f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, the model {rows:,} rows of "
-                "embeddings; the tokenizer is another model's"
+                f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, but the model has {rows:,} rows "
+                "of embeddings; it is the tokenizer of another model"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = module.to(self.device), tokenizer, kind
@@ -157,7 +157,7 @@ def explained(name: str):
         yield
     except Exception as error:  # the class of safetensors' errors has no narrower base
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is no model that transformers can load here: {reason[:300]}") from None
+        raise ValueError(f"transformers cannot load {name} here: {reason[:300]}") from None
 
 
 def _check_tokenizer(name: str, tokenizer) -> None:
@@ -175,5 +175,5 @@ def _check_weights(name: str, encoder: str, found: dict) -> None:
     if lost:
         raise ValueError(
             f"{name} lacks {len(lost):,} weights of its encoder, or has them in another size ({lost[0]}, …); "
-            "its files don't belong together"
+            "its files do not belong together"
         )

@@ -27,7 +27,7 @@ def introduction(data: Dataset, shots: int) -> list[dict]:
     """The messages before each question: what to do, and `shots` examples of train, of each class in turn (sentences
     in the order of a hash). Raises ValueError if train has fewer."""
     if shots > len(data.train):
-        raise ValueError(f"--shots is {shots:,}; train has {len(data.train):,} examples")
+        raise ValueError(f"--shots is {shots:,}, but train has only {len(data.train):,} examples; choose fewer")
     order = [data.train[i] for i in np.argsort(permutation_keys(len(data.train), key(0, "shots")))]
     turn: dict[int, int] = {}  # class → how many of its examples came before
     turns = []

@@ -26,7 +26,7 @@ def last_layer(module: nn.Module) -> nn.Linear:
     """The layer that computes the number. Raises ValueError if there is none, or if it has no bias."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not linears or linears[-1].bias is None:
-        raise ValueError(f"a {type(module).__name__} ends in no linear layer with a bias, which --number needs")
+        raise ValueError(f"a {type(module).__name__} does not end in a linear layer with a bias, which --number needs")
     return linears[-1]
 
 
@@ -58,6 +58,6 @@ class Standard:
         self.output.bias.mul_(self.deviation).add_(self.mean)
         if not np.allclose(np.concatenate(give()), expected, rtol=0, atol=ROUNDING * self.deviation):
             raise ValueError(
-                f"a {type(self.module).__name__} does something with what its last layer gives, which --number cannot "
+                f"a {type(self.module).__name__} changes the output of its last layer, which --number cannot "
                 "undo; choose another model"
             )

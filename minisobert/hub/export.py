@@ -86,7 +86,7 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     if task["format"] == "transformers":
         raise ValueError(f"{out / 'model'} is in Hugging Face's format already; use that folder")
     if task["format"] == "tfidf":
-        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a model that is a network")
+        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a neural network")
     results = json.loads((out / "metrics.json").read_text())
     if task["kind"] == "pair":
         network = retrieval.open_network(out / "model")
@@ -108,7 +108,7 @@ def write(folder: Path, source: Source, format: str) -> None:
     if source.kind == "MaskedLM":
         if config.gelu == "tanh" and format == "xlm-roberta-xl":
             raise ValueError(
-                "this model has the tanh form of GELU, and xlm-roberta-xl's head the exact one; give --as megatron-bert"
+                "this model has the tanh form of GELU, and xlm-roberta-xl has the exact one; give --as megatron-bert"
             )
         bias = named["mlm_head.decoder.bias"] = named["mlm_head.decoder.bias"].clone()
         bias[source.tokenizer.vocab_size :] = NEVER

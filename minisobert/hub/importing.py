@@ -52,7 +52,7 @@ def read(folder: str | Path) -> Imported:
         theirs = json.loads((folder / "config.json").read_text())
         architecture = theirs["model_type"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder} is no model in Hugging Face's format (config.json: {reason(error)})") from None
+        raise ValueError(f"{folder} is not a model in Hugging Face's format (config.json: {reason(error)})") from None
     if architecture not in FORMATS:
         raise ValueError(
             f"{folder} holds a {architecture!r}; minisobert imports {words(FORMATS)}. For fine-tuning alone, "
@@ -61,7 +61,9 @@ def read(folder: str | Path) -> Imported:
     try:
         config = our_config(theirs)
     except (LookupError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} lacks or garbles what a {architecture} has ({error!r})") from None
+        raise ValueError(
+            f"{folder / 'config.json'} lacks an entry of a {architecture}, or has a wrong one ({error!r})"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tensors = read_weights(folder)
@@ -84,8 +86,8 @@ def read(folder: str | Path) -> Imported:
     tokenizer = open_tokenizer(folder)  # our own if minisobert exported the folder
     if tokenizer.vocab_size > config.vocabulary:
         raise ValueError(
-            f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
-            "embeddings; it is the tokenizer of another model"
+            f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, but the model has "
+            f"{config.vocabulary:,} rows of embeddings; it is the tokenizer of another model"
         )
     problem = theirs.get("problem_type") if labels else None
     several, number = problem == "multi_label_classification", problem == "regression" and len(labels) == 1
@@ -101,7 +103,10 @@ def our_config(theirs: dict) -> ModelConfig:
         raise ValueError(f"the activation is {activation!r}; minisobert has {words(_GELU)}")
     of_head = {"modernbert": theirs.get("classifier_activation", "gelu"), "xlm-roberta-xl": "gelu"}
     if _GELU.get(other := of_head.get(theirs["model_type"], activation)) != _GELU[activation]:
-        raise ValueError(f"the activation of the layers is {activation!r}, of the head {other!r}; minisobert has one")
+        raise ValueError(
+            f"the activation of the layers is {activation!r}, and that of the head {other!r}; minisobert has the same "
+            "in both"
+        )
     sizes = {
         "layers": theirs["num_hidden_layers"], "hidden": theirs["hidden_size"], "heads": theirs["num_attention_heads"],
         "ffn": theirs["intermediate_size"], "vocabulary": theirs["vocab_size"], "gelu": _GELU[activation],
@@ -113,7 +118,7 @@ def our_config(theirs: dict) -> ModelConfig:
             **_attention(theirs, sizes["layers"]),
         )  # fmt: skip
     if theirs.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"its positions are {theirs['position_embedding_type']!r}; minisobert has absolute ones")
+        raise ValueError(f"its positions are {theirs['position_embedding_type']!r}; minisobert has only absolute ones")
     if theirs["model_type"] == "xlm-roberta-xl":
         positions -= theirs["pad_token_id"] + 1  # rows of the table that no token uses
     return ModelConfig(**sizes, positions=positions, norm_eps=theirs.get("layer_norm_eps", 1e-12))
@@ -132,13 +137,13 @@ def _attention(theirs: dict, layers: int) -> dict:
         if not matching:
             raise ValueError(
                 f"layer_types are {''.join('g' if each else 'l' for each in is_global)} (g: full attention); in "
-                "minisobert every n-th layer from the first on has it"
+                "minisobert every n-th layer has it, beginning with the first"
             )
         every = every if every in matching else matching[0]
     bases = theirs.get("rope_parameters") or {}
     for name, base in bases.items():
         if base.get("rope_type", "default") != "default":
-            raise ValueError(f"the rotary positions of {name} are {base['rope_type']!r}; minisobert has default ones")
+            raise ValueError(f"the rotary positions of {name} are {base['rope_type']!r}; minisobert has only 'default'")
     local = theirs.get("local_rope_theta")
     whole = bases.get("full_attention", {}).get("rope_theta", theirs.get("global_rope_theta", 160_000.0))
     windowed = bases.get("sliding_attention", {}).get("rope_theta", 10_000.0 if local is None else local)
@@ -213,12 +218,12 @@ def open_model(path: str | Path) -> Trained:
     path is neither, or if it holds another kind of model."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give the --out of a train.py, or a folder in Hugging Face's format")
+        raise ValueError(f"{path} is not a folder; give the --out of train.py, or a folder in Hugging Face's format")
     if (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
         return open_run(path)
     imported = read(path)
     if not isinstance(imported.model, MaskedLM):
-        raise ValueError(f"{path} holds {_what(imported.model)}; a masked language model is wanted")
+        raise ValueError(f"{path} holds {_what(imported.model)}; a masked language model is needed")
     return Trained(imported.model, imported.tokenizer, [{"imported": imported.format, "from": path.resolve().name}])
 
 

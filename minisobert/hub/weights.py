@@ -193,7 +193,7 @@ def _table(config: ModelConfig, format: str, kind: str) -> dict[str, str | tuple
     if config.is_modern != (format == "modernbert"):
         others = [name for name in FORMATS if (name == "modernbert") == config.is_modern]
         raise ValueError(
-            f"a {config.architecture} of minisobert is no {format} of transformers; choose {words(others)}"
+            f"a {config.architecture} of minisobert is not a {format} of transformers; choose {words(others)}"
         )
     return TABLES[format] | _HEADS[format].get(kind, {})
 

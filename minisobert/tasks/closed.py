@@ -50,12 +50,13 @@ def read(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
         lists = [file for file, layout in files if layout == "reasons"]
         files = [(file, layout) for file, layout in files if layout != "reasons"]
         if lists and (not files or any(file.named for file in lists)):
-            raise ValueError(f"{lists[0]} holds no texts; add the dump that its questions are from")
+            raise ValueError(f"{lists[0]} holds no texts; add the dump with its questions")
     layouts = {layout for _, layout in files}
     layout = "reasons" if layouts == {"reasons", DUMP} else layouts.pop()
     if layout != "reasons" and layouts:
         raise ValueError(
-            f"files of different sets of classes: {', '.join(str(file) for file, _ in files)}; name one set"
+            f"these files have different sets of classes: {', '.join(str(file) for file, _ in files)}; give those of "
+            "one set"
         )
     notes: list[str] = []
     reasons = _reasons([file for file, kind in files if kind == "reasons"]) if layout == "reasons" else None

@@ -52,7 +52,7 @@ class File(TextFile):
             with super().text(newline, errors, **options) as stream:
                 yield stream
         except csv.Error as error:
-            raise ValueError(f"{self} is no readable .csv file ({error})") from None
+            raise ValueError(f"{self} cannot be read as .csv ({error})") from None
 
 
 def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list[File]:
@@ -68,7 +68,7 @@ def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list
         files = _expand(path, kinds, named=True)
         if not files:
             known = f"a folder, .7z, {', '.join(kinds)} (.gz, .xz, .zst, .bz2), or a dump's Posts.xml"
-            raise ValueError(f"{path} is of no known kind; give {known}")
+            raise ValueError(f"{path} is of an unknown kind; give {known}")
         found += files
     return found
 
@@ -127,7 +127,9 @@ def csv_rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
                 continue
             where = f"{file}, line {reader.line_num}"
             if len(fields) != len(columns):
-                raise ValueError(f"{where}: {len(fields)} fields, the header has {len(columns)}; is a quote missing?")
+                raise ValueError(
+                    f"{where} has {len(fields)} fields, but the header has {len(columns)}; is a quote missing?"
+                )
             yield where, dict(zip(columns, fields))
 
 

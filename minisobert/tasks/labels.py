@@ -53,7 +53,7 @@ def read(
     list in a .jsonl, or else separated by ;. number: a text has a number instead of a class. Raises ValueError if
     anything is wrong with a file as a whole."""
     if several and number:
-        raise ValueError("--several is for texts of several classes, --number for those of one number; leave one out")
+        raise ValueError("--several is for texts with several classes, --number for texts with a number; leave one out")
     columns, label = text or ("text",), label or "label"
     if label in columns:
         raise ValueError(f"--label {label} is one of the columns of --text; a text must not tell its class")
@@ -67,7 +67,7 @@ def read(
             if file.named:
                 raise
             absent = error
-            notes.append(f"{file} left out, it has no column {error.column!r}")
+            notes.append(f"{file} was left out, since it has no column {error.column!r}")
     if absent and not found:
         raise absent
     if number:
@@ -143,11 +143,11 @@ def number_of(fields: dict, column: str) -> float:
         if not value:
             raise ValueError(f"without a {column}")
         if not _NUMBER.fullmatch(value):
-            raise ValueError(f"{column} is no number like -1234.5 or 1e3" + ", it has a comma" * ("," in value))
+            raise ValueError(f"{column} is not a number like -1234.5 or 1e3" + ": it has a comma" * ("," in value))
     if value is None:
         raise ValueError(f"without a {column}")
     if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-        raise ValueError(f"{column} is no number")
+        raise ValueError(f"{column} is not a number")
     try:
         found = float(value)
     except OverflowError:  # of an integer with more than 308 digits
@@ -172,8 +172,8 @@ def _of_numbers(items: list[Labelled], seed: int, notes: list[str], columns: tup
         raise ValueError(f"labels: every {label} of train is {values[0]:g}; at least two different ones are needed")
     if not PRECISION * abs(mean) < deviation < math.sqrt(np.finfo(np.float32).max):
         raise ValueError(
-            f"labels: {label} is {mean:g} ± {deviation:g} in train, which single precision cannot tell apart or hold; "
-            "subtract a constant from it, or divide it by one"
+            f"labels: {label} is {mean:g} ± {deviation:g} in train, and single precision cannot tell such numbers "
+            "apart, or cannot hold them; subtract a constant from it, or divide it by one"
         )
     notes.append(
         f"{label} in train: from {values.min():g} to {values.max():g}, mean {mean:g}, standard deviation {deviation:g}"
@@ -194,7 +194,7 @@ def _settled(data: Dataset, counts: Counter) -> Dataset:
     if len(trained) < (1 if data.several else 2):
         raise ValueError("labels: train holds a single class; at least two are needed")
     if none := sum(not _classes(data, e) for part in splits.values() for e in part):
-        data.notes.append(f"texts of no class: {none:,}")
+        data.notes.append(f"texts without a class: {none:,}")
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)

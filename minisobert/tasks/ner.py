@@ -55,7 +55,7 @@ def read(paths: list[Path], seed: int) -> Dataset:
     known = {example.words for example in found.train}
     for split, part in (("dev", found.dev), ("test", found.test)):
         if repeated := sum(example.words in known for example in part):
-            notes.append(f"{repeated:,} sentences of {split} are in train too; kept")
+            notes.append(f"{repeated:,} sentences of {split} are in train too, and were kept")
     return found
 
 

@@ -73,13 +73,13 @@ def _listed(files: list[File], notes: list[str]) -> np.ndarray:
     for file in files:
         for where, row in csv_rows(file):
             if (answer := dumps.number(row, "AnswerID")) is None:
-                raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is no number")
+                raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is not a number")
             if KEYWORDS.search(row["CommentText"]):
                 found.add(answer)
             else:
                 others += 1
     if others:
-        notes.append(f"{others:,} comments left out, they have none of the words that call an answer obsolete")
+        notes.append(f"{others:,} comments left out, since they have none of the words that call an answer obsolete")
     return np.array(sorted(found), np.int64)
 
 
@@ -116,7 +116,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
         if post in chosen:
             bodies[post] = (int(row["ParentId"]), row["Body"])
     others = len(obsolete) - int(np.isin(answer, obsolete).sum())
-    dumps.note(dump, Counter({"posts called obsolete are questions, or not there": others}), notes)
+    dumps.note(dump, Counter({"posts left out that are called obsolete, but are questions or missing": others}), notes)
     return [
         dict(zip(COLUMNS, (str(bodies[post][0]), str(post), titles[bodies[post][0]], bodies[post][1], chosen[post])))
         for post in sorted(chosen)
@@ -127,7 +127,7 @@ def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
     """The ids of the posts that a comment calls obsolete, sorted."""
     table = dumps.site_of(dump).comments
     if not table:
-        raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
+        raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells which answers are obsolete")
     found, dropped = set(), Counter()
     with table.open() as stream:
         for row in xml_rows(stream, str(table), "comments", dropped):

@@ -66,7 +66,7 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
     items = [Labelled(thread, file.split, example) for thread, (file, example) in zip(threads, found)]
     largest = Counter(threads).most_common(1)[0][1]
     if largest > max(10, len(items) // 20):
-        notes.append(f"{largest:,} pairs hang together by texts that they share, and are in one split")
+        notes.append(f"{largest:,} pairs are connected by texts that they share, and are in one split")
     return dataset(TASK, (), items, seed, notes, unit="text", columns=text)
 
 

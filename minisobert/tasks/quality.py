@@ -101,7 +101,7 @@ def _labelled(dump: Path, notes: list[str]) -> Iterator[tuple[str, int, dict[str
         if sum(fits.values()) == 1 and normalise(row["Title"] + "\n\n" + row["Body"]):
             label = next(name for name, fit in fits.items() if fit)
             yield label, int(row["Id"]), {name: row.get(name, "") for name in COLUMNS} | {"Y": label}
-    dumps.note(dump, Counter({"questions left out, their score is no number": malformed}), notes)
+    dumps.note(dump, Counter({"questions left out, since their score is not a number": malformed}), notes)
 
 
 def normalise(text: str) -> str:

@@ -42,7 +42,8 @@ def dataset(
     if None in own and len(own) > 1:
         names = ", ".join(sorted(own - {None}))
         raise ValueError(
-            f"{task.name}: the names of some files tell a split ({names}), those of others don't; name all or none"
+            f"{task.name}: the names of some files say which split they are ({names}), and others do not; name all or "
+            "none"
         )
     if own <= {"dev", "test"}:
         raise ValueError(f"{task.name}: nothing to train on: {' and '.join(sorted(own)) or 'no example'} was given")
@@ -95,7 +96,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> di
             text += "\0" + fingerprint(item.example.other)
             label = item.example.tags or (item.example.label, item.example.value)
             if split_of.setdefault(item.thread, split) != split:
-                left_out[f"of {split}, their {unit} is in {split_of[item.thread]} too"] += 1
+                left_out[f"of {split}, since their {unit} is in {split_of[item.thread]} too"] += 1
             elif text in seen:
                 same = "the same" if seen[text] == label else "another"
                 left_out[f"of {split}, a duplicate with {same} label"] += 1

@@ -83,7 +83,7 @@ def _sentences(file: File, column: int, notes: list[str]) -> Iterator[Sentence]:
 def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
     for document, line, block in _blocks(file, column):
         kept = [(word, tag) for word, tag in block if word.strip()]
-        counts["words left out, they are white space"] += len(block) - len(kept)
+        counts["words left out, since they are white space"] += len(block) - len(kept)
         if not kept:
             continue
         words, given = zip(*kept)
@@ -91,7 +91,7 @@ def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
         id = f"{file.stem}:{line}"
         if None in tags:
             wrong = given[tags.index(None)]
-            counts[f"sentences left out, {wrong!r} is no tag (O, or B-, I-, E- or S- with a type)"] += 1
+            counts[f"sentences left out, since {wrong!r} is not a tag (O, or B-, I-, E- or S- with a type)"] += 1
         else:
             bio, repaired = to_bio(tags)
             counts["tags that continued no entity of their type, read as its beginning"] += repaired
@@ -192,12 +192,12 @@ def tag(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, str]]
     for start, end, kind in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
         inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
         if not inside:
-            counts["spans left out, they hold no word"] += 1
+            counts["spans left out, since they hold no word"] += 1
         elif any(tags[i] != "O" for i in inside):
-            counts["spans left out, they share words with a longer one"] += 1
+            counts["spans left out, since they share words with a longer one"] += 1
         else:
             first, last = inside[0], inside[-1]
-            counts["spans widened, they began or ended inside a word"] += (
+            counts["spans widened, since they began or ended inside a word"] += (
                 places[first][0] < start or places[last][1] > end
             )
             tags[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]

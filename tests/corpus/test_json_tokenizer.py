@@ -117,9 +117,9 @@ def test_a_tokenizer_of_ours_for_another_corpus(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("{}", "no tokenizer.json"),
+    ("{}", "not a valid tokenizer.json"),
     (tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str(), "none of the tokens [PAD] or <pad>"),
-    ("", "no SentencePiece model"),
+    ("", "not a SentencePiece model"),
 ])  # fmt: skip
 def test_what_cannot_be_used(content, expected, tmp_path, capsys):
     refused(tmp_path, capsys, content, expected)
@@ -147,7 +147,7 @@ def test_a_folder_with_the_tokenizer_model_of_another_library(tmp_path):
         sentence_iterator=iter(TEXTS * 5), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match="is no tokenizer of minisobert: its first pieces are"):
+    with pytest.raises(ValueError, match="is not a tokenizer of minisobert: its first pieces are"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(byte_level())
     assert open_tokenizer(tmp_path).vocabulary == JsonTokenizer(byte_level().encode()).vocabulary

@@ -196,7 +196,7 @@ def test_a_row_of_50_mb_costs_at_most_itself(unit, times, kept, counted):
 def test_a_file_that_is_cut_anywhere_is_refused():
     content = (HEAD + "".join(map(GOOD.format, range(3))) + "</posts>").encode()
     for size in range(len(content)):
-        with pytest.raises(ValueError, match=r"is (truncated|empty|no XML dump)"):
+        with pytest.raises(ValueError, match=r"is (truncated|empty|not an XML dump)"):
             list(xml_rows(io.BytesIO(content[:size]), "Posts.xml", "posts", Counter()))
 
 
@@ -325,7 +325,7 @@ def test_what_genuine_dumps_look_like_is_read(tmp_path, content):
         ("\n", "is empty"),
         ('<?xml version="1.0"?>\n', "is empty"),
         (HEAD + "</posts>", "holds no posts"),
-        ("no XML at all", "is no XML dump"),
+        ("no XML at all", "is not an XML dump"),
         ("<html></html>", "the root element is <html>, not <posts>"),
         ('<!DOCTYPE p [<!ENTITY a "x">]>\n' + HEAD[39:] + GOOD.format(1) + "</posts>", "declares an XML entity"),
         ('<!DOCTYPE p [<!ENTITY % a SYSTEM "file:///etc/passwd"> %a;]>\n<posts></posts>', "declares an XML entity"),
@@ -368,7 +368,7 @@ def test_nothing_of_an_archive_lands_on_disk(tmp_path, monkeypatch):
 def test_a_truncated_archive_is_refused(tmp_path, share):
     content = archive(tmp_path / "site.7z", dump(tmp_path / "d", "".join(map(GOOD.format, range(3_000))))).read_bytes()
     (tmp_path / "cut.7z").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"cut\.7z is truncated or no \.7z archive") as error:
+    with pytest.raises(ValueError, match=r"cut\.7z is truncated or not a \.7z archive") as error:
         read(tmp_path / "cut.7z", tmp_path)
     assert "\n" not in str(error.value)
 

@@ -124,7 +124,7 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", "text ½\n".encode("utf-16-le"), "no text in UTF-8: it holds NUL bytes; where it is UTF-16, convert it"),
+    ("a.txt", "text ½\n".encode("utf-16-le"), "not UTF-8 text: it holds NUL bytes; if it is UTF-16, convert it"),
     ("a.txt", b"PAR1" + bytes(100), "it is a .parquet file; name it so"),
     ("a.md", b"PK\x03\x04" + bytes(100), "it is a .zip, or a file of an office program"),
     ("a.txt", "caf\xe9\n".encode("latin-1") * 9, r"a.txt:1: not UTF-8; convert the file, e.g. with iconv \(9 of "),
@@ -133,21 +133,21 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
     ("a.json", '[{"text": "caf\xe9"}]\n'.encode("latin-1"), "a.json:1: not UTF-8"),
     ("a.txt", "abc".encode("utf-16") + b"x", "is not UTF-16 .truncated data"),
     ("a.csv", b"id,body\n1,x\n", "has no column 'text'; its columns are id, body; name yours with --text-key"),
-    ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: a quote is missing or too many in its header"),
-    ("a.csv", b'"text\n1\n', "a.csv: a quote is missing or too many in its header"),
-    ("a.jsonl", b'{"id": 1, "body": "x"}\n', "a.jsonl:1: it has no 'text', its keys are id, body; name yours with --t"),
+    ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: its header has a quote too few or too many"),
+    ("a.csv", b'"text\n1\n', "a.csv: its header has a quote too few or too many"),
+    ("a.jsonl", b'{"id": 1, "body": "x"}\n', "a.jsonl:1: it has no 'text'; its keys are id, body; name yours with --t"),
     ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is a number, not text"),
-    ("a.json", b'[{"text": "a"}, {"text": ', "a.json: value 2 is no JSON"),
+    ("a.json", b'[{"text": "a"}, {"text": ', "a.json: value 2 is not JSON"),
     ("a.json", b'[{"text": "a"}', "truncated: its array never ends"),
-    ("a.json", b'[{"text": "a"} {"te', "value 2 is no JSON"),
+    ("a.json", b'[{"text": "a"} {"te', "value 2 is not JSON"),
     ("a.json", b'[[{"text": "a"}]]', "a.json:1: no JSON object"),
-    ("a.parquet", b"x" * 50, "no readable .parquet file"),
-    ("a.parquet", b"", "no readable .parquet file"),
+    ("a.parquet", b"x" * 50, "cannot be read as .parquet"),
+    ("a.parquet", b"", "cannot be read as .parquet"),
     ("a.txt.bz2", bz2.compress(b"text " * 9_000)[:-10], "truncated or damaged"),
     ("a.txt.bz2", b"no bzip2", "truncated or damaged"),
     ("a.txt.zst", b"no zstandard", "truncated or damaged"),
-    ("a.zip", b"PK\x03\x04", "truncated or no .zip archive"),
-    ("a.gz", gzip.compress(b"text"), "of no known kind"),
+    ("a.zip", b"PK\x03\x04", "truncated or not a .zip archive"),
+    ("a.gz", gzip.compress(b"text"), "of an unknown kind"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_one_line_that_says_what_to_do(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -311,7 +311,7 @@ def test_the_bytes_to_read_are_known_where_nothing_is_packed(mixed, tmp_path):
 def test_a_folder_with_a_dump_is_a_dump(mixed):
     (mixed / "sub/Posts.xml").write_text("<posts>\n</posts>")
     (found,), _, notes = inputs.check([mixed])
-    assert isinstance(found, Site) and any("left out, as neither posts nor comments" in note for note in notes)
+    assert isinstance(found, Site) and any("since they are neither posts nor comments" in note for note in notes)
 
 
 def test_a_zip_with_a_dump_says_to_unpack_it(tmp_path):
@@ -338,7 +338,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
 
 def test_a_folder_of_nothing_that_can_be_read_says_what_it_holds(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"holds a.docx, which is of no known kind; give a .7z, .*.parquet"):
+    with pytest.raises(ValueError, match=r"holds a.docx, which is of an unknown kind; give a .7z, .*.parquet"):
         inputs.check([tmp_path])
 
 
@@ -350,11 +350,11 @@ def test_what_is_there_twice_is_refused(mixed):
 def test_files_that_are_no_text_can_be_left_out(mixed, capsys):
     (mixed / "bad.txt").write_bytes(b"\0")
     (mixed / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"bad.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text"):
         read(mixed)
     dropped = Counter()
     assert len(read(mixed, dropped, unreadable=1)) == 12 and dropped == {"unreadable files": 2}
-    assert re.search("note: .*bad.txt is no text.*note: .*other.csv has no column", capsys.readouterr().err, re.S)
+    assert re.search("note: .*bad.txt is not UTF-8.*note: .*other.csv has no column", capsys.readouterr().err, re.S)
 
 
 @pytest.mark.parametrize("content, expected", [

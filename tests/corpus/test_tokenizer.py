@@ -107,7 +107,7 @@ def test_no_text_is_refused():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "t.model").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"t\.model is no SentencePiece model"):
+    with pytest.raises(ValueError, match=r"t\.model is not a SentencePiece model"):
         Tokenizer(tmp_path / "t.model")
 
 

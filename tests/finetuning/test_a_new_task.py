@@ -142,7 +142,7 @@ def test_a_chat_model_is_told_what_it_is_about(texts, tmp_path, monkeypatch):
 def test_its_option_is_for_it_alone(capsys):
     with pytest.raises(SystemExit, match="2"):
         finetune.main(["--task", "ner", "--model", "tfidf", "--data", "x", "--out", "y", "--whole"])
-    assert capsys.readouterr().err == "finetune.py: --whole is for --task shouting, given is ner\n"
+    assert capsys.readouterr().err == "finetune.py: --whole is for --task shouting, and --task is ner; leave it out\n"
 
 
 def test_its_texts_are_kept_out_of_a_corpus(texts):

@@ -310,7 +310,7 @@ def test_entities_after_a_sentence_are_apart_from_it():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"shots": 31}, "--shots is 31; train has 30 examples"),
+    ({"shots": 31}, "--shots is 31, but train has only 30 examples; choose fewer"),
     ({"shots": -1}, "--shots is -1; it must be at least 0"),
     ({"limit": 0}, "--limit is 0; it must be at least 1"),
     ({"timeout": "nan"}, "--timeout is nan; it must be more than 0"),

@@ -86,7 +86,9 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         return capsys.readouterr().err
 
     one, two = (folder(tmp_path / n, "ner", "m", {"f1": 0.5}) for n in "ab")
-    assert refused(one, two) == f"minisobert.finetuning.compare: {one} and {two} both hold m on ner; name one of them\n"
+    assert refused(one, two) == (
+        f"minisobert.finetuning.compare: {one} and {two} both hold results of m on ner; give one of them\n"
+    )
     (two / "metrics.json").write_text("[]")
     assert "metrics.json is not what finetune.py or finetuning.chat writes" in refused(two)
     assert "No such file or directory; give the --out of" in refused(tmp_path / "c")

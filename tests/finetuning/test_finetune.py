@@ -466,7 +466,7 @@ def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, ca
     letters = [chr(c) for c in range(0x4E00, 0x4E00 + size - 261)]  # all pieces but 5 and the bytes
     (other / "tokenizer.model").write_bytes(tokenizer.train(["".join(letters)], vocab_size=size, coverage=1))
     assert tokenizer.Tokenizer(other / "tokenizer.model").vocab_size == size
-    refused(capsys, "tokenizer.model is another model's", model=str(other), out=str(tmp_path / "out"))
+    refused(capsys, "tokenizer.model is the tokenizer of another model", model=str(other), out=str(tmp_path / "out"))
     (other / "tokenizer.model").unlink()
     refused(capsys, "holds no tokenizer.model", model=str(other), out=str(tmp_path / "out"))
 
@@ -488,15 +488,15 @@ def refused(capsys, expected: str, **options) -> None:
     ("--out is missing", {"model": "tfidf"}),
     ("folder of a train.py run, for a model as large as that run's, or random:tiny", {"model": "random:huge"}),
     ("needs --tokenizer", {"model": "random:tiny"}),
-    ("no folder", {"model": "nowhere"}),
+    ("which is not a folder; give a run", {"model": "nowhere"}),
     ("holds no checkpoint", {"model": "EMPTY"}),
     ("choose a run", {"model": "tfidf", "task": "ner"}),
     ("--binary is for --task closed", {"model": "tfidf", "binary": "yes"}),
-    ("no model that transformers can load", {"model": "hf:nowhere/at-all"}),
+    ("transformers cannot load", {"model": "hf:nowhere/at-all"}),
     ("No such file", {"model": "random:tiny", "tokenizer": "nowhere"}),
     ("give --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
-    ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
+    ("not a SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
     ("which a megatron-bert does not", {"model": "random:tiny", "tokenizer": "PIECES", "pooling": "mean"}),
     ("--pooling mean is for modern models of minisobert", {"model": "tfidf", "pooling": "mean"}),
     ("choose a lower one", {"model": "random:tiny", "tokenizer": "PIECES", "learning_rate": "1e30"}),
@@ -568,7 +568,7 @@ def test_weights_that_an_encoder_lacks_are_not_made_up(tmp_path, capsys):
         refused(capsys, "lacks", model=f"hf:{folder}", out=str(tmp_path / "out"))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    refused(capsys, "no model that transformers can load", model=f"hf:{folder}", out=str(tmp_path / "out"))
+    refused(capsys, "transformers cannot load", model=f"hf:{folder}", out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

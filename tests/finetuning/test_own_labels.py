@@ -322,7 +322,7 @@ def test_what_is_written(model, kind, posts, results, tmp_path, capsys):
     told, errors = predict(capsys, str(posts), "--model", str(results / model), "--out", str(out))
     assert told == f"{out}: 2 texts\n"
     assert errors == [
-        f"{posts}:4: 1 fields, the header has 3; is a quote missing?",
+        f"{posts}:4: 1 fields, but the header has 3; is a quote missing?",
         f"{posts}:6: not UTF-8; convert the file, e.g. with iconv",
         f"{posts}:7: a quote is missing or too many (unexpected end of data)",
         f"3 of 5 rows of {posts} were left out",
@@ -413,8 +413,8 @@ def test_memory_does_not_grow_with_the_file(results, tmp_path, capsys, monkeypat
 
 
 def test_an_option_of_columns_is_for_its_task_or_for_prediction():
-    with pytest.raises(ValueError, match="--text is for --task labels or pairs, given is quality"):
+    with pytest.raises(ValueError, match="--text is for --task labels or pairs, and --task is quality"):
         config_class()(task="quality", model="tfidf", data=("x",), out="y", text=("a",))
     assert config_class()(predict="x", model="y", text=("a",), out="z.csv").text == ("a",)
-    with pytest.raises(ValueError, match="--label is for --task labels or tags, given is none"):
+    with pytest.raises(ValueError, match="--label is for --task labels or tags, and --task is none"):
         config_class()(predict="x", model="y", label="a")

@@ -93,7 +93,7 @@ def test_it_is_learnt_and_what_was_kept_gives_the_number_itself(model, results, 
     error = numbers - [e.value for e in data.test]
     assert found["mean"]["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
     assert loaded.numbers([]).shape == (0,)
-    with pytest.raises(ValueError, match=r"predicts a number, year, and no classes; call numbers\(texts\)"):
+    with pytest.raises(ValueError, match=r"predicts a number, year, not classes; call numbers\(texts\)"):
         loaded.classify(["a"])
     assert {p.name for p in (results / model).iterdir()} == {
         "metrics.json", "model", "predictions.csv", "report.md", "scatter.png",
@@ -118,7 +118,7 @@ def test_the_report_tells_errors_beside_those_of_the_mean(results):
     mean = found["beside"]["always the mean of train"]
     assert f"| always the mean of train | {mean['rmse']:.4g} | {mean['mae']:.4g} |" in report
     assert "![true and predicted numbers]" in report
-    assert "row left out, year is no number like -1234.5 or 1e3, it has a comma (first: line 242)" in report
+    assert "row left out, year is not a number like -1234.5 or 1e3: it has a comma (first: line 242)" in report
     for absent in ("confusion", "curves.png", "## Classes", "accuracy"):
         assert absent not in report
     rows = predictions(results / "tfidf")
@@ -234,7 +234,7 @@ class Odd(torch.nn.Module):
 
 def test_a_network_whose_last_layer_cannot_take_the_mean_over_is_refused():
     values, x = np.array([1.0, 5.0, 9.0]), torch.randn(8, 4)
-    with pytest.raises(ValueError, match="no linear layer with a bias"):
+    with pytest.raises(ValueError, match="does not end in a linear layer with a bias"):
         standard.Standard(Odd(bias=False), values)
     for after, fits in ((lambda x: x, True), (torch.tanh, False)):
         module = Odd(bias=True, after=after)
@@ -244,7 +244,7 @@ def test_a_network_whose_last_layer_cannot_take_the_mean_over_is_refused():
             scale.fold(lambda: [module(x)])  # noqa: B023
             np.testing.assert_allclose(module(x), before, rtol=1e-6)
         else:
-            with pytest.raises(ValueError, match="does something with what its last layer gives"):
+            with pytest.raises(ValueError, match="changes the output of its last layer"):
                 scale.fold(lambda: [module(x)])  # noqa: B023
 
 
@@ -274,7 +274,7 @@ def test_results_of_numbers_are_compared_by_what_has_no_unit(results):
 @pytest.mark.parametrize(
     ("options", "error"),
     [(["--class-weights"], "--class-weights is for texts of one class; with --number leave it out"),
-     (["--several"], "--several is for texts of several classes, --number for those of one number; leave one out")],
+     (["--several"], "--several is for texts with several classes, --number for texts with a number; leave one out")],
 )  # fmt: skip
 def test_options_of_classes_are_refused(options, error, results, tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -286,4 +286,4 @@ def test_chat_models_are_asked_for_classes_alone(results, tmp_path, capsys):
     with pytest.raises(SystemExit):
         chat.main(["--task", "labels", "--data", str(results / "t.csv"), "--label", "year", "--number", "--model", "m",
                    "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c.jsonl")])  # fmt: skip
-    assert "a chat model is asked for one class a text; leave out --number" in capsys.readouterr().err
+    assert "a chat model is asked for one class per text; leave out --number" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_a_model_of_pairs_predicts_nothing_and_is_no_run(results, tmp_path, caps
     with pytest.raises(SystemExit):
         hub(["import", str(tmp_path / "exported"), "--out", str(tmp_path / "run")])
     predicted, imported = capsys.readouterr().err.splitlines()
-    assert "was trained on pairs, and makes vectors" in predicted and "holds an encoder without its head" in imported
+    assert "was trained on pairs and makes vectors" in predicted and "holds an encoder without its head" in imported
 
 
 def test_training_goes_on_from_pairs(results, tmp_path, capsys):

@@ -289,7 +289,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(runs, fine_tuned
     (theirs / "model").mkdir(parents=True)
     (theirs / "model/task.json").write_text('{"format": "transformers"}')
     for argv, out, said in (
-        ([str(tmp_path / "nothing")], "out", "holds no checkpoint; give the --out of a train.py that has saved one"),
+        ([str(tmp_path / "nothing")], "out", "holds no checkpoint; give the --out of a run of train.py that has saved"),
         ([run, "--as", "modernbert"], "out", "choose megatron-bert or xlm-roberta-xl"),
         ([run, "--as", "bert"], "out", "invalid choice: 'bert'"),
         ([run, "--checkpoint", "step-3"], "out", "no checkpoint 'step-3'; choose step-2, step-4, step-6, last or best"),

@@ -152,7 +152,7 @@ def changed(folder: Path, **changes) -> None:
     ({"layer_types": ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"] * 1 + ["x"]}, "every n-th"),
     ({"layer_types": ["sliding_attention"] * 4}, "layer_types are llll"),
     ({"hidden_activation": "silu"}, "activation is 'silu'"),
-    ({"classifier_activation": "gelu_new"}, "activation of the layers is 'gelu', of the head 'gelu_new'"),
+    ({"classifier_activation": "gelu_new"}, "activation of the layers is 'gelu', and that of the head 'gelu_new'"),
     ({"hidden_size": 128}, "of another shape"),
     ({"num_hidden_layers": 5, "layer_types": None}, "missing (model.layers.4.attn"),
     ({"num_hidden_layers": 3, "layer_types": None}, "unexpected (model.layers.3."),
@@ -176,7 +176,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no model.safetensors and no pytorch_model.bin"):
         importing.read(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="no model in Hugging Face's format"):
+    with pytest.raises(ValueError, match="is not a model in Hugging Face's format"):
         importing.read(folder)
 
 
@@ -250,7 +250,7 @@ def test_training_goes_on_from_a_model_of_theirs(corpus, theirs, tmp_path):
 @pytest.mark.parametrize(("expected", "options"), [
     ("--layers cannot be changed in the model of --init", {"layers": 3}),
     ("was not encoded by the tokenizer of", {"data": "OTHER"}),
-    ("is no folder", {"init": "nowhere"}),
+    ("is not a folder", {"init": "nowhere"}),
     ("holds no checkpoint", {"init": "EMPTY"}),
     ("holds an imported model; give it as --init", {"out": "IMPORTED"}),
     ("has a table of 96 positions", {"init": "MEGATRON"}),

@@ -76,7 +76,7 @@ def test_copies_buffers_and_poolers_are_passed_over_and_other_tensors_named(form
 
 def test_a_format_of_another_architecture_is_refused_with_those_that_fit():
     model = MaskedLM(config_for("modernbert"))
-    with pytest.raises(ValueError, match="is no megatron-bert of transformers; choose modernbert"):
+    with pytest.raises(ValueError, match="is not a megatron-bert of transformers; choose modernbert"):
         to_theirs(weights(model), model.config, "megatron-bert")
     model = MaskedLM(config_for("megatron-bert"))
     with pytest.raises(ValueError, match="choose megatron-bert or xlm-roberta-xl"):

@@ -1,5 +1,4 @@
-"""Communication between ranks: each collective is compared with a formula on one process; those of a step are counted.
-"""
+"""Communication between ranks: collectives are compared with formulas on one process, and those of a step counted."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     assert len(metrics(out)) < 8
     if (ranks, tensor_parallel) == (2, 1):
         assert finish(start(argv, log, ranks)) == [0] * ranks
-        assert "going on after step" in log.read_text()
+        assert "continuing after step" in log.read_text()
         assert is_the_same_as(out, whole)
 
 
@@ -160,7 +160,7 @@ def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_pa
     agents = [subprocess.Popen(command, **pipes) for _ in range(machines)]
     said = [agent.communicate(timeout=120) for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * machines, said
-    assert (tmp_path / "died").exists() and "going on after step" in "".join(stdout for stdout, _ in said)
+    assert (tmp_path / "died").exists() and "continuing after step" in "".join(stdout for stdout, _ in said)
     assert is_the_same_as(out, whole)
 
 
@@ -219,12 +219,10 @@ def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corp
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.05)
     said = log.read_text()
-    assert (
-        said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and leave") == 1
-    )
+    assert said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and exit") == 1
     saved = checkpoint.steps(out / "checkpoints")[-1]
     if pause == 100:
-        assert saved.name < "step-00000005" and "left without saving: --timeout 8 seconds are over" in said
+        assert saved.name < "step-00000005" and "exited without saving: --timeout 8 seconds are over" in said
     else:
         assert f"stopped after step {len(metrics(out))}; repeat the command" in said and saved.name > "step-00000002"
     assert finish(start(argv, log, ranks)) == [0] * ranks
@@ -280,7 +278,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report_and_the_run_can_go_on(corpu
     assert finish(start(argv, log, 2, nan_for_ever)) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "train.py: " in line]
     assert len(said) == 1
-    assert "the gradient of 3 steps in a row was not finite, the last of them step 6 with rows 20 to 23" in said[0]
+    assert "the gradients of 3 steps in a row were not finite; the last was step 6 with rows 20 to 23" in said[0]
     assert "where it began: rank 1: encoder.blocks.1.qkv.weight;" in said[0]
     # its last checkpoint is that of step 4, whose gradient was the first to be skipped
     assert finish(start(argv, log, 2)) == [0, 0]

@@ -146,7 +146,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_any_other(corpus, run, tmp_path):
     others = [going_on("(1, 4)", tensor_parallel=4, sequence_parallel=True), going_on("(2, 2)", tensor_parallel=2)]
     assert train_all(others, tmp_path / "log", 4) == [0] * 4
     assert train_all([going_on("(1, 1)")], tmp_path / "log", 1) == [0]
-    assert (tmp_path / "log").read_text().count("going on after step 5") == 3
+    assert (tmp_path / "log").read_text().count("continuing after step 5") == 3
     for name in ("(1, 4)", "(2, 2)", "(1, 1)"):
         found = differences(tmp_path / name, run(1, "(1, 1)"))
         assert {what: by for what, by in found.items() if not by <= 1} == {}, name
@@ -177,7 +177,7 @@ def test_a_modern_models_trajectory_is_that_of_one_process_too(corpus, tmp_path,
         if world == 2:
             begun = shutil.copytree(tmp_path / "(2, 1)", tmp_path / "(2, 2) going on")
             shutil.rmtree(checkpoint.steps(begun / "checkpoints")[-1])
-    assert (tmp_path / "log").read_text().count("going on after step 5") == 1
+    assert (tmp_path / "log").read_text().count("continuing after step 5") == 1
     for name in ("(2, 1)", "(1, 2)", "(2, 2)", "(2, 2) going on"):
         found = differences(tmp_path / name, tmp_path / "oracle", SMALL_MODERN)
         assert {what: by for what, by in found.items() if not by <= 1} == {}, name

@@ -191,5 +191,5 @@ def test_a_slow_network_that_fails_for_five_seconds_and_then_for_good(network, c
 
     network.train(script, argv)
     assert [agent.wait(90) for agent in network.agents.values()] == [0, 0], said(tmp_path)
-    assert "going on after step" in said(tmp_path)["node1"]
+    assert "continuing after step" in said(tmp_path)["node1"]
     assert is_the_same_as(out, whole)

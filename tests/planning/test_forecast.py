@@ -402,7 +402,7 @@ def test_the_plan_shows_the_weights_of_the_data(corpus, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gpu": "RTX 4090", "gpus": 1}, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
+        ({"gpu": "RTX 4090", "gpus": 1}, r"on 1 × 24 GB takes at least [\d.]+ GB on each; choose"),
         ({"gpus": 48}, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
         ({"gpu": "H1000"}, "--gpu is H1000; choose B200, .* or RTX 4090"),
         ({"mfu": 40.0}, "--mfu is 40.0; it must be"),

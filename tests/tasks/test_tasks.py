@@ -118,7 +118,7 @@ def test_duplicates_and_shared_questions_are_left_out_of_train(tmp_path):
     assert found.notes[1:] == [
         "1 left out of train, a duplicate with the same label",
         "1 left out of train, a duplicate with another label",
-        "1 left out of train, their question is in test too",
+        "1 left out of train, since their question is in test too",
     ]
 
 
@@ -168,7 +168,10 @@ def test_quality_from_a_dump_follows_the_published_rule(dump):
     assert {(e.id, quality.LABELS[e.label], e.text) for e in everything(found)} == {
         (f"site:{i}", quality.LABELS[(i - 100) % 3], f"t{i} b{i}") for i in range(100, 136)
     }
-    left_out = {"site: 1 posts without id or body left out", "site: 1 questions left out, their score is no number"}
+    left_out = {
+        "site: 1 posts without id or body left out",
+        "site: 1 questions left out, since their score is not a number",
+    }
     assert left_out < set(found.notes)
 
 
@@ -271,7 +274,7 @@ def test_ner_by_the_rules_of_its_authors(tmp_path):
         "train: 1 entities in them",
         "train: 2 I- that continued no entity of their type, read as B-",
     }
-    assert "2 sentences of test are in train too; kept" in found.notes
+    assert "2 sentences of test are in train too, and were kept" in found.notes
 
 
 def test_ner_without_splits_is_split_by_question(tmp_path):
@@ -406,7 +409,7 @@ def refused(task, path):
             r"q.csv, line 32: unknown label 'GOOD'; the labels are HQ, LQ_EDIT, LQ_CLOSE",
         ),
         ("text,Y", [*words(), (" \r\n", "HQ")], r"the text is empty without its markup; remove the row"),
-        ("text,Y", [*words(), ("x", "HQ", "y")], r"line 32: 3 fields, the header has 2; is a quote missing\?"),
+        ("text,Y", [*words(), ("x", "HQ", "y")], r"line 32 has 3 fields, but the header has 2; is a quote missing\?"),
         ("text,Y", words()[:20], r"quality: train holds no LQ_CLOSE \(it holds 8 HQ, 8 LQ_EDIT\)"),
         ("text,Y", words(1), r"quality: test is empty"),
         ("text,Y", [], r"nothing to train on: no example was given"),
@@ -421,18 +424,18 @@ def test_bad_files_are_one_clear_line(tmp_path):
     latin.write_bytes("text,Y\ncafé,HQ\n".encode("latin-1"))
     assert "latin.csv is not UTF-8" in refused("quality", latin)
     latin.write_bytes("text,Y\ncafe,HQ\n".encode("utf-16-le"))
-    assert "latin.csv is no text in UTF-8" in refused("quality", latin)
+    assert "latin.csv is not UTF-8 text" in refused("quality", latin)
     cut = table(tmp_path / "cut.csv.xz", "text,Y", words(1_000))
     cut.write_bytes(cut.read_bytes()[:-100])
     assert "cut.csv.xz is truncated or damaged" in refused("quality", cut)
     broken = tmp_path / "broken.7z"
     broken.write_bytes(b"7z")
-    assert "broken.7z is truncated or no .7z archive" in refused("closed", broken)
+    assert "broken.7z is truncated or not a .7z archive" in refused("closed", broken)
     assert "missing does not exist" in refused("ner", tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "nothing to read in" in refused("obsoletion", tmp_path / "empty")
     (tmp_path / "a.pdf").write_text("")
-    assert "a.pdf is of no known kind" in refused("closed", tmp_path / "a.pdf")
+    assert "a.pdf is of an unknown kind" in refused("closed", tmp_path / "a.pdf")
     (tmp_path / "a.csv").write_text("")
     assert "a.csv has no columns" in refused("closed", tmp_path / "a.csv")
     (tmp_path / "a.txt").write_text("Java B-Language\n")

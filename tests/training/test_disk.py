@@ -71,7 +71,7 @@ def test_whatever_was_not_flushed_is_lost_and_the_run_goes_on_from_its_last_chec
         restore(tmp_path / "disk", state)
         capsys.readouterr()
         assert train.main(command(corpus, out)) == 0
-        said = re.search(r"going on after step (\d)", capsys.readouterr().out)
+        said = re.search(r"continuing after step (\d)", capsys.readouterr().out)
         began[int(said[1]) if said else 0] += 1
         assert step <= (int(said[1]) if said else 0), state.keys()
         assert content(out) == expected

@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_and_goes_on_with_two_processes_has_each_step_once
     last = checkpoint.step_of(checkpoint.steps(out / "checkpoints")[-1])
     assert last < len(read(out / "tensorboard")) < 40
     assert finish(start(argv, log, ranks=2)) == [0, 0], log.read_text()
-    assert f"going on after step {last}" in log.read_text()
+    assert f"continuing after step {last}" in log.read_text()
     check(out)
     assert len(list((out / "tensorboard").iterdir())) == 1
 
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_nan_and_a_full_disk_ends_the_file_and_not_the_run
     with files_up_to(board.path.stat().st_size + 10):
         board.add({"loss": 1.0}, 20)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "File too large; training goes on without it, and the next start" in said
+    assert said.count("\n") == 1 and "File too large; training continues without it, and the next start" in said
     board.add({"loss": 2.0}, 30)
     board.close()
     ((step, values),) = read(tmp_path / "board")

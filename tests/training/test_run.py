@@ -65,7 +65,7 @@ def test_a_run_from_before_an_option_existed_goes_on_as_with_its_default(make_ru
     model = {name: value for name, value in run.identity["model"].items() if name != "norm_eps"}
     save(run.folder, {**run.identity, "train": before, "model": model})
     assert make_run().resumes_from.name == "step-00000002"
-    with pytest.raises(ValueError, match="holds a run with --row-tokens 2048, given is 1024; give the same"):
+    with pytest.raises(ValueError, match="holds a run with --row-tokens 2048, not 1024; give the same"):
         make_run(row_tokens=1024)
 
 
@@ -150,7 +150,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(mak
         run.log(line(3))
     assert read_metrics(run.folder) == [line(1)]
     said = capsys.readouterr().err
-    assert said.startswith(f"{path}: File too large; training goes on, and the lines from step 2 on will be written")
+    assert said.startswith(f"{path}: File too large; training continues, and the lines from step 2 on will be written")
     assert said.count("\n") == 1
     run.log(line(4))
     assert read_metrics(run.folder) == [line(step) for step in (1, 2, 3, 4)] and capsys.readouterr().err == ""
@@ -166,8 +166,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_work_begins(make_r
     for out, message in (
         ("file", "file is a file; choose a folder"),
         ("file/run", "file is a file; choose a folder"),
-        ("dangling", "dangling is a link to .*gone, which is not there"),
-        ("dangling/run", "dangling is a link to .*gone, which is not there"),
+        ("dangling", "dangling is a link to .*gone, which does not exist"),
+        ("dangling/run", "dangling is a link to .*gone, which does not exist"),
         ("half", "checkpoints is a file; choose a folder"),
         ("shards", "shards is the folder of --data; choose another, which may be inside it"),
     ):

@@ -93,9 +93,7 @@ def test_a_tile_visits_no_step_that_nobody_sees_and_masks_none_that_all_see(held
         assert (lo, hi) == (anyone.nonzero().min(), anyone.nonzero().max() + 1)
         steps = {n for n in range(lo, hi - visited + 1, visited) if everyone[n : n + visited].all()}
         assert set(range(full, rest, visited)) == steps and (rest - full) % visited == 0
-        assert (
-            steps or full == lo
-        )  # since the first masked stretch consists of whole steps
+        assert steps or full == lo  # since the first masked stretch consists of whole steps
 
 
 def test_tiles_beyond_the_window_are_not_visited():
@@ -205,8 +203,7 @@ def test_queries_keys_and_values_may_have_strides_of_their_own():
     ids=["by token", "by head"],
 )
 def test_offsets_beyond_31_bits(bounds, heads, strides):
-    """The last element of q, k and v is 2.4 billion elements after the first, as with a million tokens of a wide model.
-    """
+    """The last element of q, k and v is 2.4 billion after the first, as with a million tokens of a wide model."""
     parts, documents = qkv(bounds, heads, 32, torch.float16)
     memory = torch.UntypedStorage(2 * 2_520_000_000)  # 5 GB of addresses, but only a few hundred pages are touched
     far = [torch.empty(0, dtype=x.dtype).set_(memory, 32 * i, x.shape, strides) for i, x in enumerate(parts)]
@@ -296,7 +293,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     ("change", "message"),
     [
         (lambda q: (q.double(), q.double(), q.double()), "q is torch.float64; the kernels take torch.bfloat16"),
-        (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on one device"),
+        (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on the same device"),
         (lambda q: (q, q.transpose(1, 2).contiguous().transpose(1, 2), q), r"k has the strides .* the last must be 1"),
         (lambda q: (q[..., :80],) * 3, r"q is \(10, 2, 80\); its heads must be one of 32, 64, 96, 128 wide"),
     ],

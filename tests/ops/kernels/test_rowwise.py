@@ -261,8 +261,8 @@ X, B, N = torch.zeros(4, 256), torch.zeros(256), torch.zeros(4, 64)
     ("call", "message"),
     [
         (lambda: add_norm(X.double(), B, X, B, B, 1e-5), "branch is torch.float64; the kernels take torch.bfloat16"),
-        (lambda: add_norm(X, B, X.half(), B, B, 1e-5), "residual is torch.float16, branch torch.float32; they must be"),
-        (lambda: add_norm(X, B, X, B.to("meta"), B, 1e-5), "weight is on meta, branch on cpu; they must be on one"),
+        (lambda: add_norm(X, B, X.half(), B, B, 1e-5), "residual is torch.float16, branch torch.float32; they must"),
+        (lambda: add_norm(X, B, X, B.to("meta"), B, 1e-5), "weight is on meta, branch on cpu; they must be on the"),
         (lambda: add_norm(X[:, ::2], B[:128], X[:, ::2], B[:128], B[:128], 1e-5), r"branch has the strides \(256, 2\)"),
         (lambda: add_norm(X[:, :128], B[:128], X[:, :128], B[:128], B[:128], 1e-5), "branch .* must be contiguous"),
         (lambda: add_norm(N, N[0], N, N[0], N[0], 1e-5), r"branch is \(4, 64\); it must be 128 to 8,192 wide"),
