@@ -20,8 +20,8 @@ State = dict[str, bytes | None]  # path → content of the file; None for a fold
 
 
 class Disk:
-    """What of a folder has reached the disk: the content of each file, and the names in each folder, when they were
-    last flushed. Files and folders are identified by their inodes, which stay the same when they are renamed."""
+    """The part of a folder that has reached the disk: the contents of files and the names in folders, as last
+    flushed. Files and folders are identified by their inodes, which stay the same when they are renamed."""
 
     def __init__(self, root: Path, monkeypatch):
         self.root, self.files, self.folders, self.moments, self.pins = root, {}, {}, [], []
