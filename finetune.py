@@ -1,7 +1,7 @@
 """Fine-tune a model on one task and report how good it is: data → model → loop → report.
 
-The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It
-appears when all of it is there.
+The folder --out holds report.md, metrics.json, predictions.csv, plots, and the model of the best seed. It appears only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback after Ctrl-C during the imports below
 
 import sys
 from contextlib import closing
@@ -40,7 +40,7 @@ python finetune.py --predict posts.jsonl --model results/team
 
 @command("finetune.py", "nothing was written")
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0. A user's mistake ends in one line on standard error and exit status 2, Ctrl-C in 130."""
+    """Returns 0. A user's mistake prints one line on standard error and exits with 2; Ctrl-C exits with 130."""
     config = parse(
         config_class(), argv, prog="finetune.py", description=ABOUT, examples=EXAMPLES,
         usages=[
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         apply.apply(config.model, config.predict, config.out, config.text)
         return 0
     with new_folder(config.out) as folder:
-        pyplot()  # is there, or training would be in vain
+        pyplot()  # raises now, and not after the training, if matplotlib is missing
         if config.tensorboard:
             events.check()
         start = starting_point(config)
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say(data: Dataset) -> None:
-    """What is learnt, and what was left out of it, on standard error before training begins."""
+    """Prints on standard error, before training begins, what will be learnt and what was left out."""
     counts = ", ".join(f"{len(getattr(data, split)):,} in {split}" for split in ("train", "dev", "test"))
     what = {"sequence": "; {:,} classes", "token": "; {:,} tags", "pair": ""}[data.kind].format(len(data.labels))
     what = f"; numbers, {data.labels[0]}" if data.number else what
@@ -72,7 +72,7 @@ def say(data: Dataset) -> None:
 
 
 def train(start, data: Dataset, config: FineTuneConfig, folder: Path) -> list[Outcome]:
-    """One outcome for each seed. Only the one that is best on dev keeps its network."""
+    """Trains once with each seed and returns the outcomes. Only the one that is best on dev keeps its network."""
     outcomes: list[Outcome] = []
     for seed in range(1, config.seeds + 1):
         outcomes.append(start.train(data, seed, partial(evaluation.dev_score, data)))

@@ -103,7 +103,7 @@ def pretrain(run: Run, training: Rows, validation: Rows, mesh: Mesh, stop: StopS
             f"{mesh.device.type}; "
             f"{len(training):,} rows of {config.row_tokens:,} tokens an epoch, "
             f"{training.packing.tokens / (len(training) * config.row_tokens):.2%} full"
-            + (f"; going on after step {progress.step:,}" if progress.step else ""),
+            + (f"; continuing after step {progress.step:,}" if progress.step else ""),
             flush=True,
         )
         epochs = config.train_tokens / (len(training) * config.row_tokens)

@@ -1,4 +1,4 @@
-"""Side-by-side measurements: `python -m benchmarks.NAME` prints a result, and keeps it under results/ with --write."""
+"""Side-by-side measurements: `python -m benchmarks.NAME` prints a result; --write also stores it under results/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(name: str, example: str, description: str = "", writes: str = "") -> Parser:
-    """The command line of a benchmark. example: words that it takes. writes: what --write is for, if no result."""
+    """The command line of a benchmark. example: arguments for it. writes: the file that --write stores (default: the
+    result)."""
     command = f"benchmarks.{name}"
     made = Parser(command, description, f"{typed(command)} {example}", allow_abbrev=False)
     writes = writes or f"benchmarks/results/{name}.md"
@@ -25,7 +26,7 @@ def parser(name: str, example: str, description: str = "", writes: str = "") -> 
 
 
 def shards(folder: str) -> Shards:
-    """What an option names, as argparse takes it."""
+    """The shards in a folder, as the `type` of an option of argparse."""
     try:
         return open_shards(folder)
     except ValueError as error:
@@ -33,7 +34,7 @@ def shards(folder: str) -> Shards:
 
 
 def machine(*libraries: str) -> str:
-    """The processor, Python, and the versions of these libraries, in a line."""
+    """One line with the processor and the versions of Python and of these libraries."""
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -43,7 +44,7 @@ def machine(*libraries: str) -> str:
 
 
 def show(lines: list[str], name: str, write: bool) -> None:
-    """Prints a Markdown result. write: keep it as results/NAME.md too."""
+    """Prints a result in Markdown. write: also store it as results/NAME.md."""
     text = "\n".join(lines)
     print(text)
     if write:

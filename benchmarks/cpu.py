@@ -1,10 +1,12 @@
 """Training on a CPU, here and in transformers: `python -m benchmarks.cpu --data SHARDS` (extra [hf]).
 
-Both architectures (4 layers, 256 wide, 4 heads, 8,000 pieces) on the same real posts in batches of 8, masked alike:
-here packed, there padded to the longest of the batch. Whole steps: forward, backward, AdamW. All take turns batch by
-batch, so that a machine that slows down slows all of them. Real tokens per second; padding does not count.
+Both architectures (4 layers, 256 wide, 4 heads, 8,000 pieces) train on the same real posts in batches of 8, with the
+same masks: packed here, padded to the longest post of the batch there. A step is forward, backward and AdamW. All
+implementations take turns batch by batch, so that a machine that slows down slows all of them. The unit is real tokens
+per second; padding does not count.
 
-The modern one is compared without dropout, as it is trained: transformers has another place for it in the MLP.
+The modern architecture is compared without dropout, with which it is trained; transformers has dropout at another place
+in its MLP.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ from minisobert.ops import Documents, Dropout, cross_entropy
 BATCH = 8
 LONGEST = 2_046
 MODEL = ModelConfig(layers=4, hidden=256, heads=4, ffn=1_024, vocabulary=8_000)
-# Two thirds of the features, since its MLP has three matrices and not two. Two of the layers attend to a window.
+# Two thirds of the features, since its MLP has three matrices instead of two. Two of its layers attend to a window.
 MODERN = replace(MODEL, ffn=704, architecture="modernbert")
-# Those of ours, each before what it is compared with
+# Names of the implementations. In results, each of ours comes before those with which it is compared
 OURS, OUR_MODERN = "minisobert", "minisobert, modernbert"
 BERT, MEGATRON, THEIR_MODERN = (f"transformers {name}" for name in ("BERT, SDPA", "MegatronBert", "ModernBert, SDPA"))
 
 
 def batches(shards: Shards, count: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Of each batch the masked documents with their specials, and for each token its target or -100."""
+    """Batches of (masked documents with their special tokens, for each token its target or -100)."""
     draw = np.random.default_rng(0)
     result = []
     for _ in range(count):
@@ -84,7 +86,7 @@ def their_step(model):
 
 
 def contestants(dropout: float) -> dict:
-    """Of each implementation the model and its loss."""
+    """Name → (model, loss function) of each implementation."""
     import transformers
 
     sizes = {**configuration(MODEL, "megatron-bert", dropout), "model_type": "bert"}
@@ -101,7 +103,7 @@ def contestants(dropout: float) -> dict:
 
 
 def measure(data, dropout: float, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """Of each implementation the real tokens per second and the loss of the first batch."""
+    """Name → (real tokens per second, loss of the first batch) of each implementation."""
     competing = contestants(dropout)
     steps, seconds, first = {}, dict.fromkeys(competing, 0.0), {}
     for name, (model, loss) in competing.items():
@@ -122,7 +124,8 @@ def measure(data, dropout: float, dtype: torch.dtype) -> dict[str, tuple[float, 
 
 
 def check(result: dict[str, tuple[float, float]], dropout: float, dtype: torch.dtype) -> None:
-    """The first losses agree: with the same weights to rounding, with others as all do at the start, on ln V."""
+    """Raises SystemExit unless the first losses agree: to rounding where the weights are equal, else roughly with ln V,
+    the loss of any untrained model."""
     losses = {name: loss for name, (_, loss) in result.items()}
     tolerance = 1e-4 if dtype == torch.float32 and not dropout else 0.05
     pairs = [(OURS, MEGATRON)] + [(OUR_MODERN, THEIR_MODERN)] * (OUR_MODERN in losses)

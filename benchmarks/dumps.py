@@ -1,11 +1,12 @@
-"""Synthetic Stack Exchange dumps of any size, with the real lengths: `write_dump(folder, posts=100_000, seed=0)`.
+"""Synthetic Stack Exchange dumps of any size, with real lengths: `write_dump(folder, posts=100_000, seed=0)`.
 
-The lengths of posts are those of benchmarks/post_lengths.json, and a post has 1.5 comments on average. As in a real
-dump, Posts.xml is in the order of the posts' ids and Comments.xml in that of the comments' own, which is by time: a
-comment is mostly on a recent post, one in seven on a much older one. The text is words by Zipf's law, paragraphs, code,
-entities and HTML tags. Identifiers in code are words run together, so that the vocabulary has no end, as in real posts.
+The lengths of posts are drawn from benchmarks/post_lengths.json, and a post has 1.5 comments on average. As in a real
+dump, Posts.xml is ordered by the ids of the posts and Comments.xml by those of the comments, that is by time: most
+comments are on a recent post, one in seven is on a much older one. The texts have words by Zipf's law, paragraphs,
+code, entities and HTML tags. Identifiers in code are several words run together, so that the vocabulary keeps growing,
+as in real posts.
 
-A text is a row of pieces out of one table of bytes, so that numpy can copy a thousand posts at a time.
+A text is a sequence of pieces from one table of bytes, so that NumPy can copy hundreds of posts at a time.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import numpy as np
 
 from benchmarks import lengths
 
-BATCH = 300  # posts that are made at a time: more of them leave the processor's cache
+BATCH = 300  # posts that are made at a time; more would not fit in the processor's cache
 WORDS = 50_000
-COMMENTS = 1.5  # a post
-COMMENT_WORDS = 28  # a comment, about 180 characters
+COMMENTS = 1.5  # per post
+COMMENT_WORDS = 28  # per comment, about 180 characters
 CHARACTERS_PER_TOKEN, CHARACTERS_PER_WORD = 3.5, 6.4
-TEXT, CODE = 60, 50  # words before the text turns into code, and back
-QUESTIONS = 0.42  # of the posts
-OLD, RECENT = 0.15, 1_000  # of the comments, those at any later time; the posts that are written before the others come
+TEXT, CODE = 60, 50  # words of text before code follows, and of code before text follows
+QUESTIONS = 0.42  # share of the posts
+# The share of comments that come at any later time; posts that are written, on average, before another comment comes
+OLD, RECENT = 0.15, 1_000
 
 _PARAGRAPH, _BLOCK = ("<p>", "</p>\n"), ("<pre><code>", "\n</code></pre>\n")
-_AFTER_WORD = {  # how often a separator stands after a word, in a hundred; the rest are spaces
+_AFTER_WORD = {  # how often, in a hundred, a separator comes after a word; the rest are spaces
     "text": {", ": 6, ". ": 6, "</p>\n\n<p>": 2, " &amp; ": 1, " <strong>not</strong> ": 1, " <code>null</code> ": 1,
              "? ": 1, "'s ": 1, ' (see <a href="https://example.com/questions/1234">here</a>) ': 1, "é ": 1},
     "code": {"": 16, "_": 6, ".": 12, "(": 8, ");\n    ": 9, " = ": 7, ", ": 8, " {\n        ": 3, ";\n": 5, "\n": 4,
@@ -40,13 +42,13 @@ _AFTER_WORD = {  # how often a separator stands after a word, in a hundred; the 
 
 
 class _Pieces(NamedTuple):
-    """All pieces as they stand in an attribute of XML. numbers: of the separators a hundred draws each, of the tags."""
+    """All pieces, escaped for an attribute of XML, and their numbers: of words, of separators and of tags."""
 
     content: np.ndarray  # (bytes,) uint8
     start: np.ndarray  # (pieces,) int32
     length: np.ndarray  # (pieces,) int32
-    words: np.ndarray  # (65536,) int32: each word as often as Zipf's law has it
-    after: dict[str, np.ndarray]  # (100,) int32
+    words: np.ndarray  # (65536,) int32: each word as often as Zipf's law says
+    after: dict[str, np.ndarray]  # kind of text → (100,) int32, each separator as often as it comes
     tag: dict[str, int]
 
 
@@ -54,7 +56,7 @@ def _pieces(seed: int) -> _Pieces:
     generator = np.random.default_rng(seed)
     syllables = [a + b for a in ("st", "tr", "th", *"bcdfghjklmnprstvw") for b in "aeiou"]
     words: dict[str, None] = {}
-    for many, until in enumerate((40, 2_000, 20_000, WORDS), 1):  # frequent words are short ones
+    for many, until in enumerate((40, 2_000, 20_000, WORDS), 1):  # frequent words are short
         while len(words) < until:
             drawn = generator.integers(0, len(syllables), (until - len(words), many))
             words.update(dict.fromkeys("".join(syllables[i] for i in row) for row in drawn.tolist()))
@@ -83,7 +85,7 @@ def _attribute(text: str) -> bytes:
 
 
 def _texts(pieces: _Pieces, words: np.ndarray, generator: np.random.Generator, html: bool) -> list[bytes]:
-    """Texts of so many words each, which is at least one."""
+    """A text for each number of words, which must be at least 1."""
     ends = np.cumsum(words)
     total = int(ends[-1])
     word = pieces.words[generator.integers(0, 1 << 16, total, np.uint16)]
@@ -91,7 +93,7 @@ def _texts(pieces: _Pieces, words: np.ndarray, generator: np.random.Generator, h
     draw = generator.integers(0, 100, total, np.uint8)
     if html:
         turns = generator.geometric(1 / np.resize([TEXT, CODE], 2 + 3 * total // (TEXT + CODE)))
-        turns[-1] += total  # whatever was drawn, it is enough
+        turns[-1] += total  # so that there are enough, whatever was drawn
         code = np.repeat(np.arange(len(turns)) % 2 == 1, np.minimum(turns, total))[:total]
         after = np.where(code, pieces.after["code"][draw], pieces.after["text"][draw])
         change = np.flatnonzero(code[1:] != code[:-1])
@@ -112,14 +114,13 @@ def _texts(pieces: _Pieces, words: np.ndarray, generator: np.random.Generator, h
 
 
 def write_dump(folder: Path, posts: int, seed: int = 0) -> int:
-    """Write Posts.xml and Comments.xml into a new folder; returns their bytes. The same dump for the same seed.
-
-    Takes about 30 bytes of memory a post and 20 a comment, besides a few MB.
+    """Writes Posts.xml and Comments.xml into a new folder, and returns their size in bytes. The same seed gives the
+    same dump. It takes about 30 bytes of memory per post and 20 per comment, besides a few MB.
     """
     folder.mkdir()
     pieces = _pieces(seed)
     generator = np.random.default_rng(seed + 1)
-    gaps = generator.geometric(0.75, posts).astype(np.int32)  # Ids of deleted posts are missing
+    gaps = generator.geometric(0.75, posts).astype(np.int32)  # the ids of deleted posts are missing
     ids = np.cumsum(gaps)
     comments = np.minimum(generator.geometric(1 / (1 + COMMENTS), posts) - 1, 100)
     with open(folder / "Posts.xml", "wb") as file:
@@ -139,7 +140,7 @@ def _posts(pieces, ids, comments, generator, seed: int) -> Iterator[bytes]:
     is_question = generator.random(len(ids)) < QUESTIONS
     is_question[0] = True
     latest = np.maximum.accumulate(np.where(is_question, np.arange(len(ids)), 0))  # the question before each post
-    drawn = lengths.draw(len(ids), seed)  # in tokens, of a post with its comments
+    drawn = lengths.draw(len(ids), seed)  # tokens in a post with its comments
     words = (drawn * CHARACTERS_PER_TOKEN / CHARACTERS_PER_WORD - comments * COMMENT_WORDS).clip(5).astype(np.int64)
     for first in range(0, len(ids), BATCH):
         here = slice(first, first + BATCH)

@@ -1,13 +1,14 @@
-"""Kills at every moment of a run: `python -m benchmarks.faults --data SHARDS`, which counts what they cost.
+"""Kills runs at every moment, and counts what that costs: `python -m benchmarks.faults --data SHARDS`.
 
-A run of `tiny` with evaluations and checkpoints is killed (SIGKILL), started again by the same command, and so on until
-it ends. Its folder must then hold what that of an undisturbed run holds, bit for bit, and nothing else. Half of the
-kills come at a random time. The others come at a random file operation of one phase, since a renaming is over too soon
-for a clock to meet it: just before the operation, or in the middle of what a checkpoint's file is given.
+A run of `tiny` with evaluations and checkpoints is killed (SIGKILL) and started again by the same command until it
+ends. Then its folder must hold what that of an undisturbed run holds, bit for bit, and nothing else. Half of the kills
+come at a random time. The others come at a random file operation of one phase, since a rename is too short for a clock
+to hit it: just before the operation, or in the middle of a write to a file of a checkpoint.
 
-A fifth of the kills hit a job of two data-parallel processes: one of the two, whereupon the other gets SIGTERM as from
-torchrun, or both. Processes are forked from one that has imported torch, which saves the seconds of that. In each a few
-functions of training and `os` are wrapped, so that they write down what they are doing where it survives them.
+A fifth of the kills hit a job of two data-parallel processes: either both, or one of them, whereupon the other gets
+SIGTERM as from torchrun. Processes are forked from one that has imported torch, so that they need not import it. In
+each process, some functions of training and `os` are wrapped, so that they record what they are doing in a file that
+survives the process.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ from minisobert.files import sha256
 from minisobert.training import checkpoint, loop
 
 PHASES = ("start", "step", "evaluation", "checkpoint", "publishing", "removal", "end")
-AIMED = [*2 * ("start", "evaluation", "checkpoint", "publishing", "removal"), "end"]  # a clock meets steps often enough
-CELL = struct.Struct(f"BB2x{len(PHASES)}I")  # what its two threads are doing (the second's + 1), operations by phase
+# without "step", which random times hit often enough
+AIMED = [*2 * ("start", "evaluation", "checkpoint", "publishing", "removal"), "end"]
+CELL = struct.Struct(f"BB2x{len(PHASES)}I")  # phases of the two threads (the second's + 1); operations in each phase
 TIMED = {"tokens_per_second", "dollars"}
 PATIENCE = 30  # seconds that torchrun waits between SIGTERM and SIGKILL
-LONG = 300  # seconds that no start takes
+LONG = 300  # seconds; no start takes as long
 COUNTED = ("results that differ", "checkpoints lost", "checkpoints damaged", "starts that failed", "files left over",
            "processes left over", "processes that did not end")  # fmt: skip
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}  # of sys.audit
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}  # names for sys.audit
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])  # the latter is what the first step imports, for 2 seconds
+PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])  # the first step imports the latter, in 2 seconds
 HOW = """\
 A phase is what the process was doing when it was killed: what its background thread was doing, which writes checkpoints
 while training goes on, or else its main one. *Checkpoint* is making its files and writing them, *publishing* its
@@ -67,14 +69,15 @@ checkpoints, metrics, config and tokenizer, bit for bit, but for the seconds tha
 
 
 class Watch:
-    """In a process that is to be killed: keeps its cell up to date, and kills it at the aim."""
+    """In a process that is to be killed: keeps the process's cell up to date, and kills the process at the aim."""
 
     def __init__(self, cell: Path, aim: tuple[str, int] | None):
-        """aim: the phase, and which of its file operations is not to happen; of an evaluation, which millisecond."""
+        """aim: a phase, and the number of the file operation in it before which the kill comes; for an evaluation, the
+        number of milliseconds after which it comes."""
         with open(cell, "r+b") as file:
             self.cell = mmap.mmap(file.fileno(), CELL.size)
         self.aim = aim
-        loop.train_step = self.during(loop.train_step, "step", "step")  # its line of figures still belongs to it
+        loop.train_step = self.during(loop.train_step, "step", "step")  # its line of figures still belongs to the step
         loop.evaluate = self.during(loop.evaluate, "evaluation", "step")
         train.train = self.during(train.train, "start", "end")
         for name, phase in (("_create", "checkpoint"), ("_write", "checkpoint"), ("_publish", "publishing")):
@@ -115,12 +118,12 @@ class Watch:
             source = os.path.basename(str(arguments[0]))
             if event == "shutil.rmtree" or (event == "os.rename" and source.startswith("step-")):
                 self.set("removal")
-            elif event == "os.mkdir":  # what was left over is gone
+            elif event == "os.mkdir":  # leftovers are gone by now
                 self.set("checkpoint")
         self.operation()
 
     def operation(self, half=lambda: None) -> None:
-        """Just before a file operation. half: does a part of it."""
+        """Called just before a file operation. half: does a part of the operation."""
         at = self.cell[1] - 1 if self.in_background else self.cell[0]
         if at >= 0:
             place = 4 * (1 + at)
@@ -132,8 +135,8 @@ class Watch:
 
 
 def _process(folder: Path, argv: list[str], environment: dict[str, str], cell: Path, aim) -> None:
-    os.setsid()  # whatever it leaves behind can be found by that
-    multiprocessing.set_start_method("fork", force=True)  # the default of a process that is not forked here
+    os.setsid()  # processes that it leaves behind are found by this session
+    multiprocessing.set_start_method("fork", force=True)  # the default in a process that no forkserver has started
     os.chdir(folder)
     torch.set_num_threads(1)
     os.environ.update(environment)
@@ -148,7 +151,7 @@ class Job:
     """One start of the command in a folder, by as many processes as it has ranks."""
 
     def __init__(self, folder: Path, argv: list[str], ranks: int, aim: tuple[str, int] | None = None, victim: int = 0):
-        # as torchrun's agent does, this process keeps the store in which they meet
+        # like torchrun's agent, this process holds the store through which they find each other
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
         self.cells, self.processes = [folder / f"cell-{rank}" for rank in range(ranks)], []
         for rank, cell in enumerate(self.cells):
@@ -163,7 +166,7 @@ class Job:
             process.start()
 
     def wait(self, seconds: float) -> bool:
-        """Until one process has ended. Returns whether one has in time."""
+        """Waits until one process has ended, at most so many seconds. Returns whether one has."""
         return bool(connection.wait([process.sentinel for process in self.processes], seconds))
 
     def kill(self, ranks: list[int]) -> None:
@@ -173,8 +176,8 @@ class Job:
             self.processes[rank].join()
 
     def end(self) -> Counter:
-        """Ends a job one of whose processes has ended, as torchrun does. Counts those that had to be killed for it, and
-        what all have left behind."""
+        """Ends a job of which one process has ended, as torchrun does. Counts the processes that had to be killed, and
+        those that the job has left behind."""
         found = Counter()
         for process in self.processes:
             process.join(0.2 if self.failed() else PATIENCE)
@@ -196,7 +199,7 @@ class Job:
         return any(process.exitcode not in (None, 0) for process in self.processes)
 
     def phase(self, rank: int) -> str:
-        """What a rank was doing when it ended: its background thread, or else its main one."""
+        """What a rank was doing when it ended: the phase of its background thread, or else of its main thread."""
         main, background, *_ = CELL.unpack(self.cells[rank].read_bytes())
         return PHASES[background - 1 if background else main]
 
@@ -205,7 +208,7 @@ class Job:
 
 
 def _session(leader: int) -> list[str]:
-    """The living processes of a session other than its leader."""
+    """The living processes of a session, except its leader."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -218,7 +221,7 @@ def _session(leader: int) -> list[str]:
 
 
 def content(run: Path) -> dict[str, object]:
-    """What is in a run's folder, by name, without what tells the time."""
+    """The contents of a run's folder, by name, without times."""
 
     def of(path: Path) -> object:
         if path.name == "metrics.jsonl":
@@ -233,7 +236,7 @@ def content(run: Path) -> dict[str, object]:
 
 
 class Trial:
-    """Runs of one number of processes that are killed until so many kills have been made."""
+    """Runs of `ranks` processes, which are killed until there have been `kills` kills."""
 
     def __init__(self, data: Path, folder: Path, ranks: int, kills: int, steps: int, seed: int):
         self.folder, self.ranks, self.kills, batch = folder, ranks, kills, ranks * TrainConfig.row_tokens
@@ -265,14 +268,14 @@ class Trial:
         self.expected = content(folder / "run")
 
     def _attempt(self, folder: Path) -> str:
-        """One start of the command. Returns the phase of the kill; "" where the run has ended before it."""
+        """Starts the command once. Returns the phase in which it was killed, or "" if it ended before."""
         saved = folder / "run" / "checkpoints"
         before = checkpoint.steps(saved)
         victims = self.draw.choice([[0]] if self.ranks == 1 else [[0], [1], [0, 1]])
         aim, delay = None, LONG
         if (
             self.phases.total() < self.kills
-        ):  # soon: in the next quarter of the run, or before its next checkpoint is made
+        ):  # soon: in the next quarter of the run, or before its next checkpoint is complete
             phase = self.draw.choice(AIMED)
             often = self.saves if phase in ("checkpoint", "publishing", "removal") else 1
             several = 100 if phase == "evaluation" else max(self.operations[phase] // often, 1)
@@ -281,7 +284,7 @@ class Trial:
             else:
                 aim = phase, self.draw.randint(1, several)
         job = Job(folder, self.argv, self.ranks, aim, victims[0])
-        if not job.wait(delay) or job.met_its_aim():  # and not where it failed by itself
+        if not job.wait(delay) or job.met_its_aim():  # but not if it failed by itself
             job.kill(victims)
         self.found += job.end()
         killed = [rank for rank in victims if job.processes[rank].exitcode == -signal.SIGKILL]
@@ -322,7 +325,7 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=12, metavar="N", help="optimizer steps in each run")
     options = command.parse_args()
     of_two = options.kills // 5
-    # two of each beside each other: processes that have to be waited for leave the cores to the others
+    # two of each at the same time: while one waits for processes, another has the cores
     parts = [
         (1, (options.kills - of_two + 1) // 2),
         (1, (options.kills - of_two) // 2),

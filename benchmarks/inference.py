@@ -1,8 +1,8 @@
-"""Texts a second, beside transformers: `python -m benchmarks.inference --data SHARDS` with the same weights and texts.
+"""Texts per second, beside transformers with the same weights: `python -m benchmarks.inference --data SHARDS`.
 
-A model with random weights is exported; we load the folder, and so does transformers. Both get the texts and give
-vectors (the mean of final states) or classes. transformers gets them as is usual: sorted by length, in padded batches,
-with SDPA. Tokenizing is counted on both sides.
+A model with random weights is exported, and both minisobert and transformers load the folder. Both turn the texts into
+vectors (the mean of final states) or classes. transformers gets the texts as is usual: sorted by length, in padded
+batches, with SDPA. Tokenizing counts on both sides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minisobert.config import ModelConfig, padded_vocabulary
 from minisobert.hub import export
 from minisobert.model import Classifier, MaskedLM
 
-BATCH = 16  # texts in one of transformers' batches: of 8, 16 and 32 the fastest here
+BATCH = 16  # texts in a batch of transformers; the fastest of 8, 16 and 32 here
 CLASSES = ("HQ", "LQ_EDIT", "LQ_CLOSE")
 SIZES = {"layers": 4, "hidden": 256, "heads": 4}
 MODELS = {

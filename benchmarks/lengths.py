@@ -1,7 +1,8 @@
-"""How long posts are: `python -m benchmarks.lengths --data SHARDS`; with --write, for post_lengths.json.
+"""How long posts are: `python -m benchmarks.lengths --data SHARDS`; --write stores the result as post_lengths.json.
 
-The other benchmarks draw from that file. Counted are the pieces that packing makes: [CLS] and [SEP] included, a post
-longer than a row cut into rows. Lengths up to 64 are counted one by one, longer ones in buckets that are 3 % wide.
+The other benchmarks draw from that file. It counts the chunks that packing makes: with [CLS] and [SEP], and with posts
+that are longer than a row cut into several. Lengths up to 64 are counted one by one, longer ones in buckets that are
+3 % wide.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ def bucket_edges() -> np.ndarray:
     edges = list(range(SPECIALS + 1, EXACT + 2))
     while edges[-1] <= ROW_TOKENS:
         edges.append(max(edges[-1] + 1, int(edges[-1] * WIDTH)))
-    full_row = [ROW_TOKENS, ROW_TOKENS + 1]  # a bucket of its own: all but the last chunk of a long post
+    full_row = [ROW_TOKENS, ROW_TOKENS + 1]  # a bucket of its own, for all chunks of long posts but the last
     return np.array([edge for edge in edges if edge < ROW_TOKENS] + full_row)
 
 
 def histogram(lengths: np.ndarray) -> list[list[int]]:
-    """Of lengths with specials: [first length, last length, chunks] of each bucket that holds any."""
+    """[first length, last length, chunks] for each bucket that is not empty. lengths: with special tokens."""
     edges = bucket_edges()
-    counts, _ = np.histogram(lengths, edges)  # its last bucket holds both of the last two edges
+    counts, _ = np.histogram(lengths, edges)  # NumPy's last bucket includes its upper edge
     return [[int(a), int(b) - 1, int(n)] for a, b, n in zip(edges, edges[1:], counts) if n]
 
 
 def draw(count: int, seed: int) -> np.ndarray:
-    """(count,) int64 lengths with specials, from the committed histogram; even within a bucket."""
+    """(count,) int64 lengths with special tokens, drawn from the committed histogram; uniform within a bucket."""
     first, last, counts = np.array(json.loads(HISTOGRAM.read_text())["buckets"]).T
     generator = np.random.default_rng(seed)
     bucket = generator.choice(len(counts), count, p=counts / counts.sum())

@@ -1,6 +1,7 @@
-"""Loading on one core: `python -m benchmarks.loader --data SHARDS`, tokens per second of packed, masked micro-batches.
+"""Loading on one core: `python -m benchmarks.loader --data SHARDS` measures tokens per second.
 
-All that training asks of a loader: gather from the memory map, specials, positions, document bounds, masks, tensors.
+It does all that training needs of a loader: gathers packed rows from the memory map, adds special tokens, positions,
+document bounds and masks, and makes tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     rows = Rows(options.data, options.data.training_documents, 0, TrainConfig.row_tokens)
-    rows.micro_batch(0, 1)  # the shuffle of the first epoch
+    rows.micro_batch(0, 1)  # shuffles the first epoch before the clock starts
     wanted = spans(0, options.tokens // TrainConfig.row_tokens, options.micro_batch_rows, 0, 1)
     began = time.perf_counter()
     real = masked = 0

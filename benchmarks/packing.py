@@ -1,7 +1,7 @@
-"""Packing millions of documents on one core: `python -m benchmarks.packing`, time, memory and how full the rows are.
+"""Packing millions of documents on one core: `python -m benchmarks.packing` measures time, memory and fill of the rows.
 
-The lengths are drawn from those of a prepared corpus (--data), or from a log-normal that resembles posts. Beside it,
-what packing documents in the order they come would give: each row filled until the next document does not fit.
+The lengths are drawn from those of a prepared corpus (--data), or from a log-normal that resembles posts. For
+comparison, documents are also packed in the order they come: each row is filled until the next one does not fit.
 """
 
 from __future__ import annotations

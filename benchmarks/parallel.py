@@ -1,14 +1,14 @@
 """One step on 1, 2 and 4 processes of this machine, over gloo: `python -m benchmarks.parallel`. About two minutes.
 
-Tokens per second, bytes that a rank sends, and how much of the communication hides behind computation. For the last
-each layout steps in two ways, in turn: as it is, and waiting for each collective where it could start (data
-parallelism has `Gradients` for that, in tensor parallelism collectives are made to return when they are done). Then
-the collectives of a step run once more, on as many bytes and with nothing else going on:
+It measures tokens per second, the bytes that a rank sends, and how much of the communication is hidden behind
+computation. For the latter, each layout steps in two ways, in turn: as in training, and waiting for each collective
+where it could start. (Data parallelism has `Gradients` for that; in tensor parallelism, collectives are made to return
+only when they are done.) Then the collectives of a step run once more by themselves, on as many bytes:
 
-    share that hides = (step that waits - step) / communication alone
+    share that is hidden = (step that waits - step) / communication alone
 
-First the two ways must have the same gradients to the last bit, and what was called must be what
-`planning/forecast.py` says, which gives the bytes.
+Before that, both ways must give the same gradients to the last bit, and the collectives that were called must be those
+of `planning/forecast.py`, which also gives the bytes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from minisobert.planning.forecast import Layout
 from minisobert.training.optimizer import Optimizer
 
 MODEL = ModelConfig(layers=6, hidden=384, heads=12, ffn=1_536, vocabulary=8_192, positions=512)
-ROW = 512  # tokens of a micro-batch in place of 2,048: a CPU is slow, and communication would be lost beside it
+ROW = 512  # tokens in a micro-batch instead of 2,048: a CPU is so slow that communication would not be seen
 DOCUMENT = 128  # tokens
-BUCKET = 1 << 20  # elements: several buckets a step, as a larger model has with the default
+BUCKET = 1 << 20  # elements, so that a step has several buckets, as a larger model has with the default
 
 
 def layouts(world: int) -> list[Layout]:
@@ -63,19 +63,20 @@ def layouts(world: int) -> list[Layout]:
 
 class Call(NamedTuple):
     group: str  # "data" or "tensor"
-    operation: str  # as forecast.Collective
+    operation: str  # as in forecast.Collective
     elements: int  # of the whole tensor
 
 
 class Measured(NamedTuple):
-    steps: list[float]  # seconds of each
-    waiting: list[float]
-    alone: list[float]  # communication
-    sent: int  # bytes of a rank
+    steps: list[float]  # seconds of each step
+    waiting: list[float]  # of each step that waits
+    alone: list[float]  # of its communication by itself
+    sent: int  # bytes that a rank sends
 
 
 class Recorded(TorchDispatchMode):
-    """Which collectives of the data and the tensor group are called inside it. (Single figures go over the world.)"""
+    """Records the collectives of the data and the tensor group that are called inside it. (Those of the world group sum
+    single figures.)"""
 
     def __init__(self, mesh: Mesh):
         super().__init__()
@@ -94,7 +95,7 @@ class Recorded(TorchDispatchMode):
 
 
 class Step:
-    """Forward, backward, sums over the ranks and AdamW, on one micro-batch of synthetic tokens for each data rank."""
+    """Forward, backward, sums over the ranks and AdamW, on one micro-batch of synthetic tokens per data rank."""
 
     def __init__(self, layout: Layout, mesh: Mesh):
         generator = torch.Generator().manual_seed(mesh.data_rank)
@@ -120,7 +121,7 @@ class Step:
         self.optimizer.step(1e-4, self.layout.masked * self.layout.data_parallel, 1.0)
 
     def gradients(self) -> Tensor:
-        """The sums that this rank steps with."""
+        """The summed gradients with which this rank steps."""
         self.backward()
         self.optimizer.gradients.sum()
         sums = torch.cat([part.master.grad for part in self.optimizer.parts])
@@ -129,7 +130,7 @@ class Step:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within it nothing overlaps."""
+        """A context in which nothing overlaps."""
         overlapped = self.optimizer.gradients
         self.optimizer.gradients = data.Gradients(self.optimizer.flat, self.mesh, self.layout.shard_optimizer)
         with (
@@ -173,9 +174,9 @@ def measure(layout: Layout, mesh: Mesh, turns: int) -> Measured:
 
 
 def _sent(calls: list[Call], step: Step) -> int:
-    """Bytes of a rank, by the forecast, whose collectives must be these calls."""
+    """The bytes that a rank sends, by the forecast. Raises SystemExit unless these calls are those of the forecast."""
     rows = forecast.collectives(MODEL, step.layout, [step.layout.masked])
-    rows = [row for row in rows if row.group in ("tensor", "data") and row.name != "loss"]  # which nobody logs here
+    rows = [row for row in rows if row.group in ("tensor", "data") and row.name != "loss"]  # which is not logged here
     expected = Counter()
     for row in rows:
         expected[Call(row.group, row.operation, row.bytes // 4)] += row.calls
@@ -196,7 +197,7 @@ def _again(call: Call, buffer: Tensor, mesh: Mesh) -> None:
 
 
 def _seconds(run: Callable, mesh: Mesh) -> float:
-    """Until the last rank is through."""
+    """Seconds until the last rank has finished."""
     mesh.wait_for_all()
     began = time.perf_counter()
     run()
@@ -242,7 +243,7 @@ def main() -> None:
     for world in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "lines"
-            # where the processes meet, kept here as torchrun would
+            # the stores through which processes find each other, held here as by torchrun
             stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in layouts(world)]
             ports = [str(store.port) for store in stores]
             torch.multiprocessing.spawn(_work, (world, ports, turns, out), nprocs=world)

@@ -1,4 +1,4 @@
-"""Models of transformers with the weights of a model of ours: the peers of tests and benchmarks."""
+"""Models of transformers with the weights of our models: the peers in tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from minisobert.model import Model
 
 
 def peer(model: Model, format: str, dropout: float = 0.0, attention: str = "eager", kind: str = "MaskedLM", **more):
-    """The model of `format` that computes what `model` does, with the attention "sdpa", "eager" or another that it has.
+    """The model of `format` that computes what `model` does.
 
-    kind: of `transformers.AutoModelForKIND`. more: fields of its config.
+    attention: "sdpa", "eager" or another that transformers has for it. kind: KIND of `transformers.AutoModelForKIND`.
+    more: fields of its config.
     """
     import transformers
 
@@ -20,6 +21,6 @@ def peer(model: Model, format: str, dropout: float = 0.0, attention: str = "eage
     theirs = getattr(transformers, f"AutoModelFor{kind}").from_config(config, attn_implementation=attention)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     missing, unexpected = theirs.load_state_dict(to_theirs(weights, model.config, format), strict=False)
-    if unexpected or any("decoder" not in name for name in missing):  # which is tied
+    if unexpected or any("decoder" not in name for name in missing):  # the decoder is tied
         raise RuntimeError(f"transformers' names have changed: missing {missing}, unexpected {unexpected}")
     return theirs

@@ -1,9 +1,9 @@
 """Preparing a dump, beside a plain pipeline: `python -m benchmarks.prepare --dump site.7z`.
 
-The plain one is what one would write first: ElementTree reads both files into memory, a dictionary joins the comments,
-html.parser takes the tags away, SentencePiece encodes every document. Both sides read the same unpacked XML, use the
-same trained tokenizer and write the ids to disk; neither trains. Repeats alternate; the best of each side counts, as
-the one least disturbed. One worker, and the plain pipeline, are held on one core, threads and all.
+The plain pipeline is what one would write first: ElementTree reads both files into memory, a dictionary joins the
+comments, html.parser removes the tags, and SentencePiece encodes every document. Both sides read the same unpacked XML,
+use the same trained tokenizer and write the ids to disk; neither trains. The sides alternate, and the fastest run of
+each counts, as the least disturbed. The plain pipeline and a single worker are bound to one core, with all threads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _plain_text(source: str) -> str:
 
 
 def plain(dump: Path, out: Path, model: Path) -> int:
-    """The plain pipeline; returns the number of documents."""
+    """Runs the plain pipeline, and returns the number of documents."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     comments = defaultdict(list)
     if (dump / "Comments.xml").exists():
@@ -94,7 +94,7 @@ def main() -> None:
     if not options.dump.exists():
         command.error(f"{options.dump} does not exist")
     cores = sorted(os.sched_getaffinity(0))
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the bars of a dozen runs
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  hides the bars of a dozen runs
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         (temporary / "xml").mkdir()

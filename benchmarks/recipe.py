@@ -1,8 +1,8 @@
 """What each part of the modern recipe is worth: `python -m benchmarks.recipe --data NAME=SHARDS [NAME=SHARDS …]`.
 
-Trains two-layer models of each arm to the end of its schedule, first one seed at each of RATES times the arm's learning
-rates, then the other SEEDS at the best of them. Losses are those of held-out rows with 15 % masked, whatever training
-masks. A run that is finished is not made again, so an interrupted benchmark goes on where it was.
+Each arm trains two-layer models to the end of its schedule: first with one seed at each of RATES times the arm's
+learning rates, then with the other SEEDS at the best of them. Losses are those on held-out rows with 15 % masked,
+whatever the mask rate of training. Finished runs are not repeated, so an interrupted benchmark continues where it was.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from minisobert.corpus.shards import Shards
 from minisobert.plot import moving_mean, pyplot
 from minisobert.training.run import read_metrics
 
-RATES = (0.5, 1.0, 2.0, 4.0)  # times an arm's own
+RATES = (0.5, 1.0, 2.0, 4.0)  # factors for an arm's own rates
 SEEDS = (1, 2, 3)
-FEWER = (10, 12)  # how many times fewer tokens the modern recipe gets to reach the loss of the paper's
-ROW = 2_048  # tokens of a batch too: the most steps that a budget pays for
-# What the demo always gave the paper's model instead of the paper's own: a small model, few tokens, no repetition
+FEWER = (10, 12)  # the modern recipe gets this many times fewer tokens to reach the loss of the paper's
+ROW = 2_048  # tokens in a row, and in a batch, for as many steps as the budget allows
+# What the demo used with the paper's model in place of the paper's values: for a small model, few tokens, one epoch
 SMALL = {"dropout": 0.0, "warmup_fraction": 0.1, "beta2": 0.98}
-PAPER_RATE, PAPER_MUON = 1e-3, 4e-3  # of AdamW, where the demo had it, and of Muon beside it
+PAPER_RATE, PAPER_MUON = 1e-3, 4e-3  # AdamW's, which the demo used, and Muon's
 
 
 @dataclass(frozen=True)
 class Arm:
-    """options: of train.py; expected: what was predicted before it first ran."""
+    """A recipe to measure. options: those of train.py; expected: what was predicted before the first run."""
 
     name: str
     options: dict
@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """AdamW's and Muon's, which are scaled together."""
+        """The learning rates of AdamW and Muon, which are scaled together."""
         recipe = RECIPES[self.options["preset"]] | self.options
         return recipe["learning_rate"], recipe["muon_learning_rate"]
 
@@ -55,7 +55,7 @@ TINY = {"preset": "tiny", **SMALL, "learning_rate": PAPER_RATE, "muon_learning_r
 MODERN = {"preset": "modern-tiny"}
 PAPER = Arm("paper's recipe, own rate", TINY, "")
 BEST = Arm("modern", MODERN, "")
-# From the paper's recipe to the modern one, a part at a time
+# From the paper's recipe to the modern one, one part at a time
 STEPS = (
     PAPER,
     Arm("+ 30 % masks", {**TINY, "mask_rate": 0.3}, "a little: the plateau is left sooner"),
@@ -65,7 +65,7 @@ STEPS = (
         "0.5 nats below the paper's: rotary positions"),
     BEST,
 )  # fmt: skip
-# The modern recipe without one part, or with another
+# The modern recipe with one part left out or replaced
 WITHOUT = (
     Arm("15 % masks", {**MODERN, "mask_rate": 0.15}, "0.4 worse"),
     Arm("masks from 40 to 15 %", {**MODERN, "mask_schedule": "0.4:0.15"}, "no difference"),
@@ -80,15 +80,15 @@ WITHOUT = (
 @dataclass(frozen=True)
 class Finished:
     folder: Path
-    scale: float  # of the rates
+    scale: float  # factor for the rates
     seed: int
     loss: float  # held out, in nats
-    right: float
-    seconds: float  # in training steps, evaluations left out
+    right: float  # share of held-out masked tokens
+    seconds: float  # in training steps, without evaluations
 
 
 def run(data: Shards, arm: Arm, scale: float, seed: int, tokens: int, out: Path) -> Finished:
-    """One training in a process of its own, with one thread."""
+    """Trains once, in a process of its own with one thread."""
     adam, muon = arm.rates
     options = {
         "tokens_per_batch": ROW, "micro_batch_rows": 1, **arm.options, "learning_rate": adam * scale,
@@ -106,7 +106,7 @@ def run(data: Shards, arm: Arm, scale: float, seed: int, tokens: int, out: Path)
         if process.returncode:
             raise ValueError(f"{' '.join(command)} failed: {process.stderr[-500:]}")
         for checkpoint in (folder / "checkpoints").glob("*/*"):
-            checkpoint.unlink()  # a hundred runs of 20 MB; their curves are what stays
+            checkpoint.unlink()  # a hundred runs have 20 MB each; only their curves are kept
         done.write_text(json.dumps({"options": options}))
     last = read_metrics(folder)[-1]
     loss, right = last["validation_loss"] or math.inf, last["validation_accuracy"]
@@ -114,7 +114,7 @@ def run(data: Shards, arm: Arm, scale: float, seed: int, tokens: int, out: Path)
 
 
 def step_seconds(folder: Path) -> list[float]:
-    """Of each step of a run."""
+    """The seconds of each step of a run."""
     lines = read_metrics(folder)
     real = np.diff([0] + [line["tokens"] for line in lines])
     return [n / line["tokens_per_second"] for n, line in zip(real, lines)]
@@ -169,7 +169,7 @@ class Corpus:
 
 
 def measure(corpus: Corpus, arms: list[tuple[Arm, int]], out: Path, jobs: int) -> list[Result]:
-    """Of each arm, with so many tokens."""
+    """The result of each arm, trained on the number of tokens beside it."""
     with ThreadPoolExecutor(jobs) as pool:
 
         def submit(arm: Arm, tokens: int, scale: float, seed: int):
@@ -186,7 +186,7 @@ def measure(corpus: Corpus, arms: list[tuple[Arm, int]], out: Path, jobs: int) -
 
 
 def draw(results: list[Result], corpus: Corpus, path: Path) -> None:
-    """The curves of one seed at the best rate of each arm, over positions and over seconds in steps."""
+    """Draws the curves of one seed at the best rate of each arm, over positions and over seconds in steps."""
     plt = pyplot()
     figure, both = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for i, result in enumerate(results):
@@ -255,7 +255,7 @@ def main() -> None:
             ), "",
             *table(COLUMNS, [result.cells(corpus) for result in results]),
         ]  # fmt: skip
-        if name in options.ablations:  # where the claim is: with a tenth of the paper's tokens
+        if name in options.ablations:  # with a tenth of the paper's tokens, as in the claim
             without = measure(corpus, [(arm, race[1].tokens) for arm in WITHOUT], options.out, options.jobs)
             lines += ["", "The modern recipe with one thing changed:", ""]
             lines += table(COLUMNS, [result.cells(corpus) for result in (race[1], *without)])

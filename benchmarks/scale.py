@@ -1,10 +1,10 @@
-"""What data.prepare takes of time, memory and disk as a dump grows: `python -m benchmarks.scale --folder EMPTY`.
+"""How much time, memory and disk data.prepare takes as a dump grows: `python -m benchmarks.scale --folder EMPTY`.
 
-Synthetic dumps (benchmarks/dumps.py) of growing size go through `python -m data.prepare --tokenizer …` as a user runs
-it; benchmarks/sessions.py says what is measured. A line through the sizes, by least squares, says what the largest
-site takes. Then one dump is prepared with one worker on one core and with two on two, in turn, and the bytes of the
-results are compared. Last, `--kills N`: SIGKILL to the main process at random moments, and the same command again until
-it ends.
+Synthetic dumps (benchmarks/dumps.py) of growing size are prepared by `python -m data.prepare --tokenizer …`, as a user
+would; benchmarks/sessions.py says what is measured. A least-squares line through the sizes estimates what the largest
+site takes. Then one dump is prepared in turn by one worker on one core and by two workers on two, and the bytes of the
+results are compared. Finally, `--kills N` sends SIGKILL to the main process at random moments, and repeats the command
+until it ends.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from minisobert.corpus.comments import RUN
 from minisobert.files import sha256
 
 WHOLE, WHOLE_COMMENTS = 60_000_000, 90_000_000  # stackoverflow.com
-VOCABULARY, TRAINING_POSTS = 30_000, 5_000  # of the tokenizer that all runs use
-SMALL = 3_000  # posts of the dump on which prepare is killed
+VOCABULARY, TRAINING_POSTS = 30_000, 5_000  # pieces of the tokenizer that all runs use, and posts it is trained on
+SMALL = 3_000  # posts in the dump with which data.prepare is killed
 FOUND = ("results", "wrong results", "left-over files", "left-over processes", "failed runs")
-COMMENT_BYTES = 180  # of a comment's text, about
-ENTRY = 0.1  # seconds between two entries of the journal in the runs that are killed: how long they go on is short too
-MOST_FAILED = 10  # runs that fail, after which no more are killed
+COMMENT_BYTES = 180  # in the text of a comment, about
+ENTRY = 0.1  # seconds between two entries of the journal in runs that are killed, since these runs are short
+MOST_FAILED = 10  # after this many runs have failed, no more are killed
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The checksum of every file; nothing for a folder that is not there."""
+    """File name → checksum; empty if the folder does not exist."""
     return {path.name: sha256(path) for path in sorted(folder.glob("*"))}
 
 
 def command(dump: Path, place: Path, tokenizer: Path | None, workers: int, entry: float | None = None) -> list[str]:
-    """entry: seconds between two entries of the journal, if not as a user has them."""
+    """The command that prepares a dump. entry: seconds between two entries of the journal, if not the default."""
     often = f"import sys; from data import journal, prepare; journal.SECONDS = {entry}; sys.exit(prepare.main())"
     program = ["-m", "data.prepare"] if entry is None else ["-c", often]
     how = ["--vocab-size", str(VOCABULARY)] if tokenizer is None else ["--tokenizer", str(tokenizer)]
@@ -54,7 +54,7 @@ def command(dump: Path, place: Path, tokenizer: Path | None, workers: int, entry
 
 
 def measure(words: Sequence[str], place: Path, cores: Sequence[int] = (), look: bool = True) -> Run:
-    """A run that must succeed."""
+    """Measures a run, which must succeed."""
     place.mkdir(exist_ok=True)
     with Session(words, place, cores) as session:
         run = session.measure(look)
@@ -65,7 +65,7 @@ def measure(words: Sequence[str], place: Path, cores: Sequence[int] = (), look: 
 
 
 def fit(posts: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
-    """(of a post, of none): the line through the points, by least squares."""
+    """(slope per post, intercept) of the least-squares line through the points."""
     slope, intercept = np.polyfit(posts, values, 1)
     return float(slope), float(intercept)
 
@@ -102,7 +102,7 @@ def growth(sizes: Sequence[int], folder: Path, tokenizer: Path, workers: int) ->
         "time": ("hours", 3_600, [run.seconds for run in runs.values()]),
         "CPU time": ("hours", 3_600, [run.cpu for run in runs.values()]),
     }
-    # Until the comments fill a run, which is sorted in memory, memory grows with that run and not with the posts
+    # comments are sorted in memory one run at a time; until they fill a run, memory grows with that run
     full = [posts for posts in runs if posts * COMMENTS * COMMENT_BYTES >= RUN]
     steady = len(full) if len(full) > 1 else len(runs)
     rows = []
@@ -126,7 +126,7 @@ def growth(sizes: Sequence[int], folder: Path, tokenizer: Path, workers: int) ->
 
 
 def scaling(posts: int, folder: Path, tokenizer: Path, repeats: int) -> list[str]:
-    """One worker on one core against two on two, in turn; of each the best counts, as the one least disturbed."""
+    """One worker on one core against two on two, in turn. The fastest run of each counts, as the least disturbed."""
     dump = folder / "dump"
     size = write_dump(dump, posts)
     cores = sorted(os.sched_getaffinity(0))
@@ -161,11 +161,11 @@ def scaling(posts: int, folder: Path, tokenizer: Path, repeats: int) -> list[str
 
 
 def kill(words: Sequence[str], place: Path, kills: int, seed: int = 0) -> tuple[Run, Counter, Counter]:
-    """(the undisturbed run, what was found, kills by bar): a command that writes place/out is killed at random moments
-    and begun again until it ends, over and over.
+    """Kills a command that writes place/out at random moments and repeats it until it ends, until there were enough
+    kills. Returns (the undisturbed run, what was found, kills by the last bar on the screen).
 
-    Found are the results, the wrong ones of them, files that lie beside a result, processes that outlive their parent,
-    and runs that end with an error.
+    It counts the results, wrong results, files left beside a result, processes that outlive their parent, and runs that
+    end with an error.
     """
     undisturbed = measure(words, place)
     right = digests(place / "out")
@@ -176,12 +176,12 @@ def kill(words: Sequence[str], place: Path, kills: int, seed: int = 0) -> tuple[
     while (bars.total() < kills or any(place.iterdir())) and found["failed runs"] < MOST_FAILED:
         patience = moments.uniform(0, 1.2 * undisturbed.seconds) if bars.total() < kills else None
         with Session(words, place) as run, suppress(subprocess.TimeoutExpired):
-            run.process.wait(patience)  # one in six or more runs to its end
+            run.process.wait(patience)  # a sixth or more of them run to their end
         code = run.process.returncode
         if code == -signal.SIGKILL:
             bars[list(run.bars)[-1] if run.bars else "before the first bar"] += 1
         found["left-over processes"] += run.outliving()
-        if (place / "out").exists():  # which a killed run has too, if the kill came after it had taken its name
+        if (place / "out").exists():  # a killed run has it too if the kill came after the final rename
             found["results"] += 1
             found["wrong results"] += digests(place / "out") != right
             shutil.rmtree(place / "out")
@@ -194,7 +194,7 @@ def kill(words: Sequence[str], place: Path, kills: int, seed: int = 0) -> tuple[
             left = [*place.iterdir(), *run.temporary.iterdir()]
         else:
             continue
-        for path in left:  # once counted, it is not counted again
+        for path in left:  # so that it is not counted again
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return undisturbed, found, bars
 

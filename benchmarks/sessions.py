@@ -1,8 +1,8 @@
-"""A command with all of its processes: the time, memory and disk that it takes, and what a kill leaves of it.
+"""Runs a command and measures all its processes: the time, memory and disk they take, and what is left after a kill.
 
-Memory is the largest sum, over all processes, of the proportional set size: a page that several of them share counts
-once, and the page cache does not count. Disk is the largest sum of what lies in the place of the result, work files
-included, and of files that are open but have no name any more, as SQLite's temporary ones. Linux only.
+Memory is the largest sum of the proportional set sizes of all processes: a page that several of them share counts once,
+and the page cache does not count. Disk is the largest sum of the files in the place of the result, work files included,
+and of open files that have no name any more, such as SQLite's temporary ones. Linux only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PAUSE = 0.1  # seconds between two looks at the processes
 END = 10  # seconds that processes have to end after their parent was killed
-_BAR = re.compile(rb"(?:^|[\r\n])(\w+): +[\d.]+\w*(?:%\|| \[)")  # as tqdm writes one, of a known total or not
+_BAR = re.compile(rb"(?:^|[\r\n])(\w+): +[\d.]+\w*(?:%\|| \[)")  # a bar of tqdm, whether its total is known or not
 
 
 class Run(NamedTuple):
-    """One run of data.prepare. cpu: seconds of all of its processes; memory, disk, elsewhere: the most at any time, in
-    bytes; elsewhere: of the disk, what lies neither beside --out nor below it; stages: seconds of each bar."""
+    """One run of data.prepare. cpu: seconds of all its processes; memory, disk, elsewhere: the most at any time, in
+    bytes; elsewhere: the part of the disk that is neither in --out nor beside it; stages: seconds of each bar."""
 
     code: int
     seconds: float
@@ -40,9 +40,9 @@ class Run(NamedTuple):
 
 
 class Session:
-    """A command in a session of its own, so that its processes are known whoever their parent is by now.
+    """A command in a session of its own, by which its processes are found even if their parents have ended.
 
-    place: the folder that its result and work files go to. It has a temporary folder of its own beside that.
+    place: the folder of its result and work files. It also gets a temporary folder of its own beside that.
     """
 
     def __init__(self, command: Sequence[str], place: Path, cores: Sequence[int] = ()):
@@ -54,8 +54,8 @@ class Session:
             env={**os.environ, "TMPDIR": str(self.temporary)},
         )  # fmt: skip
         if cores:
-            os.sched_setaffinity(self.process.pid, cores)  # the processes that it starts inherit it
-        self.bars: dict[str, tuple[float, float]] = {}  # when each was first and last seen
+            os.sched_setaffinity(self.process.pid, cores)  # the processes that it starts inherit them
+        self.bars: dict[str, tuple[float, float]] = {}  # seconds at which each bar was first and last seen
         self._errors = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -64,7 +64,7 @@ class Session:
         return self
 
     def __exit__(self, *error) -> None:
-        self.process.kill()  # where this process is interrupted
+        self.process.kill()  # if this process was interrupted
         self.process.wait()
 
     def _read(self) -> None:
@@ -75,7 +75,7 @@ class Session:
             self._errors = (self._errors + block)[-2_000:]
 
     def processes(self) -> list[int]:
-        """The ids of those that live."""
+        """The ids of the living processes."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -88,7 +88,7 @@ class Session:
         return found
 
     def memory(self, processes: Sequence[int]) -> int:
-        """Of these processes now, in bytes."""
+        """The memory of these processes now, in bytes."""
         total = 0
         for process in processes:
             try:
@@ -100,7 +100,7 @@ class Session:
         return total
 
     def disk(self, processes: Sequence[int]) -> tuple[int, int]:
-        """(in the place, elsewhere), in bytes that are allocated now."""
+        """The bytes allocated now (in the place, elsewhere)."""
         sizes: dict[bool, dict] = {True: {}, False: {}}
         for here, folder in ((True, self.place), (False, self.temporary)):
             for at, _, names in os.walk(folder):
@@ -117,7 +117,7 @@ class Session:
         return sum(sizes[True].values()), sum(sizes[False].values())
 
     def measure(self, look: bool = True) -> Run:
-        """Wait for its end. look: at memory and disk meanwhile, which takes a tenth of a core."""
+        """Waits for the end of the command. look: watch memory and disk meanwhile, which takes a tenth of a core."""
         memory = disk = elsewhere = 0
         while True:
             if look:
@@ -136,12 +136,12 @@ class Session:
         return Run(self.process.returncode, seconds, cpu, memory, disk, elsewhere, stages, message)
 
     def message(self) -> str:
-        """Its last line on standard error, once it has ended."""
+        """The command's last line on standard error, once it has ended."""
         self._reader.join(END)
         return self._errors.decode(errors="replace").strip().rpartition("\n")[2].rpartition("\r")[2]
 
     def outliving(self) -> int:
-        """How many processes are left some seconds after their parent was killed; these are then killed too."""
+        """How many processes are left END seconds after their parent was killed; these are then killed too."""
         until = time.perf_counter() + END
         while (left := self.processes()) and time.perf_counter() < until:
             time.sleep(0.02)

@@ -1,1 +1,1 @@
-"""Getting data ready: `python -m data.prepare`."""
+"""Prepares data for training: `python -m data.prepare`."""

@@ -1,14 +1,15 @@
-"""Which documents hold what a model will be tested on: `data.prepare --decontaminate TASK=PATH …`.
+"""Finds documents that contain a text on which a model will be tested: `data.prepare --decontaminate TASK=PATH …`.
 
-The texts are those of dev and test that `finetune.py --task TASK --data PATH …` gets. A document holds one of them
-where
+These texts are the dev and test texts that `finetune.py --task TASK --data PATH …` reads. A document contains one of
+them if
 
-- it shares RUN words in a row with the text (GPT-3's authors looked for 13: Brown et al. 2020, appendix C);
-- the text is shorter than that, and is the whole document or, from LINE words on, one of its lines, such as its title.
+- the two share RUN consecutive words (GPT-3's authors looked for 13: Brown et al. 2020, appendix C), or
+- the text is shorter than RUN words, and it is the whole document or, if it has LINE words or more, one of the
+  document's lines, such as its title.
 
-Words are runs of letters and digits, whatever their case, but no single characters and no function words, which some
-publishers take out: what stands between words does not hide a text. It is meant to leave out too much rather than too
-little: what everybody pastes, such as the head of a pom.xml, counts too.
+A word is a run of two or more letters and digits, in any case. Function words do not count, since some publishers
+remove them, nor does anything between words, so other punctuation cannot hide a text. The rule leaves out too much
+rather than too little: text that everybody pastes, such as the head of a pom.xml, counts too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from minisobert.tasks import SPLIT_SEED, TASKS
 
 RUN = 8
-LINE = 4  # "thanks in advance for any help" is a sentence of ner's test, and a line of many posts
+LINE = 4  # "thanks in advance for any help" is a sentence of ner's test split, and a line of many posts
 _WORD = re.compile(r"[^\W_]{2,}")
 _ENGLISH = """
 about above after again against ain all also am an and any are aren arent as at be because been before being below
@@ -37,19 +38,19 @@ _FUNCTION_WORDS = frozenset(_ENGLISH.split())
 
 
 class Texts:
-    """Dev and test texts of some tasks, made to be looked for."""
+    """Dev and test texts of some tasks, indexed so that documents can be searched for them."""
 
     def __init__(self, texts: Iterable[tuple[str, str]]):
-        """texts: (task, text); of equal texts the first one's task counts."""
-        self.counts: Counter = Counter()  # of texts of each task
-        self.runs: dict[str, str] = {}  # RUN words in a row, or all words of a shorter text → task
+        """texts: pairs (task, text). Words that texts of several tasks share belong to the first of these tasks."""
+        self.counts: Counter = Counter()  # task → number of its texts
+        self.runs: dict[str, str] = {}  # RUN consecutive words, or all words of a shorter text → task
         for task, text in texts:
             self.counts[task] += 1
             for run in _runs(content_words(text)):
                 self.runs.setdefault(run, task)
 
     def task_of(self, document: str) -> str | None:
-        """The task of a text that the document holds."""
+        """The task of a text that the document contains, or None if it contains none."""
         if not self.runs:
             return None
         found = [content_words(line) for line in document.split("\n")]
@@ -63,19 +64,21 @@ def content_words(text: str) -> list[str]:
 
 
 def _runs(found: list[str]) -> Iterator[str]:
-    """RUN words in a row, from each word on; of fewer words, all."""
+    """Every run of RUN consecutive words; all words as a single run if there are fewer."""
     for i in range(max(len(found) - RUN + 1, min(len(found), 1))):
         yield " ".join(found[i : i + RUN])
 
 
 def read(named: Sequence[str]) -> Texts:
-    """The texts of several TASK=PATH; those of one task go together. Raises ValueError for whatever is wrong with
-    them."""
+    """The texts of several TASK=PATH; the paths of one task are read together. Raises ValueError if anything is wrong
+    with them."""
     paths: dict[str, list[Path]] = {}
     for name in named:
         task, _, path = name.partition("=")
         if task not in TASKS or not path:
-            raise ValueError(f"--decontaminate is {name!r}; it must be TASK=PATH, TASK one of {', '.join(TASKS)}")
+            raise ValueError(
+                f"--decontaminate is {name!r}; it must be TASK=PATH, where TASK is one of {', '.join(TASKS)}"
+            )
         paths.setdefault(task, []).append(Path(path))
     data = {task: TASKS[task].read(files, SPLIT_SEED) for task, files in paths.items()}
     held_out = [(task, e) for task, d in data.items() for e in (*d.dev, *d.test)]

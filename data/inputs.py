@@ -1,4 +1,4 @@
-"""What `data.prepare` can read: one stream of documents out of any mixture of dumps and files of text."""
+"""Reads the input of `data.prepare`: any mixture of dumps and text files, as one stream of documents."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Input(NamedTuple):
-    """A path of --input. sources: how many of the sites and files of text that are read lie in it; they follow one
-    another."""
+    """A path given to --input. sources: the number of sites and text files that it holds; they are consecutive in the
+    list of all sources."""
 
     path: Path
     weight: float
@@ -69,9 +69,9 @@ class Input(NamedTuple):
 
 
 def weighted(given: Iterable[str | Path]) -> list[Input]:
-    """`so.7z=2` is so.7z with a weight of 2. A path that exists is that path, even if its name ends like that.
+    """Reads PATH=WEIGHT: `so.7z=2` is so.7z with a weight of 2. If a file with that whole name exists, it is the path.
 
-    Raises ValueError for a weight that is no number above 0 and at most MOST_WEIGHT.
+    Raises ValueError for a weight that is not a number above 0 and at most MOST_WEIGHT.
     """
     found = []
     for text in map(str, given):
@@ -85,17 +85,17 @@ def weighted(given: Iterable[str | Path]) -> list[Input]:
             value = math.nan
         if not 0 < value <= MOST_WEIGHT:
             raise ValueError(
-                f"{text} does not exist, and {weight!r} is no weight of {before}; give a number above 0 and at most "
-                f"{MOST_WEIGHT:,}, as in {before}=0.5"
+                f"{text} does not exist, and {weight!r} is not a weight for {before}; give a number above 0 and at "
+                f"most {MOST_WEIGHT:,}, as in {before}=0.5"
             )
         found.append(Input(Path(before), value))
     return found
 
 
 def with_sources(inputs: Sequence[Input], sources: Sequence[Site | TextFile]) -> list[Input]:
-    """The inputs with the number of their sources, which are as `check` returns them for these inputs.
+    """The inputs, each with the number of its sources. sources: what `check` returns for these inputs.
 
-    Raises ValueError for a weight that no document would have, as of an archive of comments.
+    Raises ValueError for a weight of an input without documents, such as an archive of comments.
     """
     paths = {one.path for one in inputs}
     of: Counter = Counter()
@@ -109,9 +109,9 @@ def with_sources(inputs: Sequence[Input], sources: Sequence[Site | TextFile]) ->
 
 
 def weights_of(inputs: Sequence[Input], source: np.ndarray, lengths: np.ndarray) -> dict:
-    """What meta.json says of the weights: {} where all are 1, so that it stays as it was.
+    """The entry of meta.json about weights; {} if all are 1, so that meta.json is then the same as without weights.
 
-    source: (T,) of the training documents, in their order, an index into the sources; lengths: (at least T,) in tokens.
+    source: (T,) for each training document, in order, the index of its source; lengths: (T or more,) lengths in tokens.
     """
     if all(one.weight == 1 for one in inputs):
         return {}
@@ -129,12 +129,12 @@ def weights_of(inputs: Sequence[Input], source: np.ndarray, lengths: np.ndarray)
 def check(
     inputs: Sequence[Path], document: str = "", dropped: Counter | None = None
 ) -> tuple[list[Site | TextFile], int | None, list[str]]:
-    """(sources, bytes, notes): the sites and files of text to read, in order; their bytes, unpacked, None where that is
-    not known, as of packed files; and lines on what is missing or not read.
+    """Returns (sources, bytes, notes): the sites and text files to read, in order; their unpacked size, or None if it
+    is not known, as for compressed files; and lines about what is missing or is not read.
 
-    document: see `Reading`; where it is given, standard input is text and not a .jsonl. dropped: counts the files of a
-    folder or .zip that are not read. Raises ValueError for a missing file, an unknown kind, an archive that cannot be
-    read, comments without their posts, an input without posts, and for what is there twice.
+    document: see `Reading`; if it is given, standard input is read as plain text, never as .jsonl. dropped: counts the
+    files in a folder or .zip that are not read. Raises ValueError for a missing file, an unknown kind of file, an
+    archive that cannot be read, comments without their posts, an input without posts, and anything given twice.
     """
     found: dict[Path, list[tuple[TextFile, int | None]]] = {}
     notes = []
@@ -151,7 +151,7 @@ def check(
         elif not found[path] and (others or not is_dump(path)):
             held = f"holds {some(others)}, which is" if others else "is"
             raise ValueError(
-                f"{path} {held} of no known kind; give a .7z, a folder with Posts.xml or .7z archives, "
+                f"{path} {held} of an unknown kind; give a .7z, a folder with Posts.xml or .7z archives, "
                 f"{', '.join(KINDS)} ({', '.join(COMPRESSED)}), a .zip or folder of such files"
             )
     dumps = [path for path, files in found.items() if not files]
@@ -174,10 +174,10 @@ def check(
 
 
 def _files(path: Path, document: str) -> tuple[list[tuple[TextFile, int | None]], list[str]]:
-    """The files of text at a path, with their bytes where those are known, and the names of what else a folder or .zip
-    holds; nothing for a dump."""
+    """The text files at a path, with their sizes where known, and the names of all other files in a folder or .zip.
+    Both are empty for a dump."""
     if path == STDIN:
-        head = sys.stdin.buffer.peek(1)  # waits for whoever writes
+        head = sys.stdin.buffer.peek(1)  # waits until there is something to read
         start = head.decode(encoding_of(head), "ignore").lstrip()
         return [(TextFile(path, ".jsonl" if start.startswith("{") and not document else ".txt"), None)], []
     if path.is_dir():
@@ -201,12 +201,12 @@ def _files(path: Path, document: str) -> tuple[list[tuple[TextFile, int | None]]
 
 
 def _links(folder: str, folders: list[str]) -> list[str]:
-    """Links to folders, which are not followed: they may lead round in a circle."""
+    """Links to folders. They are not followed, since they may form a cycle."""
     return [name for name in folders if os.path.islink(os.path.join(folder, name))]
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file inside a folder or .zip is to be read; hidden ones are not, nor what macOS adds to a .zip."""
+    """Whether to read a file in a folder or .zip: not if it is hidden, or one of those that macOS adds to a .zip."""
     parts = PurePosixPath(name).parts
     return kind_of(name) in KINDS and not any(part.startswith((".", "__MACOSX")) for part in parts)
 
@@ -222,7 +222,7 @@ def _size(file: Path) -> int | None:
 def documents(
     files: Iterable[tuple[int, TextFile]], dropped: Counter, progress: Callable[[int], object], reading: Reading
 ) -> Iterator[tuple[int, int, str]]:
-    """(number of the file, number of the line or row, text) of every document of some files of text.
+    """Yields (number of the file, number of the line or row, text) for every document in some text files.
 
     dropped, progress, reading: see `texts`."""
     for place, file in files:

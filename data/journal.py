@@ -1,4 +1,4 @@
-"""How far data.prepare has come, on disk: after a kill, the same command goes on from there."""
+"""Records on disk how far data.prepare has come, so that after a kill the same command continues from there."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from minisobert.cli import printable
 from minisobert.files import flush, make_folder, write_json
 
 NAME = "journal.json"
-SECONDS = 10  # between two entries: what a kill can cost. An entry waits for the disk.
+SECONDS = 10  # between two entries: a kill loses at most this much work. Each entry waits for the disk.
 
 
 class Journal:
-    """`state`: what the entries made so far say. folder: empty, or as a killed run left it, which is gone on with if it
-    was of the same command, and cleared otherwise."""
+    """The entries of one run of data.prepare; `state` holds what they say so far.
+
+    folder: either empty, or as a killed run left it. If that run had the same command, its work is continued;
+    otherwise the folder is cleared."""
 
     def __init__(self, folder: Path, command: dict, fresh: bool):
         self.path, self._command = folder / NAME, json.loads(json.dumps(command))
         self.state: dict[str, Any] = {}
-        self.folders = {folder}  # where the files are that entries speak of
+        self.folders = {folder}  # of the files that entries refer to
         self._last = time.monotonic()
         if not any(folder.iterdir()):
             return
@@ -36,7 +38,7 @@ class Journal:
             before = json.loads(self.path.read_bytes())
         if before.get("command") == self._command:
             self.state = before["state"]
-            print(printable(f"going on with {folder}, which an earlier run left unfinished"), file=sys.stderr)
+            print(printable(f"continuing in {folder}, which an earlier run left unfinished"), file=sys.stderr)
             return
         self.start_over("which another run left unfinished")
 
@@ -47,7 +49,8 @@ class Journal:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def enter(self, name: str, state: Any) -> None:
-        """What is in the files that `state` speaks of must be on the disk; their names are brought there."""
+        """Makes an entry. The contents of the files that `state` refers to must be on the disk already; their names are
+        flushed here."""
         for folder in self.folders:
             flush(folder)
         self.state[name] = state
@@ -55,15 +58,16 @@ class Journal:
         self._last = time.monotonic()
 
     def now_and_then(self, name: str, state: Callable[[], Any]) -> None:
-        """Makes an entry if the last one is SECONDS old."""
+        """Makes an entry if the last one is SECONDS old or older."""
         if time.monotonic() - self._last >= SECONDS:
             self.enter(name, state())
 
 
 @contextmanager
 def temporary(work: Path | None, out: Path, done: Journal) -> Iterator[Path]:
-    """The folder for what goes again: that of the journal, or one in `work` that has its name from `out`. It vanishes
-    at the end, but stays after Ctrl-C and SIGTERM, as that of the journal does."""
+    """The folder for temporary files: that of the journal or, if `work` is given, one in `work` that is named after
+    `out`. The latter is deleted at the end and after an error, but it stays after Ctrl-C and SIGTERM, as the folder of
+    the journal does."""
     if work is None:
         yield done.path.parent
         return
@@ -87,7 +91,7 @@ def temporary(work: Path | None, out: Path, done: Journal) -> Iterator[Path]:
 
 
 def identity(path: str | Path) -> list:
-    """Changes when a file, or one in a folder, is written to."""
+    """A value that changes when the file, or any file in the folder, is written to."""
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [os.path.realpath(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]

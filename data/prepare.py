@@ -1,8 +1,8 @@
-"""From a dump, or from text, to a tokenizer and shards: `python -m data.prepare --input site.7z --out data/prepared`.
+"""Turns dumps and texts into a tokenizer and shards: `python -m data.prepare --input site.7z --out data/prepared`.
 
-Two passes, each in a few processes. The first reads the documents and writes their text into one spool file, on which
-the tokenizer is trained; the second encodes the spool. The result is the same, bit for bit, for any number of
-processes.
+The work is done in two passes, each by several processes. The first reads the documents and writes their text into one
+spool file; the tokenizer is trained on a sample of it. The second encodes the spool. The result is the same, bit for
+bit, for any number of processes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback after Ctrl-C during the imports below
 
 import os
 import shutil
@@ -41,7 +41,7 @@ from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, Tokenizer, open_token
 from minisobert.files import flush, new_folder
 from minisobert.hashing import key, permutation_keys
 
-TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, that the tokenizer is trained on
+TRAINING_TEXT = 100_000_000  # bytes of text, drawn from all documents, on which the tokenizer is trained
 ABOUT = """\
 It learns a tokenizer, encodes the documents with it, and holds some documents out to measure the loss on. Repeat the \
 command to continue after an interruption."""
@@ -50,7 +50,7 @@ python -m data.prepare --input texts.jsonl --text-key title body --out data/prep
 python -m data.prepare --input android.stackexchange.com.7z --min-score 1 --out data/android
 python -m data.prepare --input texts.txt --tokenizer runs/base --out data/more
 """
-BATCH = 1_000_000  # characters (first pass) or bytes (second) that a process is given at a time
+BATCH = 1_000_000  # bytes of text that a process gets at a time
 
 
 def prepare(
@@ -73,17 +73,22 @@ def prepare(
     work: str | Path | None = None,
     fresh: bool = False,
 ) -> dict:
-    """Write the folder `out` and return the content of its meta.json.
+    """Writes the folder `out` and returns the content of its meta.json. `out` appears only when it is complete.
 
-    inputs: paths; PATH=WEIGHT gives the weight of the documents of one, see `weighted`.
-    vocab_size: of the tokenizer that is trained; default 50,000. workers: processes; default: one for each core that
-    this process may use. kind: all, questions or answers. tokenizer: of a run, an imported model or a file, to use in
-    place of training one. decontaminate: TASK=PATH, each a task's files whose dev and test texts the corpus must not
-    hold. text_key, document, skip_unreadable: how files of text are read, see `Reading`. keep_duplicates: leave only
-    those out that are also held out. near_duplicates: leave out documents that are as similar as this to an earlier
-    one. links: "keep" for where those of posts lead, or "drop". work: the folder for what goes again; default: beside
-    `out`. fresh: do not go on with what a killed run of the same command left. Raises ValueError, in one line, for
-    whatever is wrong with the input or the settings; `out` appears only when it is complete.
+    inputs: paths; PATH=WEIGHT gives the documents of a path a weight, see `weighted`.
+    vocab_size: number of pieces of the tokenizer to train (default: 50,000).
+    workers: number of processes (default: one for each core that this process may use).
+    kind: which posts of dumps to read: all, questions or answers.
+    tokenizer: run, imported model or file whose tokenizer to use instead of training one.
+    decontaminate: TASK=PATH; documents that contain a dev or test text of these files are left out.
+    text_key, document, skip_unreadable: how to read text files, see `Reading`.
+    keep_duplicates: leave out only those duplicates that are equal to held-out documents.
+    near_duplicates: leave out documents that have at least this similarity to an earlier one.
+    links: "keep" or "drop" the targets of links in posts.
+    work: folder for temporary files (default: beside `out`).
+    fresh: do not continue what a killed run of the same command left.
+
+    Raises ValueError, with a message of one line, if anything is wrong with the input or the settings.
     """
     weighted_inputs = weighted(inputs)
     inputs = [one.path for one in weighted_inputs]
@@ -92,7 +97,7 @@ def prepare(
     vocab_size = 50_000 if vocab_size is None else vocab_size
     _check_settings(vocab_size, workers, keep_duplicates, near_duplicates)
     with ExitStack() as stack:
-        unfinished = stack.enter_context(new_folder(out, journal.NAME))  # before anything is read: it may be refused
+        unfinished = stack.enter_context(new_folder(out, journal.NAME))  # before reading: it may be refused
         dropped: Counter = Counter()
         how_read = Reading(tuple(text_key), document, 1.0 if skip_unreadable else FEW)
         sources, total_bytes, notes = check(inputs, document, dropped)
@@ -108,7 +113,7 @@ def prepare(
         command = {"options": options, "files": [*map(journal.identity, files)]}
         done = Journal(unfinished, command, fresh or STDIN in inputs)
         temporary = stack.enter_context(journal.temporary(work and Path(work), Path(out), done))
-        if "meta" in done.state:  # it was killed just before its end
+        if "meta" in done.state:  # killed just before its end
             remove(temporary)
             return done.state["meta"]
         workers = processes.count(workers)
@@ -182,18 +187,18 @@ def _check_settings(vocab_size: int, workers: int | None, keep: bool, threshold:
     if vocab_size < least:
         raise ValueError(f"a vocabulary of {vocab_size} pieces is too small: the bytes alone need at least {least}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: at least one process is needed")
+        raise ValueError(f"--workers is {workers}; it must be at least 1")
     if threshold is not None:
         if keep:
             raise ValueError("--keep-duplicates and --near-duplicates contradict each other; leave one of them out")
-        duplicates.shape(threshold)  # raises for one that cannot be looked for
+        duplicates.shape(threshold)  # raises ValueError for a threshold that cannot be used
 
 
 def _expect(sources, total: int, workers: int, temporary: Path, out: Path) -> None:
-    """Says what disk, memory and time the work will take. Raises ValueError where a disk has not that much room.
+    """Prints how much disk, memory and time the work will take. Raises ValueError if a disk has too little room.
 
-    total: bytes, unpacked. The shares are those of real sites (benchmarks/results/scale.md; real code has fewer bytes a
-    token than made-up words): 100 bytes of XML become 65 of text, which go again, and up to 45 of tokens.
+    total: unpacked bytes. The ratios are those of real sites (benchmarks/results/scale.md; real code has fewer bytes
+    per token than made-up words): 100 bytes of XML become 65 of temporary text and up to 45 of tokens.
     """
     tables = (table for site in sources if isinstance(site, Site) for table in (site.posts, site.comments))
     xml = sum(table.size for table in tables if table)
@@ -221,7 +226,7 @@ def _bytes(number: float) -> str:
 
 
 def _sides(spool: Spool, done: Journal, dropped: Counter, *how) -> np.ndarray:
-    """`sides`, or what the journal says of it."""
+    """The result of `sides`, which is read from disk if the journal says that it is there."""
     path = spool.texts.with_name(f"{SPOOL}-sides")
     if "sides" not in done.state:
         side = sides(spool, *how[:-1], dropped, how[-1], BATCH)
@@ -234,7 +239,7 @@ def _sides(spool: Spool, done: Journal, dropped: Counter, *how) -> np.ndarray:
 
 
 def _sample(spool: Spool, training: np.ndarray, seed: int) -> np.ndarray:
-    """The spans of the documents to train the tokenizer on, in order, about TRAINING_TEXT bytes at most."""
+    """The spans of the documents to train the tokenizer on, in order: at most about TRAINING_TEXT bytes."""
     share = TRAINING_TEXT / sum(size_of(chunk["span"]) for chunk in spool.chunks(training))
     if share < 1:
         drawn = permutation_keys(int(training.sum()), key(seed, "tokenizer")) < share * 2**32
@@ -251,14 +256,14 @@ def _train(texts: Path, sample: np.ndarray, vocab_size: int) -> bytes:
 
 
 def _encode(spool: Spool, side: np.ndarray, model: Path, out: Path, run, done: Journal) -> tuple[np.ndarray, int]:
-    """Write the ids of the documents and where each begins; returns the length of each in tokens, (D,) int64, and all
-    characters. What is held out comes last."""
+    """Writes the ids of the documents and where each begins. Returns the length of each in tokens, (D,) int64, and the
+    number of all characters. Held-out documents come last."""
     start = done.state.get("encode", {"parts": 0, "tokens": 0, "end": 0, "characters": 0})
     number, end, characters = start["parts"], start["end"], start["characters"]
     count = int((side != LEFT_OUT).sum())
     parts = (part for which in (TRAINING, HELD_OUT) for part in spool.parts(side == which, BATCH))
     total = sum(size_of(chunk["span"]) for chunk in spool.chunks(side != LEFT_OUT))
-    # numpy's own writing of an array does not tell that a disk is full
+    # written by hand, since numpy does not report a full disk when it writes an array
     with open(out / "tokens.bin", "ab") as tokens, open(out / "documents.npy", "ab") as offsets:
         tokens.truncate(start["tokens"])
         offsets.truncate(start.get("offsets", 0))
@@ -288,7 +293,7 @@ def _encode(spool: Spool, side: np.ndarray, model: Path, out: Path, run, done: J
 
 
 def _encode_part(task) -> tuple[bytes, list[int], int]:
-    """In a worker: the ids of some documents in one piece, how many each has, and the characters of all."""
+    """In a worker: the ids of some documents, concatenated; the number of ids of each; the number of all characters."""
     file, spans, model = task
     tokenizer = _opened(model)
     texts = list(texts_of(file, spans))
@@ -300,7 +305,7 @@ _opened = lru_cache(1)(open_tokenizer)
 
 
 def table(meta: dict) -> str:
-    """What was prepared, for a person."""
+    """What was prepared, as a table for people."""
     lines = [(name, f"{meta[name]:,}") for name in ("posts", "comments", "documents")]
     lines += [(f"dropped: {reason}", f"{n:,}") for reason, n in meta["dropped"].items()]
     lines += [(f"duplicates in {name}", f"{n:,}") for name, n in meta.get("duplicates", {}).items()]
@@ -323,7 +328,7 @@ def table(meta: dict) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
-@command("data.prepare", "the same command goes on from where it was, or with --fresh from the start")
+@command("data.prepare", "repeat the command to continue, or give --fresh to start over")
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("data.prepare", ABOUT, EXAMPLES)
     add_options(parser)

@@ -1,4 +1,4 @@
-"""The processes of data.prepare: how they start, give their results in order, and end with their parent."""
+"""The processes of data.prepare: how they start, return results in order, and end when their parent does."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # tasks that are being worked on, or wait
+LOOK_AHEAD = 2 + 2 * (os.cpu_count() or 1)  # tasks that are being worked on or are waiting
 _PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def count(workers: int | None) -> int:
-    """Of processes; by default one for each core that this process may use."""
+    """The number of processes: `workers` or, if it is None, one for each core that this process may use."""
     return workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @contextmanager
 def pool(workers: int, begin: Callable, *arguments) -> Iterator[ProcessPoolExecutor | None]:
-    """The processes; None for a single one, where everything runs in this process. begin(*arguments) is called in each
-    of them first."""
+    """Starts the processes; each calls begin(*arguments) first. With one worker everything runs in this process, and
+    the pool is None. Raises ValueError if a process dies."""
     if workers == 1:
         begin(*arguments)
         yield None
@@ -35,7 +35,7 @@ def pool(workers: int, begin: Callable, *arguments) -> Iterator[ProcessPoolExecu
     executor = ProcessPoolExecutor(workers, _PROCESSES, _begin, (begin, *arguments))
     try:
         with _undisturbed():
-            executor.submit(int)  # starts them all, before there are threads that a fork could catch in a wrong moment
+            executor.submit(int)  # starts all of them now: a fork while other threads run could copy a held lock
         yield executor
     except BrokenProcessPool:
         raise ValueError("a worker process died, perhaps for lack of memory; try fewer --workers") from None
@@ -44,7 +44,7 @@ def pool(workers: int, begin: Callable, *arguments) -> Iterator[ProcessPoolExecu
 
 
 def in_order(executor: ProcessPoolExecutor | None, function: Callable, items: Iterable) -> Iterator[tuple]:
-    """(item, function(item)) in order, computed by the processes a few items ahead: `items` may be endless."""
+    """Yields (item, function(item)) in order. The processes are only a few items ahead, so `items` may be endless."""
     if executor is None:
         for item in items:
             yield item, function(item)
@@ -60,13 +60,14 @@ def in_order(executor: ProcessPoolExecutor | None, function: Callable, items: It
 
 
 def call(function: Callable, *arguments, died: str):
-    """What function(*arguments) returns or raises, from a process of its own: one that is to take minutes in C++, in
-    which this one could not be interrupted. died: what to say where the process ends without an answer."""
+    """Calls function(*arguments) in a process of its own, and returns or raises what it does. It is for a function that
+    spends minutes in C++, during which Ctrl-C could not interrupt this process. died: the message of the ValueError if
+    the process ends without an answer."""
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     process = _PROCESSES.Process(target=_call_and_send, args=(sender, function, *arguments), daemon=True)
     with _undisturbed():
         process.start()
-    sender.close()  # or the end of the process would not be the end of the pipe
+    sender.close()  # otherwise the pipe would stay open when the process ends
     try:
         answer = receiver.recv()
     except EOFError:
@@ -89,7 +90,7 @@ def _call_and_send(sender: Connection, function: Callable, *arguments) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Processes that start in this block get signals only when `_begin` has said what to do about them."""
+    """Processes that start in this block receive signals only after `_begin` has set up their handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -98,7 +99,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _begin(begin: Callable = lambda: None, *arguments) -> None:
-    """In a new process: leaves Ctrl-C to the parent, and ends when the parent does, be it by SIGKILL."""
+    """In a new process: leaves Ctrl-C to the parent, and ends when the parent does, even by SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

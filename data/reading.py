@@ -1,4 +1,4 @@
-"""The first pass of data.prepare: documents → their text in the spool, and what is left out counted."""
+"""The first pass of data.prepare: writes the text of all documents into the spool, and counts what is left out."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from minisobert.corpus.duplicates import digest
 from minisobert.corpus.posts import COMMENTS, Part, Posts, posts, posts_in
 from minisobert.corpus.texts import Reading
 
-BATCH = 1_000_000  # characters that a process is given at a time
+BATCH = 1_000_000  # characters of text that a process gets at a time
 
 
 def look_for(texts: Texts) -> None:
-    global _unwanted  # in each process once: too large to go along with every batch
+    global _unwanted  # set once in each process, since it is too large to be sent with every batch
     _unwanted = texts
 
 
 class Rendered(NamedTuple):
-    """The text of a document, b"" where it holds a text of a task's dev or test."""
+    """The text of a document; b"" if it contains a dev or test text of a task."""
 
     thread: int
     comments: int
@@ -39,7 +39,7 @@ class Rendered(NamedTuple):
 def read(
     sources, spool: Spool, dropped: Counter, reading: Reading, links: bool, done: Journal, *, run, progress, **chosen
 ) -> None:
-    """Every document into the spool, from where the journal says. run, progress: see `posts`."""
+    """Writes every document into the spool, beginning where the journal says. run, progress: see `posts`."""
     start = done.state.get("read", {"source": 0, "spool": [0, 0]})
     if "dropped" in start:
         dropped.clear()
@@ -70,7 +70,7 @@ def read(
             elif group:
                 first, last = group[0][0], group[-1][0]
                 at = _inside(start, first) or 0
-                counts: Counter = Counter()  # what is read again is counted again
+                counts: Counter = Counter()  # a resumed run reads the group again, and counts it again
                 batches = _batches(islice(documents(group, counts, progress, reading), at, None))
                 for batch, rendered in run(_render, batches):
                     yield from zip((source for source, *_ in batch), rendered)
@@ -81,7 +81,7 @@ def read(
 
     if start["source"] < len(sources):
         spool.write(_sound(found(), dropped), start["spool"])
-    shutil.rmtree(spool.texts.parent / COMMENTS, ignore_errors=True)  # where a run was killed just before it did that
+    shutil.rmtree(spool.texts.parent / COMMENTS, ignore_errors=True)  # there if a killed run got no further
 
 
 def _inside(start: dict, source: int):
@@ -101,7 +101,7 @@ def _batches(found: Iterator[tuple[int, int, str]]) -> Iterator[list[tuple[int, 
 
 
 def _render_posts(part: Part, links: bool, **settings) -> Posts:
-    """In a worker: what a part of `Posts.xml` holds, each post as text."""
+    """In a worker: reads a part of `Posts.xml` and turns each post into text."""
     read = posts_in(part, **settings)
     found = [(0, entry.post.thread, entry.post.text(links)) for entry in read.entries if entry.post]
     counts = (entry.comments for entry in read.entries if entry.post)
@@ -110,7 +110,7 @@ def _render_posts(part: Part, links: bool, **settings) -> Posts:
 
 
 def _render(batch: list[tuple[int, int, str]]) -> list[Rendered]:
-    """In a worker: the texts, what they hold of a task's, and their digests."""
+    """In a worker: the documents, searched for texts of tasks, with their digests."""
     found = []
     for _, thread, text in batch:
         task = _unwanted.task_of(text)
@@ -120,7 +120,7 @@ def _render(batch: list[tuple[int, int, str]]) -> list[Rendered]:
 
 
 def _sound(found: Iterator[tuple[int, Rendered]], dropped: Counter) -> Iterator[tuple[int, int, int, bytes, int]]:
-    """What goes into the spool."""
+    """Yields what goes into the spool, and counts the documents that do not."""
     for source, (thread, comments, text, task, number) in found:
         if text:
             yield source, comments, thread, text, number

@@ -1,6 +1,6 @@
-"""The spool of data.prepare: the text of all documents in one file, what is known of each in another, and which stay.
+"""The spool of data.prepare: a file with the text of all documents, an index of them, and the choice of those to keep.
 
-Nothing here takes more than 30 bytes of memory a document, but for near duplicates, which take 43.
+It takes at most 30 bytes of memory per document, and 43 when near duplicates are looked for.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from minisobert.corpus import duplicates
 from minisobert.corpus.shards import held_out
 
 LEFT_OUT, TRAINING, HELD_OUT = 0, 1, 2  # sides
-SPOOL = "spool"  # how the names of the files begin
-# span: from where to where in the file of texts; comments: -1 if it is no post.
+SPOOL = "spool"  # the names of the files begin with it
+# span: begin and end in the file of texts; comments: how many the post has, -1 for what is not a post.
 _DOCUMENT = np.dtype([("source", "i4"), ("comments", "i4"), ("thread", "i8"), ("span", "i8", 2), ("digest", "u8")])
-_CHUNK = 1 << 16  # documents looked at at a time
+_CHUNK = 1 << 16  # documents whose records are in memory at a time
 
 
 class Spool:
-    """`texts` and `index` are files, made by `write`."""
+    """The files `texts` and `index`, which `write` makes."""
 
     def __init__(self, folder: Path):
         self.texts, self.index = folder / SPOOL, folder / f"{SPOOL}-index"
 
     def write(self, found: Iterable[tuple[int, int, int, bytes, int]], start: Sequence[int] = (0, 0)) -> None:
-        """found: of each document its source, comments, thread, text and digest. start: what `flush` has returned, if
-        the files are to go on from there."""
+        """found: (source, comments, thread, text, digest) for each document. start: the sizes that `flush` returned, to
+        continue the files from there."""
         with open(self.texts, "ab") as texts, open(self.index, "ab") as index:
             self._files, self._records = (texts, index), []
             for file, size in zip(self._files, start):
@@ -51,7 +51,7 @@ class Spool:
         self._records.clear()
 
     def flush(self) -> list[int]:
-        """The sizes of both files, which are on the disk now."""
+        """Brings both files to the disk, and returns their sizes."""
         self._write_records()
         for file in self._files:
             file.flush()
@@ -62,14 +62,15 @@ class Spool:
         return self.index.stat().st_size // _DOCUMENT.itemsize
 
     def chunks(self, which: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The documents in order, some at a time. which: (D,) bool, of them all if given."""
+        """Yields the records of the documents in order, a chunk at a time. which: (D,) bool, the documents to include
+        (default: all)."""
         with open(self.index, "rb") as file:
             for begin in range(0, len(self), _CHUNK):
                 chunk = np.frombuffer(file.read(_CHUNK * _DOCUMENT.itemsize), _DOCUMENT)
                 yield chunk if which is None else chunk[which[begin : begin + _CHUNK]]
 
     def column(self, name: str, which: np.ndarray) -> np.ndarray:
-        """What is known of some documents. which: (D,) bool."""
+        """A field of the records of some documents. which: (D,) bool."""
         found, at = np.empty(int(which.sum()), _DOCUMENT[name]), 0
         for chunk in self.chunks(which):
             found[at : at + len(chunk)] = chunk[name]
@@ -77,7 +78,8 @@ class Spool:
         return found
 
     def counts(self, which: np.ndarray, sources: int) -> tuple[int, int, np.ndarray]:
-        """(posts, comments, (sources,) documents of each) among some documents. which: (D,) bool."""
+        """How many posts and comments are among some documents, and (sources,) how many documents are from each source.
+        which: (D,) bool."""
         posts, comments, of_source = 0, 0, np.zeros(sources, np.int64)
         for chunk in self.chunks(which):
             posts += int((chunk["comments"] >= 0).sum())
@@ -86,13 +88,13 @@ class Spool:
         return posts, comments, of_source
 
     def parts(self, which: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-        """The spans, rows of (from, to), of some documents in order, cut into tasks of about `batch` bytes."""
+        """Yields the spans of some documents in order, as arrays (n, 2) of about `batch` bytes of text each."""
         for chunk in self.chunks(which):
             yield from cut(chunk["span"], batch)
 
 
 def remove(folder: Path) -> None:
-    """The files of a spool go."""
+    """Deletes the files of a spool."""
     for path in folder.glob(f"{SPOOL}*"):
         path.unlink()
 
@@ -105,12 +107,12 @@ def texts_of(texts: Path, spans: np.ndarray) -> Iterator[str]:
 
 
 def size_of(spans: np.ndarray) -> int:
-    """In bytes."""
+    """The size of all spans together, in bytes."""
     return int((spans[:, 1] - spans[:, 0]).sum())
 
 
 def cut(spans: np.ndarray, batch: int) -> list[np.ndarray]:
-    """The spans in order, cut into tasks of about `batch` bytes."""
+    """The spans in order, in arrays of about `batch` bytes of text each."""
     if not len(spans):
         return []
     sizes = np.cumsum(spans[:, 1] - spans[:, 0])
@@ -123,11 +125,11 @@ def sides(
 ) -> np.ndarray:
     """(D,) int8: whether each document is LEFT_OUT, for TRAINING or HELD_OUT.
 
-    No held-out text is in training either. Of equal documents, and with a threshold of near ones, the first stays.
-    keep: leave out only what would be on both sides. It is training that loses it, so that the held-out threads stay
-    whole and are a fair sample of all threads.
+    No text is both in training and held out. The first of several equal documents stays; with a threshold, the first
+    of several similar ones does. keep: leave out only documents that would be on both sides. Training loses them, so
+    that the held-out threads stay whole and are a fair sample of all threads.
 
-    run: see `duplicates.near`; batch: bytes of a task.
+    run: see `duplicates.near`; batch: bytes of text that a process gets at a time.
     """
     side = np.full(len(spool), TRAINING, np.int8)
 
@@ -165,7 +167,7 @@ def sides(
 
 
 def _held_out(spool: Spool, side: np.ndarray, seed: int) -> np.ndarray:
-    """(D,) bool."""
+    """(D,) bool: which of the documents that stay are held out."""
     there = side > 0
     found = np.zeros(len(side), bool)
     found[there] = held_out(spool.column("source", there), spool.column("thread", there), seed)

@@ -2,8 +2,8 @@
 
     python -m data.stdlib posts.jsonl
 
-A post is what a documentation reader would ask for and get: the qualified name and signature, the docstring as prose,
-and the code with its comments.
+A post has what a reader of documentation would look up: the qualified name and signature, the docstring as prose, and
+the code with its comments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ LEAVE_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "li
 
 
 def posts(library: Path | None = None) -> Iterator[str]:
-    """The text of each post, in the order of the files' names. library: a folder of Python sources."""
+    """Yields the text of each post, in the order of the file names. library: a folder of Python sources (default: the
+    standard library)."""
     library = library or Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
@@ -29,7 +30,7 @@ def posts(library: Path | None = None) -> Iterator[str]:
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
-        except (OSError, SyntaxError, ValueError):  # another encoding, or a template with an ending of .py
+        except (OSError, SyntaxError, ValueError):  # another encoding, or a template named .py
             continue
         module = ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
         if documentation := ast.get_docstring(tree):
@@ -46,7 +47,7 @@ def _definitions(tree: ast.AST, name: str, lines: list[str]) -> Iterator[str]:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             title = f"{name}.{node.name}({ast.unparse(node.args)})"
             documentation, body = ast.get_docstring(node), node.body
-            first = body[0].end_lineno if documentation else body[0].lineno - 1  # with the comments behind a docstring
+            first = body[0].end_lineno if documentation else body[0].lineno - 1  # keeps comments after a docstring
             code = "\n".join(lines[first : node.end_lineno]).strip("\n")
             yield "\n\n".join(part for part in (title, documentation, code) if part)
 

@@ -1,7 +1,8 @@
-"""Sets of labelled examples from your own dump: `python -m data.tasks --input site.7z --out data/tasks-of-site`.
+"""Makes sets of labelled examples from your own dump: `python -m data.tasks --input site.7z --out data/tasks-of-site`.
 
-Writes TASK.csv for each task that can be derived from a dump, by the rules at the head of `minisobert/tasks/TASK.py`;
-the folder is what `finetune.py --data` takes. A set that would lack a class is not written, and the table says so.
+It writes TASK.csv for each task that can be derived from a dump, by the rules at the head of
+`minisobert/tasks/TASK.py`. `finetune.py --data` takes the folder. A set in which a class would have no example is not
+written, and the printed report says so.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends in no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback after Ctrl-C during the imports below
 
 import csv
 import sys
@@ -24,10 +25,10 @@ from minisobert.tasks.dumps import NothingToDerive, site_of
 
 
 def derive(dump: str | Path, out: str | Path, *, seed: int = 0) -> list[str]:
-    """Write the folder `out` and return what was done, line by line.
+    """Writes the folder `out` and returns a report, line by line.
 
-    Raises ValueError, in one line, for what is wrong with the dump, or where no set has all its classes; `out` appears
-    only when it is complete.
+    Raises ValueError, with a message of one line, if something is wrong with the dump or if no set has examples of all
+    its classes. `out` appears only when it is complete.
     """
     dump = Path(dump)
     if not is_dump(dump):

@@ -260,7 +260,7 @@ class TrainConfig:
             )
         self.mask_rate_after(0)
         if (largest := max(size for _, size in self.batch_ramp)) > MOST_TOKENS:
-            raise ValueError(f"a batch of {largest:,} row positions is more than dropout can count, {MOST_TOKENS:,}")
+            raise ValueError(f"a batch has {largest:,} row positions; dropout can count {MOST_TOKENS:,} at most")
 
     def _check_row(self, model: ModelConfig, whose: str) -> None:
         if not model.is_modern and self.row_tokens > model.positions:

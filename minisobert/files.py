@@ -94,7 +94,7 @@ def locked(path: Path, what: str | Path, keep: type[BaseException] | tuple = ())
         if taken:
             _drop(descriptor)
             by = holder or "another process"
-            raise ValueError(f"{what} is in use by {by}; wait until that has ended, or choose another --out")
+            raise ValueError(f"{what} is in use by {by}; wait until it has ended, or choose another --out")
         if not _is_at(path, descriptor):  # its holder removed the file after it was opened here: open the next
             descriptor = _drop(descriptor)
     try:
@@ -197,7 +197,7 @@ def new_file(out: str | Path, kinds: Sequence[str]) -> Iterator[Path]:
     if out.suffix not in kinds or os.path.lexists(out):
         raise ValueError(f"--out is {out}; choose a new file whose name ends in {' or '.join(kinds)}")
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out: {out.absolute().parent} is no folder; make it first")
+        raise ValueError(f"--out: {out.absolute().parent} is not a folder; make it first")
     beside = out.with_name(f".{out.name}.unfinished")
     try:
         yield beside
@@ -212,10 +212,10 @@ def _check_is_free(out: Path, place: Path) -> None:
     """Raises ValueError if no folder can take the name `out`. place: `out` with symlinks followed."""
     if link := next((path for path in (out, *out.parents) if path.is_symlink() and not path.exists()), None):
         target = os.readlink(link)
-        raise ValueError(f"{link} is a symlink to {target}, which does not exist; make that or choose another --out")
+        raise ValueError(f"{link} is a symlink to {target}, which does not exist; make it or choose another --out")
     if not place.is_dir():
         if os.path.lexists(place):
-            raise ValueError(f"{out} exists already and is no folder; choose another --out")
+            raise ValueError(f"{out} exists already and is not a folder; choose another --out")
     elif place == Path.cwd() or place.is_mount():  # no other folder can take the name of either
         raise ValueError(f"{out} is the current folder, or where a disk is mounted; choose a folder inside it")
     elif any(place.iterdir()):
@@ -335,14 +335,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 )
             at, count = stop, (stop - start) // dtype.itemsize
             if begin + at > len(data):
-                raise ValueError(f"{name} ends {begin + at - len(data):,} bytes behind the end of the file")
+                raise ValueError(f"{name} ends {begin + at - len(data):,} bytes after the end of the file")
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start) if count else tensors[name]
             tensors[name] = flat.to(dtype).view(shape)
         if begin + at != len(data):
             raise ValueError(f"{len(data) - begin - at:,} bytes at its end belong to no tensor")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
         why = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is no sound safetensors file ({why or type(error).__name__})") from None
+        raise ValueError(f"{path} is not a valid safetensors file ({why or type(error).__name__})") from None
     return tensors
 
 

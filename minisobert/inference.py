@@ -80,7 +80,7 @@ class Loaded:
         several labels. Raises ValueError if the model was not fine-tuned to classify texts."""
         self._check("sequence", "classifies")
         if self._network.number:
-            raise ValueError(f"{self._name} predicts a number, {self.labels[0]}, and no classes; call numbers(texts)")
+            raise ValueError(f"{self._name} predicts a number, {self.labels[0]}, not classes; call numbers(texts)")
         return self._of_documents(texts)
 
     def numbers(self, texts: Sequence[str]) -> np.ndarray:
@@ -88,7 +88,7 @@ class Loaded:
         fine-tuned to predict numbers."""
         self._check("sequence", "predicts numbers of")
         if not self._network.number:
-            raise ValueError(f"{self._name} predicts classes, and no number; call classify(texts)")
+            raise ValueError(f"{self._name} predicts classes, not a number; call classify(texts)")
         return self._of_documents(texts)[:, 0]
 
     def _of_documents(self, texts: Sequence[str]) -> np.ndarray:
@@ -114,7 +114,7 @@ class Loaded:
 
     def _check(self, kind: str, does: str) -> None:
         if self._network is None or self._network.kind != kind:
-            raise ValueError(f"{self._name} is no model that {does} texts; load the --out of such a finetune.py")
+            raise ValueError(f"{self._name} is not a model that {does} texts; load a result of finetune.py that does")
 
     def _predict(self, examples: list[Example]) -> Iterator[np.ndarray]:
         with tqdm(total=len(examples), unit="text", delay=PATIENCE) as bar:

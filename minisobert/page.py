@@ -168,7 +168,7 @@ class Page:
             others = tuple(line for line in _checked(lines, "the list of texts").split("\n") if line.strip())
             if len(others) > LINES:
                 raise ValueError(
-                    f"the list has {len(others):,} texts; up to {LINES:,} fit; give more with --texts FILE"
+                    f"the list has {len(others):,} texts, and up to {LINES:,} fit; give more with --texts FILE"
                 )
         except ValueError as error:
             return note(str(error), "error")
@@ -290,5 +290,5 @@ def _checked(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a surrogate pair, which is no character; paste it again") from None
+        raise ValueError(f"{what} holds half of a surrogate pair, which is not a character; paste it again") from None
     return text.replace("\r\n", "\n")

@@ -93,7 +93,7 @@ def serve(runs: list[str], texts: str | None, best: int, host: str, port: int | 
     try:  # gradio would try a hundred ports, five seconds each
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"no page can be served at --host {host}, port {port or 'any'}: {reason(error)}") from None
+        raise ValueError(f"the page cannot be served at --host {host}, port {port or 'any'}: {reason(error)}") from None
     # gradio asks its own address whether the page is up, and would send that request through a proxy
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", host]))
     page = Page([(run, load(run)) for run in runs], read(texts) if texts else (), best)

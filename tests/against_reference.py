@@ -1,4 +1,4 @@
-"""What the interpreter's tests and a GPU's share: a kernel beside its reference in fp64, and how near is equal."""
+"""Compares a kernel with its reference in fp64, for tests in Triton's interpreter and on a GPU alike."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from minisobert.ops import Documents, Dropout
 
-# conftest.py sets it where there is no GPU, and what Triton has imported stays so: a process has one or the other
+# conftest.py sets it if there is no GPU. Triton reads it once, at import, so a process has the one or the other
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="with a GPU kernels do not run on CPU tensors: tests/gpu tests them (or set TRITON_INTERPRET=1)",
 )
 
-# Bounds of documents that a tile may meet. Tiles hold 16 to 128 tokens and visit 16 to 64.
+# Bounds of documents that a tile may meet. A tile has 16 to 128 queries, and visits 16 to 64 keys at a time.
 DOCUMENTS = {
     "one token": [0, 1],
     "a prime, one document": [0, 131],
@@ -26,15 +26,15 @@ DOCUMENTS = {
     "long and short, none aligned": [0, 1, 64, 65, 197, 300],
 }
 
-TOO_SMALL = (0.0, 1e-6)  # dropout that is given but, as a multiple of 1/65,536, is none
+TOO_SMALL = (0.0, 1e-6)  # rates of dropout that are 0 when rounded to a multiple of 1/65,536
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest error as a share of the largest element.
+    """The largest error that is allowed, as a share of the largest element.
 
-    bf16, fp16: a result is rounded (half an eps), and so were the probabilities or their gradients that it is a sum of
-    (as much again, if all went one way); a second eps for delta, which is made of the rounded output.
-    fp32: sums of up to a thousand terms, whose errors grow like their root: 16 eps.
+    bf16, fp16: rounding a result costs half an eps. It is a sum of probabilities or their gradients, which were rounded
+    too: as much again, if all were rounded the same way. A second eps is for delta, computed from the rounded output.
+    fp32: sums of up to a thousand terms, whose errors grow like the root of their number: 16 eps.
     """
     eps = torch.finfo(dtype).eps
     return 16 * eps if dtype == torch.float32 else 2 * eps
@@ -46,7 +46,7 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu", 
 
 
 def qkv(bounds: list[int], heads: int, d: int, dtype: torch.dtype, device: str = "cpu"):
-    """q, k, v as the model gives them, views of one tensor, and their documents."""
+    """q, k and v as the model gives them, which are views of one tensor; and their documents."""
     tokens = bounds[-1]
     parts = random(tokens, heads, 3, d, dtype=dtype, device=device).unbind(2)
     return parts, Documents.from_bounds(bounds, device)
@@ -58,7 +58,7 @@ def mask(p: float, site: str, device: str = "cpu", token_offset: int = 0, head_o
 
 
 def attention_by_mask(q, k, v, documents: Documents, dropout: Dropout | None, window: int | None = None) -> Tensor:
-    """The formula of attention, on the whole T × T matrix."""
+    """Attention by its formula, with the whole T × T matrix."""
     tokens, heads, d = q.shape
     at = torch.arange(tokens, device=q.device)
     seen = documents.start[:, None] == documents.start
@@ -79,10 +79,11 @@ def compare(
     allowed: float | None = None,
     least: float = 0.01,
 ) -> None:
-    """Asserts that outputs and all gradients of kernel(*inputs) are those of reference in fp64, on the same inputs.
+    """Asserts that the outputs and all gradients of kernel(*inputs) are those of the reference in fp64.
 
-    allowed: error as a share of a tensor's largest element, or of `least` where that is larger: where all is 0 because
-    larger numbers cancel, as the gradients of queries that see one key, rounding is a share of those numbers.
+    allowed: error as a share of a tensor's largest element, or of `least` if that is larger. If a whole tensor is 0
+    because larger numbers cancel, as in the gradients of queries that see one key, rounding errors are relative to
+    those numbers.
     """
     ours = [x.detach().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]

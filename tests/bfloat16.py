@@ -1,8 +1,8 @@
-"""bf16 in Triton's interpreter, which keeps it as 16-bit integers and adds and multiplies these.
+"""bf16 in Triton's interpreter, which stores it as 16-bit integers and does arithmetic on these integers.
 
-`install` mends that: a bf16 is kept as the fp32 that it stands for, and rounded to bf16 wherever one comes to be, by a
-cast, by arithmetic in bf16 or from a constant. In memory it has its 16 bits. Products of matrices then multiply what
-they would on a chip, and add in fp32. fp8 is left as it was.
+`install` mends that: a bf16 is held as the equal fp32, and rounded to bf16 wherever one is made, by a cast, by
+arithmetic in bf16 or from a constant. In memory it has its 16 bits. Matrix products then multiply the same numbers as
+on a chip, and add in fp32. fp8 is left as it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """fp32 to the nearest bf16, of two equally near ones to the even one, as fp32."""
+    """fp32 rounded to the nearest bf16 (to even, if two are equally near), as fp32."""
     bits = x.view(np.uint32)
     up = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     return np.where(np.isnan(x), x, (up & np.uint32(0xFFFF0000)).view(np.float32))

@@ -1,4 +1,4 @@
-"""What tests share: a small corpus, made once by data.prepare, and memory in which unwritten results show."""
+"""Fixtures: a small corpus, which data.prepare makes once, and memory that shows which elements were never written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported, so that kernels run in its interpreter
 
 from data.prepare import prepare
 from minisobert.corpus.shards import Shards, open_shards
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Documents of a toy language: 1 to 200 words, each of which makes its successor likely, and one that is long."""
+    """Documents of a toy language: 1 to 200 words, each of which makes a certain next word likely; and a long one."""
     draw = random.Random(seed)
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("n", "r", "st")]
     texts = []
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory) -> Shards:
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty and empty_like filled with what no result may contain: NaN, or the largest integer."""
+    """Fills torch.empty and empty_like with values that no result may contain: NaN, or the largest integer."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
 

@@ -1,5 +1,5 @@
-"""A disk that loses with its power what was not flushed: `Disk` notes what was, `states` says what may be left. And one
-that is full from some moment on."""
+"""A disk that loses what was not flushed when its power is cut: `Disk` records what was flushed, and `states` gives
+what may be left. Also a disk that is full from some moment on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-State = dict[str, bytes | None]  # what the files hold, by their paths; None for a folder
+State = dict[str, bytes | None]  # path → content of the file; None for a folder
 
 
 class Disk:
-    """What of a folder has reached the disk: of each file what it held, and of each folder whose names it had, when it
-    was last flushed. A file or folder is known by its inode, which stays the same when it is renamed."""
+    """The part of a folder that has reached the disk: the contents of files and the names in folders, as last
+    flushed. Files and folders are identified by their inodes, which stay the same when they are renamed."""
 
     def __init__(self, root: Path, monkeypatch):
         self.root, self.files, self.folders, self.moments, self.pins = root, {}, {}, [], []
-        for path in (root, *root.rglob("*")):  # on the disk since long ago
+        for path in (root, *root.rglob("*")):  # these have long been on the disk
             descriptor = os.open(path, os.O_RDONLY)
             self._flush(descriptor)
             os.close(descriptor)
@@ -43,7 +43,7 @@ class Disk:
         return noted
 
     def _flush(self, descriptor: int) -> None:
-        self.pins.append(os.dup(descriptor))  # so that its inode is nobody else's while this lives
+        self.pins.append(os.dup(descriptor))  # so that its inode is not used again while this object lives
         found = os.fstat(descriptor)
         if stat.S_ISDIR(found.st_mode):
             self.folders[found.st_ino] = {each.name: (each.inode(), each.is_dir()) for each in os.scandir(descriptor)}
@@ -51,7 +51,7 @@ class Disk:
             self.files[found.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
 
     def _note(self) -> None:
-        """What is there now, and what of it is on the disk."""
+        """Records what is there now, and what of it is on the disk."""
         files, folders = {}, {}
         for path in [self.root, *self.root.rglob("*")]:
             inode = path.stat().st_ino
@@ -67,8 +67,9 @@ class Disk:
 
 
 def after_a_cut(moment, root: int, lucky_file, lucky_folder) -> State:
-    """The files and folders (None) that are there when the power is back. What of an inode was changed since it was
-    flushed is lost, unless it was lucky: of a file 0 says that all of that is lost, 1 a half and 2 nothing."""
+    """The files and folders (None) that are there when the power is back. Changes to an inode since it was last flushed
+    are lost, unless it is lucky: for a file, 0 means that all of them are lost, 1 that half are, and 2 that none are.
+    """
     files, folders, flushed_files, flushed_folders = moment
     found = {}
 
@@ -89,7 +90,7 @@ def after_a_cut(moment, root: int, lucky_file, lucky_folder) -> State:
 
 
 def states(disk: Disk, known: Callable[[set[str]], Any] = lambda names: None) -> Iterator[tuple[State, Any]]:
-    """Each that the disk may be in after a cut, once, and what is `known` from the names that were flushed then."""
+    """Yields each possible state of the disk after a cut, once, and what is `known` from the names flushed by then."""
     seen, draw, root = set(), random.Random(0), disk.root.stat().st_ino
     for moment in disk.moments:
         certain = after_a_cut(moment, root, lambda _: 0, lambda _: False)
@@ -105,15 +106,15 @@ def states(disk: Disk, known: Callable[[set[str]], Any] = lambda names: None) ->
 
 
 def restore(root: Path, state: State) -> None:
-    """The folder as it is after a cut."""
+    """Makes the folder what it is after a cut."""
     shutil.rmtree(root)
     for name, data in {"": None, **state}.items():
         (root / name).mkdir() if data is None else (root / name).write_bytes(data)
 
 
 class FullDisk:
-    """From the n-th write on, nothing can be written to any file behind its first bytes, and no name be given. Writes
-    are counted."""
+    """From the n-th write on, no file can grow beyond its first `room` bytes, and no name can be given. Counts the
+    writes."""
 
     def __init__(self, n: float, room: int, folder: Path, monkeypatch, before: Callable[[], object] = lambda: None):
         """before: called when the disk gets full."""

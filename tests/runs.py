@@ -1,4 +1,4 @@
-"""train.py as its users run it, in processes that have torch loaded already and start in a moment."""
+"""Runs train.py as its users do, in processes that start fast because torch is already loaded."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BATCH = 4 * ROW  # tokens
 
 
 def make_small(setitem: Callable = dict.__setitem__) -> None:
-    """SMALL and SMALL_MODERN for the tiny presets: ten times the speed, with rows of ROW tokens. To be undone:
-    monkeypatch.setitem."""
+    """Replaces the tiny presets by SMALL and SMALL_MODERN, which are ten times as fast with rows of ROW tokens. To undo
+    it, pass monkeypatch.setitem."""
     setitem(PRESETS, "tiny", SMALL)
     setitem(PRESETS, "modern-tiny", SMALL_MODERN)
 
 
 def words(corpus, out, steps=20, **options) -> list[str]:
-    """A command line: 4 rows a batch; by default no evaluation or checkpoint but at the end."""
+    """A command line with 4 rows in a batch and, by default, an evaluation and a checkpoint only at the end."""
     options = {
         "data": corpus.folder, "preset": "tiny", "out": out, "train_tokens": steps * BATCH, "tokens_per_batch": BATCH,
         "row_tokens": ROW, "micro_batch_rows": 4, "learning_rate": 1e-4, "warmup_fraction": 0.1, "eval_rows": 2,
@@ -60,8 +60,8 @@ def weights(out) -> dict[str, torch.Tensor]:
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["train"])
-STORES: WeakKeyDictionary = WeakKeyDictionary()  # of each process, for as long as somebody knows of it
-PATIENCE = 300  # seconds, after which a process is taken to hang
+STORES: WeakKeyDictionary = WeakKeyDictionary()  # of each process, as long as there are references to the process
+PATIENCE = 300  # seconds, after which a process counts as hanging
 
 
 def _process(log, environments, functions) -> None:
@@ -78,9 +78,9 @@ def _process(log, environments, functions) -> None:
 
 
 def launch(functions: Sequence[Callable[[], int | None]], log, ranks=1) -> list:
-    """Processes that call the functions one after the other, each time as torchrun would start them."""
-    # as torchrun's agent does, this process keeps the stores in which they meet: a port that is merely found free now
-    # may be taken when they get there
+    """Processes that call the functions in turn, each time in the environment that torchrun would give them."""
+    # like torchrun's agent, this process holds the stores through which they find each other; a port that is only known
+    # to be free now may be taken by then
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in functions]
     processes = []
     for rank in range(ranks):
@@ -97,7 +97,7 @@ def launch(functions: Sequence[Callable[[], int | None]], log, ranks=1) -> list:
 
 
 def start(argv: list[str], log, ranks=1, prepare: Callable[[int], None] | None = None) -> list:
-    """The processes of one run of train.py. prepare: called with the rank, to break something first."""
+    """The processes of one run of train.py. prepare: called with the rank first, to break something."""
     return launch([partial(_train, argv, prepare)], log, ranks)
 
 
@@ -108,12 +108,12 @@ def _train(argv: list[str], prepare: Callable[[int], None] | None = None) -> int
 
 
 def train_all(argvs: list[list[str]], log, ranks: int) -> list[int]:
-    """Several runs one after the other, in the same processes."""
+    """Trains several runs in turn, in the same processes."""
     return finish(launch([partial(_train, argv) for argv in argvs], log, ranks))
 
 
 def finish(processes, patience: float = PATIENCE) -> list[int]:
-    """Exit statuses. A process that hangs is killed, and so has -9."""
+    """The exit statuses. A process that hangs is killed, and so has -9."""
     for process in processes:
         process.join(patience)
         if process.is_alive():

@@ -1,10 +1,10 @@
-"""Whether a change keeps every result: short runs before it and after it, compared bit for bit.
+"""Checks that a change keeps every result: compares short runs before and after it, bit for bit.
 
     python -m tests.same_bits COMMIT [DUMP.7z …]
 
-Checks COMMIT out beside the working tree, prepares the same text with both, trains the same runs with both (one
-process, 2 data-parallel, 2 tensor-parallel with sequence parallelism; dropout on) and compares shards, losses, gradient
-norms, weights and Adam's moments. Of each dump it compares tokens.bin. Exits with 1 where anything differs.
+It checks out COMMIT beside the working tree, prepares the same text with both, trains the same runs with both (one
+process, 2 data-parallel, 2 tensor-parallel with sequence parallelism; with dropout) and compares shards, losses,
+gradient norms, weights and Adam's moments. For each dump it compares tokens.bin. It exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RUNS = {  # name: (processes, options)
     "data-parallel": (2, "--micro-batch-rows 1 --shard-optimizer"),
     "tensor-parallel": (2, "--micro-batch-rows 4 --tensor-parallel 2 --sequence-parallel"),
 }
-TIMES = {"tokens_per_second", "dollars"}  # what two equal runs may differ in
+TIMES = {"tokens_per_second", "dollars"}  # equal runs may differ in these
 
 
 def run(tree: Path, *words: str) -> None:
@@ -42,7 +42,7 @@ def sha256(path: Path) -> str:
 
 
 def results(tree: Path, texts: Path, dumps: list[Path], out: Path) -> dict[str, str]:
-    """What there is to compare, by name: checksums of files, and the lines of metrics.jsonl without their times."""
+    """The results to compare, by name: checksums of files, and the lines of metrics.jsonl without times."""
     found = {}
     run(tree, "-m", "data.prepare", "--input", str(texts), "--out", str(out / "data"), "--vocab-size", "500")
     for name in ("tokens.bin", "documents.npy", "tokenizer.model"):

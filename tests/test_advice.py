@@ -1,4 +1,4 @@
-"""Advice in an error works when it is followed: read out of the message and given to the command line."""
+"""The advice in an error works: it is read from the message and given to the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minisobert.training.meter import CHIPS
 
 
 def choices(message: str) -> list[list[str]]:
-    """`…; choose --a 1, 2 or 3, or --b 4 with --c 5, or more text` as command-line words: one list for each choice."""
+    """Reads `…; choose --a 1, 2 or 3, or --b 4 with --c 5, or more text` as command-line words, a list per choice."""
     found = []
     for part in re.split(", or (?=--|more|at most)", message.split("; choose ", 1)[1]):
         *fixed, last = part.split(" with ")

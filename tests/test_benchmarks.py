@@ -1,4 +1,4 @@
-"""Benchmarks change a committed result with --write alone, and need nothing from outside the repository."""
+"""Benchmarks change a committed result only with --write, and need nothing from outside the repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if "def main(" in pa
 
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
-    """The folder that results go to, which is empty."""
+    """The folder for results, which is empty."""
     monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
     monkeypatch.setattr(lengths, "HISTOGRAM", tmp_path / "post_lengths.json")
     monkeypatch.setattr(os, "sched_setaffinity", lambda *cores: None)
@@ -62,7 +62,7 @@ def test_no_benchmark_has_an_input_that_a_reader_lacks():
 
 
 @pytest.mark.parametrize("name", ["cpu", "faults", "loader", "lengths", "packing"])
-def test_a_corpus_that_is_none_is_one_line(name, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_a_corpus_is_one_line(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, name, "--data", tmp_path)
     error = capsys.readouterr().err

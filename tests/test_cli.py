@@ -1,4 +1,4 @@
-"""The command line: numbers as people write them, the option that was meant, errors and readers that go away."""
+"""The command line: numbers as people write them, mistyped options, errors, and readers that stop reading."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_whole_numbers_are_written_as_people_write_them(text):
 
 
 @pytest.mark.parametrize("text", ["1000.5", "1,000.5", "1_000.5", "1.0005e3"])
-def test_so_are_other_numbers(text):
+def test_other_numbers_are_written_as_people_write_them(text):
     assert parse(TrainConfig, ["--timeout", text]).timeout == 1_000.5
 
 
 @pytest.mark.parametrize(
     "text", ["1,00", "1,0000", ",100", "5,24288", "1__0", "27e9.5", "", "1.5", "nan", "inf", "1e400", "0x10"]
 )
-def test_what_is_no_whole_number_is_said_to_be_none(text, capsys):
+def test_what_is_not_a_whole_number_is_said_not_to_be_one(text, capsys):
     with pytest.raises(SystemExit):
         parse(TrainConfig, ["--seed", text])
     assert "is not a whole number (27e9 and 524,288 are)" in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_the_option_that_was_meant_is_named(typed, meant, capsys):
 
 
 @pytest.mark.parametrize("typed", ["--workers", "--resume", "--fp16", "--device", "--compile", "--x"])
-def test_where_none_is_like_it_help_is(typed, capsys):
+def test_help_is_named_if_no_option_is_similar(typed, capsys):
     with pytest.raises(SystemExit):
         parse(TrainConfig, [typed], prog="train.py")
     assert capsys.readouterr().err == f"train.py: unknown option {typed}; see --help\n"
@@ -117,8 +117,8 @@ def test_an_option_that_is_there_is_not_taken_for_another_tools(capsys):
     [(train.main, ["--plan"]), (train.main, ["--help"]), (plot.main, ["--help"]), (playground.main, ["--help"]),
      (prepare.main, ["--help"]), (overview.main, []), (compare.main, ["--help"])],
 )  # fmt: skip
-def test_a_reader_that_has_seen_enough_is_no_error(main, argv, monkeypatch, capsys):
-    """As `| head` is: it has gone before all is written."""
+def test_a_reader_that_stops_early_is_not_an_error(main, argv, monkeypatch, capsys):
+    """Such as `| head`, which ends before all is written."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patch:

@@ -20,10 +20,10 @@ SHORT = "How to sort a linked list in Java"  # four words: sort linked list java
     [
         (LONG, LONG, True),
         (LONG, f"before\n\n{LONG.upper()}", True),
-        (LONG, LONG.replace(" ", ",\n\t<b>"), True),  # nothing that stands between words hides them
+        (LONG, LONG.replace(" ", ",\n\t<b>"), True),  # nothing between words hides them
         (LONG, LONG.replace(" ", " of the "), True),
         (LONG, " ".join(LONG.split()[7 : 7 + RUN]), True),
-        (LONG, " ".join(LONG.split()[7 : 6 + RUN]), False),  # one word less
+        (LONG, " ".join(LONG.split()[7 : 6 + RUN]), False),  # one word fewer
         (LONG, " ".join(reversed(LONG.split())), False),
         (SHORT, SHORT, True),
         (SHORT, "sort: linked-list (JAVA)?", True),
@@ -31,7 +31,7 @@ SHORT = "How to sort a linked list in Java"  # four words: sort linked list java
         (SHORT, f"{SHORT} by name", False),
         ("Thanks a lot", "Thanks a lot!", True),
         ("Thanks a lot", "I have a list.\nThanks a lot", False),  # fewer words than LINE
-        ("What is this?", "What is this?", False),  # no words that say anything
+        ("What is this?", "What is this?", False),  # function words only
         ("", "", False),
         ("Größe der Straße ändern", "GRÖSSE DER STRASSE ÄNDERN", True),
     ],
@@ -40,13 +40,13 @@ def test_a_document_with_a_text_is_found_and_no_other(text, document, found):
     assert Texts([("ner", text)]).task_of(document) == ("ner" if found else None)
 
 
-word = st.text(string.ascii_letters + "äß", min_size=1).map(lambda letters: f"x{letters}")  # no function word
+word = st.text(string.ascii_letters + "äß", min_size=1).map(lambda letters: f"x{letters}")  # not a function word
 words = st.lists(st.tuples(word, st.sampled_from(["", ",", "_", "..."])).map("".join), min_size=1, max_size=30)
 
 
 @given(words, words, words)
 def test_a_text_inside_of_a_document_is_found(text, before, after):
-    """Independent of how it is looked for: a text of enough words, anywhere; a shorter one as a line, or alone."""
+    """Whatever the search does: a text of enough words anywhere, a shorter one as a line or alone."""
     count = len(text)
     text, before, after = " ".join(text), " ".join(before), " ".join(after)
     texts = Texts([("ner", text)])
@@ -64,7 +64,7 @@ def titles(path, rows):
 
 @pytest.fixture
 def task(tmp_path):
-    """A folder of closed titles: title {i} of split {split}."""
+    """A folder of closed titles, which are "title {i} of split {split}"."""
     folder = tmp_path / "closed"
     folder.mkdir()
     for split, first in (("train", 0), ("dev", 30), ("test", 60)):
@@ -88,7 +88,7 @@ def test_texts_of_dev_and_test_leave_the_corpus_and_are_counted(task, tmp_path, 
 
 
 def test_without_the_option_nothing_is_looked_for(task, tmp_path):
-    """Not even in a process that looked for something before."""
+    """Not even in a process that has looked for texts before."""
     corpus = tmp_path / "titles.txt"
     corpus.write_text("".join(f"Why is number {i} so odd?\n" for i in range(90)))
     prepare([corpus], tmp_path / "first", vocab_size=300, workers=1, decontaminate=[f"closed={task}"])
@@ -98,7 +98,7 @@ def test_without_the_option_nothing_is_looked_for(task, tmp_path):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("titles.csv", "it must be TASK=PATH, TASK one of quality, closed, ner, obsoletion"),
+        ("titles.csv", "it must be TASK=PATH, where TASK is one of quality, closed, ner, obsoletion"),
         ("spam=titles.csv", "it must be TASK=PATH"),
         ("closed=none.csv", "none.csv does not exist"),
         ("ner=IN", "is not a word and its tag"),

@@ -1,4 +1,4 @@
-"""`make demo` costs nobody an earlier demo: neither by a mistake nor by a failure half-way."""
+"""`make demo` never loses an earlier demo, neither by a mistake nor by a failure halfway."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def content(runs):
     return {str(path.relative_to(runs)): path.read_text() for path in sorted(runs.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("dump, message", [("typo.7z", "does not exist"), ("broken.7z", "no .7z archive")])
+@pytest.mark.parametrize("dump, message", [("typo.7z", "does not exist"), ("broken.7z", "not a .7z archive")])
 def test_a_wrong_dump_is_refused_before_the_earlier_demo_is_moved(runs, capsys, dump, message):
     pytest.importorskip("py7zr")
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,4 @@
-"""The derivations in docs/ end in a few lines of Python: they give what autograd gives."""
+"""The derivations in docs/ end in a few lines of Python, which give the same as autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def code(page: str) -> dict:
-    """The names that the page's Python defines."""
+    """The names that the Python code of the page defines."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S):
         exec(block, names)
@@ -66,7 +66,7 @@ def test_layer_norm():
 
 
 def test_split_cross_entropy():
-    logits, targets = random(6, 12, seed=0), torch.tensor([0, 3, 4, 7, 8, 11])  # both ends of each of three slices
+    logits, targets = random(6, 12, seed=0), torch.tensor([0, 3, 4, 7, 8, 11])  # both ends of three slices
     losses = torch.nn.functional.cross_entropy(20 * logits, targets, reduction="none")
     (expected,) = torch.autograd.grad(losses.sum(), logits)
     slices = (20 * logits.detach()).chunk(3, 1)
@@ -99,7 +99,7 @@ def test_turning_back_is_the_gradient_of_turning():
     x, dy = random(7, 8, seed=0), random(7, 8, seed=1)
     turned = names["turn"](x, positions, 10_000.0)
     check((names["turn_back"](dy, positions, 10_000.0),), torch.autograd.grad(turned, x, dy))
-    qkv = x[:, None, None].expand(-1, 1, 3, -1)  # the page's formula is that of the library, whose angles are fp32
+    qkv = x[:, None, None].expand(-1, 1, 3, -1)  # the page's formula is that of the library, with angles in fp32
     ours = rotary(qkv, rotation(positions, 8, 10_000.0))[:, 0, 0]
     torch.testing.assert_close(ours, turned, rtol=0, atol=5e-4)
 
@@ -118,7 +118,7 @@ def test_positions_that_do_not_restart_give_the_same_attention_up_to_rounding(wi
 
 
 def test_what_the_page_says_about_rounding():
-    """Scores of 512 random tokens, in float64 but for the fp32 angles, from position 0 on and from others."""
+    """Scores of 512 random tokens, in fp64 except for the fp32 angles, from position 0 and from others."""
     qkv = random(512, 1, 3, 64, seed=0).detach()
 
     def scores(first):

@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, one process at a time makes one, and what a killed process left is removed."""
+"""A folder appears complete or not at all, is made by one process at a time, and remains of killed ones are removed."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(code: str, *arguments, **options) -> subprocess.Popen:
-    """A process that runs this code; `ready()` in it tells this one to go on, and waits until it is told to end."""
+    """A process that runs this code. Its `ready()` tells this process to go on, and waits until it is told to end."""
     head = "import os, sys\nfrom minisobert.files import *\ndef ready(): print(flush=True); sys.stdin.readline()\n"
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
@@ -44,7 +44,7 @@ HOLD = "with locked(Path(sys.argv[1]), 'it'): ready()"
 
 def test_a_lock_that_a_living_process_holds_is_refused_by_its_name(tmp_path):
     holder = start(HOLD, tmp_path / "lock")
-    message = rf"^it is in use by process {holder.pid} on .*; wait until that has ended"
+    message = rf"^it is in use by process {holder.pid} on .*; wait until it has ended"
     with pytest.raises(ValueError, match=message), locked(tmp_path / "lock", "it"):
         pass
     holder.communicate("")
@@ -64,7 +64,7 @@ def test_a_lock_ends_with_its_process_and_the_next_learns_whose_it_was(tmp_path)
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
-    # the child says that it is ready: on a busy machine the parent may be there long before it, and be killed
+    # the child says when it is ready, since on a busy machine the parent may get there long before it and be killed
     code = "child = os.fork()\n    if not child: print(flush=True); os.read(int(sys.argv[2]), 1)\n"
     code += "    else: sys.stdin.readline()"
     ours, theirs = os.pipe()
@@ -74,7 +74,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path
     kill(holder)
     with locked(tmp_path / "lock", "it"):
         pass
-    os.write(theirs, b"x")  # to the child, which is the only one to read it: a broken pipe if that had ended
+    os.write(theirs, b"x")  # only the child reads it, so this would be a broken pipe if the child had ended
     os.close(theirs)
 
 
@@ -93,7 +93,7 @@ def test_a_lock_file_that_is_removed_while_it_is_waited_for_is_no_lock(tmp_path,
     assert names(tmp_path) == ["moved"]
 
 
-def test_of_many_processes_one_at_a_time_has_the_lock(tmp_path):
+def test_only_one_of_many_processes_has_the_lock_at_a_time(tmp_path):
     code = """
 for i in range(300):
     try:
@@ -141,10 +141,8 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     assert names(out.parent) == ["b"]
 
 
-def test_what_is_in_a_folder_or_file_is_on_the_disk_before_it_has_its_name_and_the_name_at_the_end(
-    tmp_path, monkeypatch
-):
-    """As a power cut would find it: whatever was not flushed may be lost, and names outlive what they are of."""
+def test_contents_are_on_the_disk_before_they_have_their_name_and_the_name_at_the_end(tmp_path, monkeypatch):
+    """After a power cut, whatever was not flushed may be lost, and a name may be there without its content."""
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda to: (done.append(os.readlink(f"/proc/self/fd/{to}")), fsync(to))[1])
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append("named"), replace(old, new))[1])
@@ -191,7 +189,7 @@ def test_what_a_living_process_makes_is_not_touched_and_the_second_is_refused_at
     assert names(tmp_path / "out") == ["spool"]
 
 
-def test_who_gets_the_lock_late_does_not_replace_what_was_made_meanwhile(tmp_path, monkeypatch):
+def test_a_process_that_gets_the_lock_late_replaces_nothing_that_was_made_meanwhile(tmp_path, monkeypatch):
     flock = fcntl.flock
 
     def made_meanwhile(descriptor, operation):
@@ -236,7 +234,7 @@ def test_a_folder_that_holds_something_is_never_touched(tmp_path):
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("x")
-    refused(tmp_path / "out", "out exists already and is no folder")
+    refused(tmp_path / "out", "out exists already and is not a folder")
     refused(tmp_path / "out" / "b", "cannot be made .Not a directory")
     assert (tmp_path / "out").read_text() == "x"
     assert names(tmp_path) == ["out"]
@@ -270,7 +268,7 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch, out):
     refused(out, "is the current folder, .* choose a folder inside it")
     assert names(tmp_path) == ["here"]
     (tmp_path / "here" / "mine").write_text("x")
-    refused(out, "is the current folder, .* choose a folder inside it")  # and not: remove it
+    refused(out, "is the current folder, .* choose a folder inside it")  # not advice to remove it
 
 
 def test_the_root_of_a_disk_is_refused(tmp_path, monkeypatch):
@@ -347,7 +345,7 @@ UNSOUND = {
 @pytest.mark.parametrize("header", UNSOUND.values(), ids=UNSOUND)
 def test_tensors_that_are_not_where_the_format_has_them_are_refused(tmp_path, header):
     path = safetensors(tmp_path / "a", header, bytes(16))
-    with pytest.raises(ValueError, match=f"^{path} is no sound safetensors file") as error:
+    with pytest.raises(ValueError, match=f"^{path} is not a valid safetensors file") as error:
         read_safetensors(path)
     assert "\n" not in str(error.value)
     assert read_safetensors(safetensors(path, {"a": tensor(0, 16, [2, 2])}, bytes(16)))["a"].shape == (2, 2)
@@ -356,7 +354,7 @@ def test_tensors_that_are_not_where_the_format_has_them_are_refused(tmp_path, he
 @pytest.mark.parametrize("content", [b"", b"x", bytes(8), b"\xff" * 8, (2).to_bytes(8, "little") + b"{", bytes(1_000)])
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match="is no sound safetensors file"):
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
         read_safetensors(tmp_path / "a")
 
 

@@ -1,5 +1,5 @@
 """The command line as a stranger meets it: `python -m minisobert` names every command, and each has a --help that fits
-100 columns and ends in examples which its parser takes."""
+100 columns and ends in examples that its parser accepts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def runnable() -> set[str]:
 
 
 MODULES = runnable()
-# with the commands of a command, which the list names one by one
+# including subcommands, which the list names one by one
 NAMES = sorted(MODULES | {name for commands in COMMANDS.values() for name in commands})
 
 
 class Parsed(Exception):
-    """What a command has read, before it does anything."""
+    """Stops a command after its parser; holds what was read."""
 
 
 def main_of(name: str):
@@ -78,14 +78,14 @@ def help_of(run, capsys):
 
 
 def parse(run, monkeypatch, name: str, *words: str) -> object:
-    """What the parser of a command gives; of a config, one that has passed its checks."""
+    """What the parser of a command returns; a config has then passed its checks."""
     parse_args, module = Parser.parse_args, main_of(name)
 
     def stop(value: object):
         raise Parsed(value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(benchmarks, "open_shards", str)  # a corpus that is not there
+        patch.setattr(benchmarks, "open_shards", str)  # so that the corpus need not exist
         if hasattr(module, "parse"):
             patch.setattr(module, "parse", lambda *args, **more: stop(cli.parse(*args, **more)))
         else:
@@ -105,7 +105,7 @@ def parser_of(run, monkeypatch, name: str) -> Parser:
 
 
 def examples(text: str) -> list[list[str]]:
-    """The words of each example at the end of a help."""
+    """The words of each example at the end of a --help."""
     _, part = re.split(r"^examples?:.*\n", text, flags=re.M)
     return [shlex.split(line, comments=True) for line in re.sub(r"\\\n", "", part).splitlines()]
 
@@ -115,11 +115,11 @@ def test_every_command_is_listed(capsys):
     text = capsys.readouterr().out
     listed = set(re.findall(r"^  python (?:-m )?(\S+)", text, re.M))
     assert listed == MODULES - {"minisobert"}
-    assert {"train.py", "data.prepare", "minisobert.hub", "benchmarks.gpu"} <= listed  # the search finds all kinds
+    assert {"train.py", "data.prepare", "minisobert.hub", "benchmarks.gpu"} <= listed  # commands of all kinds are found
     for commands in COMMANDS.values():
         for name, says in commands.items():
             assert re.search(rf"^  {re.escape(typed(name))}  +{re.escape(says)}$", text, re.M)
-            assert re.fullmatch(r"[A-Z][^.]*\w(\.\w+[^.]*)*\.", says)  # one sentence, which may have train.py in it
+            assert re.fullmatch(r"[A-Z][^.]*\w(\.\w+[^.]*)*\.", says)  # one sentence, which may contain train.py
     assert max(map(len, text.splitlines())) <= WIDTH
 
 
@@ -135,7 +135,7 @@ def test_the_example_of_the_list_is_of_commands_that_take_it(run, capsys, monkey
 @pytest.mark.parametrize("name", NAMES)
 def test_help_ends_in_examples_that_parse(name, help_of, run, monkeypatch):
     found = examples(help_of(name))
-    if name != "minisobert.hub":  # whose examples are those of its commands
+    if name != "minisobert.hub":  # its examples are those of its subcommands
         assert " ".join(found[0]).startswith(typed(name))
     for words in found:
         own = name.split()
@@ -152,7 +152,7 @@ def test_help_fits_the_screen(name, columns, help_of, monkeypatch):
         monkeypatch.setenv("COLUMNS", str(columns))
     text = help_of(name)
     assert max(map(len, text.splitlines())) <= WIDTH
-    above, _ = re.split(r"^examples?:.*\n", text, flags=re.M)  # what can be pasted is not broken
+    above, _ = re.split(r"^examples?:.*\n", text, flags=re.M)  # examples are not broken, so that they can be pasted
     assert max(map(len, above.splitlines())) <= (columns or WIDTH)
 
 

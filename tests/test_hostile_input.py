@@ -1,6 +1,6 @@
-"""Whatever bytes a reader is given, it reads them or says in one line that it cannot: no other error, and no hang.
+"""Given any bytes, a reader reads them or says in one line that it cannot; it raises no other error and does not hang.
 
-MINISOBERT_FUZZ=SECONDS runs each test for so long in place of its few examples.
+MINISOBERT_FUZZ=SECONDS runs each test for that long, instead of on its few examples.
 """
 
 import bz2
@@ -26,13 +26,13 @@ from minisobert.corpus.tokenizer import Tokenizer, open_tokenizer, train
 from minisobert.files import read_safetensors, safetensors_header
 
 SECONDS = float(os.environ.get("MINISOBERT_FUZZ", 0))
-MOST = 5  # seconds for an input of some hundred bytes
+MOST = 5  # seconds for an input of a few hundred bytes
 few = settings(max_examples=50, deadline=1_000 * MOST)
 TEXTS = [f"word {n}, some words <b> é\n\tagain" for n in range(40)]
 
 
 def hostile(strategy, check) -> None:
-    """Runs the check on examples of a strategy: a few, or for SECONDS."""
+    """Runs the check on examples of a strategy: a few of them, or as many as SECONDS allow."""
     end, count = time.monotonic() + SECONDS, 0
 
     def counted(example) -> None:
@@ -47,7 +47,7 @@ def hostile(strategy, check) -> None:
 
 
 def damaged(content: bytes, tokens: list[bytes]):
-    """A strategy: the content with some bytes taken out and others put in."""
+    """A strategy: the content with some bytes removed and others inserted."""
     put = st.one_of(st.sampled_from(tokens), st.binary(max_size=4))
     edits = st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 20), put), max_size=6)
 
@@ -161,7 +161,7 @@ def test_texts(tmp_path, name):
 
 @pytest.mark.parametrize("document", ["line", "paragraph"])
 def test_no_line_that_is_damaged_costs_another(tmp_path, document):
-    """Nor does it change it: all that is sound comes out, in order, whatever lies between."""
+    """Nor does it change another: all sound lines come out, in order, whatever is between them."""
     path = tmp_path / "a.txt"
     lines = st.binary(max_size=20).map(lambda line: line.translate(None, b"\0\n"))
 

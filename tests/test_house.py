@@ -1,4 +1,4 @@
-"""What a reader relies on: links lead somewhere, the map is complete, and imports point down."""
+"""Readers can rely on this: links lead somewhere, the map is complete, and imports point down."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-LAYERS = [  # each may import itself and what stands below it
+LAYERS = [  # each may import itself and those below it
     r"train$|finetune$|demo$|data\b|benchmarks\b",
     r"minisobert\.(hub|finetuning|inference|embed|page|playground)\b",
     r"minisobert\.(plot|tasks|planning)\b",
@@ -103,7 +103,7 @@ def test_preparing_data_needs_no_torch():
 
 
 def test_nothing_large_is_in_the_repository():
-    """What was written by accident, or comes from outside."""
+    """Such as results that were added by accident, or data from outside."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if listed.returncode:
         pytest.skip("no git repository")

@@ -1,4 +1,4 @@
-"""minisobert.load: what a loaded model says is what the model computes, one text at a time."""
+"""minisobert.load: a loaded model says what the model computes, one text at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_vectors_are_the_means_of_final_states(run, capsys, monkeypatch):
     monkeypatch.setattr(inference, "EVAL_TOKENS", 300)  # several batches
     monkeypatch.setattr(inference, "CHUNK", 7)
     model, trained = minisobert.load(run), open_run(run)
-    trained.model.config.__dict__["positions"] = model.model.config.__dict__["positions"] = 100  # the last one is cut
+    trained.model.config.__dict__["positions"] = model.model.config.__dict__["positions"] = 100  # cuts the last text
     found = model.embed(TEXTS)
     assert found.dtype == np.float32 and found.shape == (len(TEXTS), 64)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_guesses(run):
     for wrong, expected in (("no mask", r"no \[MASK\]"), ("[MASK] " + "bar " * 3_000, "tokens; the model reads up to")):
         with pytest.raises(ValueError, match=expected):
             model.fill_mask(wrong)
-    with pytest.raises(ValueError, match="no model that classifies"):
+    with pytest.raises(ValueError, match="is not a model that classifies"):
         model.classify(["a"])
     with pytest.raises(ValueError, match="give a list"):
         model.embed("a")
@@ -85,7 +85,7 @@ def test_vectors_in_a_file(run, tmp_path, capsys, monkeypatch):
 
 
 def toy(kind: str):
-    """Whether a text says bar, or which words are bar."""
+    """A toy task: does a text contain "bar", or which words are "bar"?"""
     task = tasks.TASKS["quality" if kind == "sequence" else "ner"]
 
     def read(paths, seed, **options) -> Dataset:
@@ -125,7 +125,7 @@ def test_what_was_fine_tuned_says_what_predict_prints(kind, run, tmp_path, monke
         capsys.readouterr()
         model.classify([*texts, "bar " * 3_000])
         assert "1 of 5 texts were cut to their first" in capsys.readouterr().err
-        with pytest.raises(ValueError, match="no model that tags"):
+        with pytest.raises(ValueError, match="is not a model that tags"):
             model.entities(texts)
     else:
         found = model.entities(texts)

@@ -1,4 +1,4 @@
-"""data.prepare after a power cut, on a full disk, and when what it had left was taken away."""
+"""data.prepare after a power cut, on a full disk, and when the files of an earlier run were deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POST = '<row Id="{0}" PostTypeId="1" Title="On {0}" Body="&lt;p&gt;What is {0} f
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """In small pieces, each of which is entered in the journal."""
+    """Runs data.prepare in small pieces, with an entry in the journal after each."""
     for module, name in ((rows, "BLOCK"), (posts, "PART"), (prepare, "BATCH"), (reading, "BATCH")):
         monkeypatch.setattr(module, name, 500)
     monkeypatch.setattr(comments, "RUN", 50)
@@ -32,7 +32,7 @@ def command(tmp_path, monkeypatch):
     disk.mkdir()
     arguments = ["--input", site, text, "--workers", "1", "--vocab-size", "300"]
     given = tmp_path / "given"
-    assert main([*map(str, arguments), "--out", str(given)]) == 0  # the tokenizer is as the run itself would make it
+    assert main([*map(str, arguments), "--out", str(given)]) == 0  # the tokenizer that the run itself would train
     arguments = [*arguments[:-2], "--tokenizer", given / "tokenizer.model"]
     return [*map(str, arguments), "--out", str(disk / "out"), "--work", str(disk / "work")]
 
@@ -67,9 +67,9 @@ def test_whatever_was_not_flushed_is_lost_and_the_shards_are_the_same(command, t
             done += 1
         else:
             assert ended == 0, said
-            went_on += "going on with" in said
+            went_on += "continuing in" in said
         left = files(root)
-        for hidden in (".out.unfinished.lock", "out/journal.json"):  # the power was cut just before they went
+        for hidden in (".out.unfinished.lock", "out/journal.json"):  # after a cut just before they were deleted
             left.pop(Path(hidden), None)
         assert left == expected, state.keys()
     assert done and went_on > 20, (done, went_on)
@@ -105,7 +105,7 @@ def interrupt(*given):
 
 @pytest.mark.parametrize("last", range(1, 5))
 def test_comments_stay_until_the_journal_needs_them_no_more(command, tmp_path, monkeypatch, last):
-    """last: of the entries, which is old when the site is read to its end."""
+    """last: how many entries are made. Later ones are left out, so the journal is behind at the interruption."""
     assert main(command) == 0
     expected = files(tmp_path / "disk")
     make, made = journal.Journal.now_and_then, []

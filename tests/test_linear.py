@@ -1,4 +1,4 @@
-"""No expression that untrusted text meets takes more than linear time, whatever the text."""
+"""Regular expressions that see untrusted text take linear time, whatever the text."""
 
 import re
 import time
@@ -29,14 +29,14 @@ FOUND = dict(
     for name, value in vars(module).items()
     for found in expressions(value, f"{module.__name__.split('.')[-1]}.{name}")
 )
-AT_THE_START = {  # the others are looked for everywhere
+AT_THE_START = {  # the others are searched for everywhere
     "dumps._BODY_NOTICE": "match",
     "labels._NUMBER": "fullmatch",
     "prompts._FENCE": "fullmatch",
     "dump._OTHER_ARCHIVE": "fullmatch",
     "dump._VOLUME": "fullmatch",
 }
-# Each is repeated, after a beginning that an expression may go on from and before an end that makes it fail.
+# Each is repeated, after a beginning from which an expression may continue and before an end at which it fails.
 UNITS = [
     '<a href="x">',
     "<a href = ",
@@ -92,11 +92,11 @@ BEGINNINGS = [
 TEXTS = [("", unit, end) for unit in UNITS for end in ("", "\0x")]
 TEXTS += [(beginning, unit, "\0") for beginning in BEGINNINGS for unit in (" ", "1", "a")]
 SIZE = 2_000
-LEAST = 0.004  # seconds: below, the clock and the scheduler are what is measured
+LEAST = 0.004  # seconds; below it, one measures the clock and the scheduler
 
 
 def seconds(function, text: str) -> float:
-    """The least of three: the machine may be busy."""
+    """The least of three times, since the machine may be busy."""
     taken = []
     for _ in range(3):
         start = time.process_time()
@@ -108,7 +108,7 @@ def seconds(function, text: str) -> float:
 
 
 def superlinear(function) -> tuple[str, str, str] | None:
-    """The first text whose 4 n characters take more than 8 times as long as n of them."""
+    """The first text of which 4 n characters take more than 8 times as long as n."""
     for beginning, unit, end in TEXTS:
         short, long = (beginning + unit * (size // len(unit)) + end for size in (SIZE, 4 * SIZE))
         if (taken := seconds(function, long)) > LEAST and taken > 8 * max(seconds(function, short), LEAST / 8):

@@ -1,4 +1,4 @@
-"""What docs/long-runs.md tells its reader to run: the file for SLURM, and the lines for Weights & Biases."""
+"""The commands of docs/long-runs.md work: the file for SLURM, and the lines for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(folder: Path, name: str, script: str) -> None:
 
 
 def submit(tmp_path: Path, *options: str, torchrun: str) -> subprocess.Popen:
-    """The batch file as SLURM starts it, on a node with two GPUs. What scontrol is told goes to tmp_path/scontrol."""
+    """Starts the batch file as SLURM does on a node with two GPUs. tmp_path/scontrol records the calls of scontrol."""
     command(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/scontrol')
     command(tmp_path / "bin", "torchrun", torchrun)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
@@ -56,7 +56,7 @@ def test_a_job_out_of_time_saves_and_is_put_back_and_a_cancelled_one_saves(corpu
     real = f'exec {sys.executable} -P -m torch.distributed.run "$@"'
 
     def stop(send, after: int) -> int:
-        """The step after which a job was that made some more than `after`, and was sent something then."""
+        """Starts a job, sends it something some steps after `after`, and returns the step at which it ended."""
         job = submit(tmp_path, *options, torchrun=real)
         try:
             until = time.monotonic() + 240
@@ -66,7 +66,7 @@ def test_a_job_out_of_time_saves_and_is_put_back_and_a_cancelled_one_saves(corpu
             send(job.pid)
             assert job.wait(240) != 0
         finally:
-            if job.poll() is None:  # killed at once, torchrun would leave its workers behind
+            if job.poll() is None:  # killed right away, torchrun would leave its workers behind
                 os.killpg(job.pid, signal.SIGTERM)
                 job.wait(60)
         (saved,) = checkpoint.steps(out / "checkpoints")[-1:]
@@ -78,8 +78,8 @@ def test_a_job_out_of_time_saves_and_is_put_back_and_a_cancelled_one_saves(corpu
     assert told(tmp_path) == ["requeue 17"]
     stop(lambda shell: os.killpg(shell, signal.SIGTERM), first)
     said = (tmp_path / "out").read_text()
-    assert f"going on after step {first}" in said and said.count("repeat the command to resume") == 2
-    assert told(tmp_path) == ["requeue 17"]  # whoever cancels a job wants no other
+    assert f"continuing after step {first}" in said and said.count("repeat the command to resume") == 2
+    assert told(tmp_path) == ["requeue 17"]  # a job that was cancelled is not put back
 
 
 @pytest.mark.parametrize("status", [0, 3])
@@ -109,7 +109,7 @@ def test_what_the_page_says_to_type_is_understood(tmp_path):
 
 
 def test_weights_and_biases_get_each_step_once(tmp_path, monkeypatch):
-    """A run that grows, is cut back, and is read while a line is being written."""
+    """The metrics grow, are cut back, and are read while a line is being written."""
     told, summary = [], {}
     run = types.SimpleNamespace(summary=summary, finish=lambda: told.append("finished"))
 
@@ -134,5 +134,5 @@ def test_weights_and_biases_get_each_step_once(tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text("")
     follow(folder)
     assert told == [*((n, 9.0 - n) for n in range(1, 8)), "finished"]
-    follow(folder)  # again: it goes on from what is there
+    follow(folder)  # again, continuing from what is there
     assert told[8:] == ["finished"]

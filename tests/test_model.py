@@ -1,4 +1,4 @@
-"""The model against an independent implementation of the architecture, and the properties that packing promises."""
+"""The model is compared with an independent implementation, and has the properties that packing promises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minisobert.ops import Documents, Dropout, cross_entropy
 
 
 def packed(lengths: list[int], vocabulary: int, seed: int = 0):
-    """Random tokens of documents in a row, and every third of them masked."""
+    """Random tokens of several documents in a row, of which every third is masked."""
     generator = torch.Generator().manual_seed(seed)
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     tokens = torch.randint(5, vocabulary, (bounds[-1],), generator=generator)
@@ -29,7 +29,7 @@ def packed(lengths: list[int], vocabulary: int, seed: int = 0):
 
 
 def with_signal_everywhere(model: MaskedLM) -> MaskedLM:
-    """Initial weights moved a little: no zeros, no ones."""
+    """The model with its initial weights moved a little, so that none are 0 or 1."""
     model.initialise(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -38,7 +38,7 @@ def with_signal_everywhere(model: MaskedLM) -> MaskedLM:
 
 
 def padded(tokens: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The documents as rows of a batch, and the mask of what is no padding."""
+    """The documents as rows of a batch, and a mask of the places that are not padding."""
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return pad(tokens.split(lengths)), pad([torch.ones(n) for n in lengths])
 
@@ -61,7 +61,7 @@ def test_modern_presets_have_as_many_parameters_as_transformers_model_and_the_fo
         sizes = transformers.AutoConfig.for_model(**configuration(model.config, "modernbert"))
         theirs = transformers.AutoModelForMaskedLM.from_config(sizes)
     layers, h, f, v = (getattr(model.config, name) for name in ("layers", "hidden", "ffn", "vocabulary"))
-    # qkv, attention's output, 2f in and f out, and two norms, of which the first block lacks one
+    # qkv, attention's output, 2f in and f out, and two norms; the first block lacks one norm
     encoder = (v + 1) * h + layers * (4 * h * h + 3 * h * f + 2 * h) - h + h
     assert sum(p.numel() for p in model.encoder.parameters()) == encoder
     assert sum(p.numel() for p in model.parameters()) == encoder + h * h + h + v
@@ -70,8 +70,8 @@ def test_modern_presets_have_as_many_parameters_as_transformers_model_and_the_fo
 
 @pytest.fixture
 def one_thread():
-    """Sums of several threads' parts are rounded in as many ways as there are threads free: once on a busy machine
-    a gradient was 1.5e-5 of its largest from the other's."""
+    """Sets one thread, since rounding depends on how many threads add up a sum. Once, on a busy machine, two gradients
+    differed by 1.5e-5 of the largest."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +83,7 @@ def gradients_under_their_names(model: MaskedLM, format: str) -> dict[str, torch
 
 
 def gradients_apart(ours: dict[str, torch.Tensor], theirs: torch.nn.Module) -> dict[str, float]:
-    """Of each parameter whose gradients are apart by more than 1e-5 of the largest: by how much."""
+    """Name → relative difference, for parameters whose gradients differ by more than 1e-5 of the largest element."""
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert ours.keys() == expected.keys()
     apart = {name: float((g - expected[name]).abs().max() / expected[name].abs().max()) for name, g in ours.items()}
@@ -96,13 +96,13 @@ def gradients_apart(ours: dict[str, torch.Tensor], theirs: torch.nn.Module) -> d
 @pytest.mark.parametrize("head_width", [64, 96])
 @pytest.mark.parametrize("lengths", [[53], [7, 1, 40, 24]], ids=["one document", "several documents"])
 def test_outputs_and_gradients_are_those_of_transformers(format, attention, head_width, lengths, one_thread):
-    """Of the paper's model: packed here, padded there."""
+    """For the paper's model, with packed documents here and padded ones there."""
     pytest.importorskip("transformers")
     config = ModelConfig(layers=2, hidden=2 * head_width, heads=2, ffn=160, vocabulary=384, positions=64)
     model = with_signal_everywhere(MaskedLM(config))
     theirs = peer(model, format, attention=attention).eval()
     tokens, positions, documents, masked, targets = packed(lengths, config.vocabulary)
-    assert 0 not in tokens  # theirs cuts the lookup's gradient of the padding id
+    assert 0 not in tokens  # theirs drops the gradient of the padding id's embedding
 
     logits = model(tokens, positions, documents, masked)
     cross_entropy(logits, targets).sum().backward()
@@ -113,7 +113,7 @@ def test_outputs_and_gradients_are_those_of_transformers(format, attention, head
 
     assert (logits - their_logits).abs().max() < 1e-5
     apart = gradients_apart(gradients_under_their_names(model, format), theirs)
-    # a constant added to all keys changes no softmax: the true gradient is zero, and rounding all there is
+    # a constant added to all keys changes no softmax, so the true gradient is zero, and only rounding is left
     of_keys = [name for name in apart if name.endswith("key.bias")]
     assert apart.keys() == set(of_keys)
     assert all(dict(theirs.named_parameters())[name].grad.abs().max() < 1e-4 for name in of_keys)
@@ -128,7 +128,7 @@ def modern(**sizes) -> ModelConfig:
 
 
 def local_alone(model: MaskedLM) -> MaskedLM:
-    """With a window in the first block too, which no config makes."""
+    """The model with a window in the first block too, which no config gives."""
     first, second = model.encoder.blocks[:2]
     first.window, first.rope_base = second.window, second.rope_base
     return model
@@ -148,7 +148,7 @@ def test_outputs_and_gradients_are_those_of_transformers_modernbert(kind, layers
 
     for attention in ("eager", "sdpa"):
         theirs, their_logits = peer(model, "modernbert", attention=attention, **types).eval(), []
-        for some in (slice(0, 5), slice(5, 7)):  # two batches, so that the longest do not pad all the others
+        for some in (slice(0, 5), slice(5, 7)):  # two batches, so that the longest do not pad all others
             ids, real = padded(torch.cat(tokens.split(lengths)[some]), lengths[some])
             their_logits.append(theirs(ids, attention_mask=real).logits[real.bool()])
         their_logits = torch.cat(their_logits)[masked]
@@ -175,7 +175,7 @@ def test_changing_one_document_leaves_the_others_outputs_bitwise_unchanged(archi
 
 
 def test_a_state_depends_on_no_token_outside_the_windows_path():
-    """Blocks that all have a window of 5 tokens carry what a token says 5 tokens further each, and no further."""
+    """If all blocks have a window of 5 tokens, each carries information 5 tokens further, and no further."""
     layers, window, at = 3, 5, 40
     model = MaskedLM(modern(layers=layers, window=window)).initialise(3)
     local_alone(model)
@@ -188,7 +188,7 @@ def test_a_state_depends_on_no_token_outside_the_windows_path():
 
 
 def test_loss_at_initialisation_is_that_of_unit_variance_into_random_embeddings():
-    # logits are N(0, h · 0.02²) given a normalised state, so E log Σ exp = ln V + h · 0.02² / 2
+    # for a normalised state, logits are N(0, h · 0.02²), so E log Σ exp = ln V + h · 0.02² / 2
     config = ModelConfig(layers=2, hidden=768, heads=12, ffn=1536, vocabulary=8_064)
     model = MaskedLM(config).initialise(0)
     tokens, positions, documents, masked, targets = packed([700, 324], config.vocabulary)

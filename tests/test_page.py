@@ -1,4 +1,4 @@
-"""The page to try a model on: what it shows is what the models say, and nothing that a person pastes is ever obeyed."""
+"""The page to try models on: it shows what the models say, and never executes anything that is pasted into it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from minisobert.page import Mask, Page
 from tests.runs import SMALL_MODERN, make_small, words
 
 ROOT = Path(__file__).parents[1]
-IMAGE = "<img src=x onerror='hacked=1'>"  # can name a folder and a class
+IMAGE = "<img src=x onerror='hacked=1'>"  # also used as the name of a folder and of a class
 ATTACK = "<script>hacked=1</script><img src=x onerror='hacked=1'>\"'><b onclick=hacked=1>&lt; ${hacked=1} {{hacked}}"
 
 
 class Parsed(HTMLParser):
-    """What a browser makes of some HTML: its tags with their attributes, and its text."""
+    """What a browser reads in some HTML: its tags with their attributes, and its text."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)
@@ -54,12 +54,12 @@ class Parsed(HTMLParser):
 
 
 def check_harmless(html: str) -> None:
-    """Only the markup of this page: no element and no attribute that loads or runs anything."""
+    """Asserts that there is only markup of this page, with no element or attribute that loads or runs anything."""
     for tag, attributes in Parsed(html).tags:
         assert tag in {"section", "h3", "h4", "small", "div", "span", "p", "i", "b", "br", "mark"}, tag
         assert set(attributes) <= {"class", "title", "role", "tabindex", "data-mask", "style"}, attributes
         assert re.fullmatch(r"(width:[\d.]+%|--hue:\d+)?", attributes.get("style", ""))
-    html.encode()  # no half of a surrogate pair, which could not be sent
+    html.encode()  # raises for half of a surrogate pair, which could not be sent
 
 
 @given(st.text() | st.text(alphabet="<>&\"'/= \n\t\0\u202e\ud800ai"))
@@ -111,9 +111,9 @@ def test_guesses_are_those_of_the_model_for_typed_and_for_clicked_masks(model):
     ids, (place,) = with_masks(model, post)
     of_typed, of_clicked = guess(model, ids, [place, mask.start], 4)
     html = shown(post, masked=[mask])
-    assert rows(html) == expected(of_clicked) + expected(of_typed)  # what was clicked on comes first
+    assert rows(html) == expected(of_clicked) + expected(of_typed)  # words that were clicked on come first
     assert len(Parsed(html).of("masked")) == 2
-    # for another model, or from another text: nothing that breaks
+    # masks from another model or another text do no harm
     assert rows(shown(post, masked=[Mask(1, 0, 1), Mask(0, -5, 0), Mask(0, 500, 501)])) == expected(typed)
 
 
@@ -137,7 +137,7 @@ def test_the_bytes_of_a_character_are_one_token_to_click_on(model):
 
 
 class FineTuned:
-    """What is asked of a loaded model that classifies, tags or embeds; it refuses the rest, as those do."""
+    """A loaded model that classifies, tags or embeds; like a real one, it refuses the rest."""
 
     model = tokenizer = None
 
@@ -195,10 +195,10 @@ def test_labels_entities_and_nearest_texts():
     assert [Parsed(mark).text for mark in marked] == ["<i>list</i>" + ATTACK, "JavaLanguage"]
     assert rows(cards[ATTACK]) == [(ATTACK, "1.000"), ("nearer", "0.707"), ("far", "0.000"), ("back", "-1.000")]
     assert Parsed(cards[ATTACK]).text.startswith(ATTACK)
-    assert "3 of 9 texts were cut" in cards[ATTACK] and "100%" not in cards[ATTACK]  # what the library says, no bars
+    assert "3 of 9 texts were cut" in cards[ATTACK] and "100%" not in cards[ATTACK]  # its message, and no bars
     assert classifier.asked == 1
     shown(post, f"far\n\n{ATTACK}\n", [Mask(0, 0, 1)])
-    assert classifier.asked == 1  # a click asks nothing again
+    assert classifier.asked == 1  # a click does not ask again
 
 
 def test_what_is_too_long_is_refused_or_cut_and_that_is_said(model, monkeypatch, capsys):
@@ -207,7 +207,7 @@ def test_what_is_too_long_is_refused_or_cut_and_that_is_said(model, monkeypatch,
     for post, lines, message in (
         ("a" * 1_000_000, "", "the post has 1,000,000 characters; the page reads up to 100,000"),
         ("a", "a" * 1_000_000, "the list of texts has 1,000,000 characters; the page reads up to 100,000"),
-        ("a", "a\n" * 501, "the list has 501 texts; up to 500 fit"),
+        ("a", "a\n" * 501, "the list has 501 texts, and up to 500 fit"),
         ("a\ud800b", "", "the post holds half of a surrogate pair"),
     ):
         html = shown(post, lines)
@@ -220,7 +220,7 @@ def test_what_is_too_long_is_refused_or_cut_and_that_is_said(model, monkeypatch,
     monkeypatch.setitem(model.model.config.__dict__, "positions", 12)
     post = "bar gin don " * 5
     html = shown(f"{post}[MASK]")
-    count = len(model.tokenizer.encode(post[:-1])) + 1  # a mask takes the space before it
+    count = len(model.tokenizer.encode(post[:-1])) + 1  # a mask includes the space before it
     assert count > 10
     assert f"the post has {count} tokens, of which the model reads the first 10" in html
     assert "1 of 1 texts were cut to their first 10 tokens" in html and not capsys.readouterr().err
@@ -252,7 +252,7 @@ def test_what_keeps_a_page_from_opening_is_one_line(monkeypatch, capsys):
     if _has("gradio"):
         cases += [(["--port", "0"], "--port is 0"), (["--port", "70000"], "--port is 70,000")]
         cases += [(["--best", "0"], "--best is 0")]
-        cases += [(["--host", "203.0.113.7"], "no page can be served at --host 203.0.113.7, port any: ")]
+        cases += [(["--host", "203.0.113.7"], "the page cannot be served at --host 203.0.113.7, port any: ")]
     for options, message in cases:
         with pytest.raises(SystemExit, match="2"):
             playground.main(["run", *options])
@@ -272,7 +272,7 @@ def _has(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def served(corpus, tmp_path_factory):
-    """The address of a page with a run and a classifier, both with names that are markup, and its process."""
+    """The address and the process of a page with a run and a classifier, whose names are both markup."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     folder = tmp_path_factory.mktemp("served")
     with pytest.MonkeyPatch.context() as patch:
@@ -295,7 +295,7 @@ def served(corpus, tmp_path_factory):
 
 @pytest.fixture
 def browser():
-    """Chromium without a window, driven by Debian's chromedriver; nothing is downloaded."""
+    """A headless Chromium, driven by Debian's chromedriver; nothing is downloaded."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -303,7 +303,7 @@ def browser():
         pytest.skip("there is no chromium with its chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    # root, which CI is, has no sandbox; the only page opened is ours
+    # root, as in CI, has no sandbox; only our own page is opened
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -329,11 +329,11 @@ def test_paste_click_and_see_in_a_browser(served, browser):
     see(lambda: all_of(".token"))
     post, lines = (browser.find_element(By.CSS_SELECTOR, f"#{box} textarea") for box in ("post", "lines"))
     lines.send_keys(f"bar gin {ATTACK}")
-    lines.send_keys(Keys.CONTROL, "ax")  # to the clipboard
+    lines.send_keys(Keys.CONTROL, "ax")  # cuts it to the clipboard
     post.send_keys(Keys.CONTROL, "av")
     see(lambda: "".join(token.text for token in all_of(".token")).replace("·", " ") == f"bar gin {ATTACK}")
     names = [name.text for name in all_of(".name")]
-    assert sorted(names) == sorted([IMAGE, "b", "c"])  # the labels of the classifier, in the order of their shares
+    assert sorted(names) == sorted([IMAGE, "b", "c"])  # the classifier's labels
     widths = [bar.size["width"] for bar in all_of(".bar b")]
     assert widths == sorted(widths, reverse=True) and widths[0] > 20
     assert IMAGE in all_of("h3")[0].text
@@ -342,7 +342,7 @@ def test_paste_click_and_see_in_a_browser(served, browser):
     see(lambda: len(all_of(".guesses .row")) == 5 and len(all_of(".masked")) == 1)
     shares = [float(figure.text[:-1]) for figure in all_of(".guesses .figure")]
     assert shares == sorted(shares, reverse=True) and shares[0] > 0
-    all_of(".token")[0].send_keys(Keys.ENTER)  # the keyboard does it too, and stays where it was
+    all_of(".token")[0].send_keys(Keys.ENTER)  # the keyboard works too, and the focus stays
     see(lambda: len(all_of(".masked")) == 2 and len(all_of(".guesses .row")) == 10)
     assert browser.execute_script("return document.activeElement.dataset.mask").split() == ["0", "0", "1"]
     all_of(".masked")[1].click()
@@ -354,13 +354,13 @@ def test_paste_click_and_see_in_a_browser(served, browser):
     see(lambda: all_of(".texts .row"))
     assert all_of(".masked")  # the words stay masked
 
-    browser.set_window_size(500, 900)  # the least that a window of Chromium has; see the next line for less
+    browser.set_window_size(500, 900)  # the smallest window that Chromium has; the next line makes the page smaller
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                             {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})  # fmt: skip
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     addresses = {each["params"]["request"]["url"] for each in requests if each["method"] == "Network.requestWillBeSent"}
-    with urllib.request.urlopen(url) as answer:  # what else could be loaded the browser refuses
+    with urllib.request.urlopen(url) as answer:  # the browser refuses to load anything else
         assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert addresses and all(address.startswith((url, "data:", "blob:")) for address in addresses), addresses
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

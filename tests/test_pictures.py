@@ -1,4 +1,4 @@
-"""The pictures of the pages: what the script draws, legible in both colour schemes, and true to the code."""
+"""The pictures in the docs are what the script draws, are legible in both colour schemes, and agree with the code."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from minisobert.parallel.data import lay_out
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs/pictures"
 PICTURES = sorted(FOLDER.glob("*.svg"))
-SHOWN_AT = 900  # pixels, the width for which the size of letters is judged
-SMALLEST = 12  # pixels, of letters at that width
-CONTRAST = 4.5  # of letters on what is behind them: WCAG 2.2, level AA
+SHOWN_AT = 900  # pixels of width, at which the size of letters is judged
+SMALLEST = 12  # pixels, the smallest letters at that width
+CONTRAST = 4.5  # the lowest contrast of letters with what is behind them: WCAG 2.2, level AA
 
 by_picture = pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
 
@@ -43,7 +43,7 @@ def words(name: str) -> list[str]:
 
 
 def extent(text: ET.Element) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a text in DejaVu Sans, which is wider than the fonts that most readers have."""
+    """Left, top, right and bottom of a text in DejaVu Sans, which is wider than the fonts of most readers."""
     font_manager, ft2font = pytest.importorskip("matplotlib.font_manager"), pytest.importorskip("matplotlib.ft2font")
     look = (text.get("class") or "").split()
     family, weight = "DejaVu Sans Mono" if "code" in look else "DejaVu Sans", "bold" if "bold" in look else "normal"
@@ -81,7 +81,7 @@ def test_letters_are_large_and_in_nobodys_way(path):
                if left < 4 or top < 4 or right > width - 4 or bottom > height - 4]  # fmt: skip
     collide = [(one, other) for (one, a), (other, b) in combinations(texts, 2)
                if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]  # fmt: skip
-    across = []  # an edge of a box
+    across = []  # the edge of a box
     for box in elements(path, "rect"):
         if box.get("x") and "picked" not in box.get("class"):
             x, y, w, h = numbers(box, "x", "y", "width", "height")
@@ -126,7 +126,7 @@ def test_the_buckets_are_those_of_base_on_eight_ranks():
     assert [f"{i}: {(b.stop - b.start) / 1e6:.1f} M" for i, b in enumerate(buckets)] == [
         word for word in words("data-parallel") if re.fullmatch(r"\d: .* M", word)
     ]
-    # blocks and buckets are drawn to the same scale, so that a bucket ends inside the block where it does end
+    # blocks and buckets are drawn to the same scale, so that a bucket ends in the block in which it really ends
     drawn = [numbers(rect, "x", "width") for rect in elements(FOLDER / "data-parallel.svg", "rect")
              if rect.get("class") == "gradient" and rect.get("height") == "28"]  # fmt: skip
     scale = buckets[-1].stop / sum(width for _, width in drawn)

@@ -1,4 +1,4 @@
-"""What a person looks at: guesses, and the demo's own corpus."""
+"""The guesses of the playground, and the demo's own corpus."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_run_that_lacks_a_file_is_named_with_it(run, tmp_path, capsys):
     other_fields = '{"tokenizer": 1, "model": {"depth": 2}}'
     for name, change, message in (
         ("tokenizer.model", Path.unlink, "holds no tokenizer.model and no tokenizer.json"),
-        ("tokenizer.model", lambda path: path.write_bytes(b"x"), "tokenizer.model is another model's"),
+        ("tokenizer.model", lambda path: path.write_bytes(b"x"), "tokenizer.model is the tokenizer of another model"),
         ("config.json", Path.unlink, "config.json: No such file or directory"),
         ("config.json", lambda path: path.write_text("{"), "config.json is damaged"),
         ("config.json", lambda path: path.write_text("{}"), "config.json is damaged"),

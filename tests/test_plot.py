@@ -1,4 +1,4 @@
-"""Pictures of runs: which panels there are, what their curves are, and labels that do not cover each other."""
+"""Plots of runs: their panels, their curves, and labels that do not cover each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(folder: Path, lines: list[dict]) -> Path:
 
 
 def lines(steps: int = 40, price: float = 0.0, every: int = 10, level: float = 4.0) -> list[dict]:
-    """As train.py writes them: 1,000 row positions a step, 900 of them real, 300 a second."""
+    """Metrics as train.py writes them: 1,000 row positions per step, of which 900 are real, and 300 per second."""
     found = []
     for step in range(1, steps + 1):
         line = {"step": step, "positions": 1_000 * step, "tokens": 900 * step, "loss": level + 4 / step, "lr": 1e-3,
@@ -38,7 +38,7 @@ def lines(steps: int = 40, price: float = 0.0, every: int = 10, level: float = 4
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """The axes of a picture: (large, small by their titles)."""
+    """Draws a plot and returns its axes: (the large one, the small ones by title)."""
     plt = plot.pyplot()
 
     def draw(runs: list[Path], picture=plot.plot_all, **options):
@@ -104,7 +104,7 @@ def test_the_labels_of_eight_runs_that_end_alike_stand_apart_in_their_order(tmp_
     large, _ = draw(runs)
     labels = large.texts[1:]
     large.figure.canvas.draw()
-    boxes = [Text.get_window_extent(text) for text in labels]  # without the line that leads to it
+    boxes = [Text.get_window_extent(text) for text in labels]  # without the lines that lead to them
     right = large.figure.bbox.x1
     for i, j in combinations(range(9), 2):
         assert not boxes[i].overlaps(boxes[j]) and boxes[i].x1 <= right
@@ -144,7 +144,7 @@ def test_numbers_have_their_units():
 def test_time_is_that_of_the_steps_and_goes_on_where_a_run_was_resumed():
     found = lines()
     assert elapsed(found) == pytest.approx([3.0 * n for n in range(1, 41)])
-    for line in found[20:]:  # on a machine of half the speed
+    for line in found[20:]:  # on a machine with half the speed
         line["tokens_per_second"] = 150.0
     assert elapsed(found)[-1] == pytest.approx(3 * 20 + 6 * 20)
     assert all(map(math.isnan, elapsed([{"step": 1, "positions": 9, "loss": 1.0}])))

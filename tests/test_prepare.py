@@ -1,4 +1,4 @@
-"""`python -m data.prepare`, from files to shards, as a person runs it."""
+"""`python -m data.prepare`, from files to shards, as a user runs it."""
 
 import gzip
 import json
@@ -137,7 +137,7 @@ def test_a_json_file_is_a_document_per_object(tmp_path, name, pack):
 
 
 def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
-    """Tickets as a spreadsheet exports them, a wiki as a folder of pages, and a .zip: in one command."""
+    """In one command: tickets as a spreadsheet exports them, a wiki as a folder of pages, and a .zip."""
     wiki = tmp_path / "wiki/pages"
     wiki.mkdir(parents=True)
     for i in range(20):
@@ -151,7 +151,7 @@ def test_what_a_company_has_becomes_one_corpus(tmp_path, capsys):
     options = ["--text-key", "subject", "description", "--vocab-size", 330, "--workers", 2]
     status, output, errors = run("--input", *inputs, *options, "--out", tmp_path / "out", capsys=capsys)
     assert status == 0 and re.search("documents +120", output)
-    assert "tickets.csv:202: 2 fields, the header has 3; is a quote missing? (1 of 201 lines left out)" in errors
+    assert "tickets.csv:202: 2 fields, but the header has 3; is a quote missing? (1 of 201 lines left out)" in errors
     assert "note: left out of" in errors and "pages/logo.svg" in errors
     found = texts(tmp_path / "out")
     assert "Printer 7\n\nIt is \non fire; again" in found and "# Page 3\n\nIt has\n\n    code 3" in found
@@ -185,7 +185,7 @@ def test_several_inputs_become_one_corpus(site, tmp_path):
     meta = prepare(inputs, tmp_path / "out", vocab_size=400, workers=1)
     assert (meta["posts"], meta["documents"]) == (240, 242)
     assert meta["sources"] == ["site", "a.txt", "other"]
-    assert meta["notes"] == ["no Comments.xml for other: the posts come without comments"]
+    assert meta["notes"] == ["no Comments.xml for other: the posts are read without comments"]
     for twice in ([site, site], [*inputs, inputs[1]]):
         with pytest.raises(ValueError, match="is given twice"):
             prepare(twice, tmp_path / "twice")
@@ -193,7 +193,7 @@ def test_several_inputs_become_one_corpus(site, tmp_path):
 
 @pytest.fixture
 def weighed(site, tmp_path):
-    """Three inputs: a dump, a folder of two files with 100 lines in all, and a file whose name ends like a weight."""
+    """Three inputs: a dump, a folder with two files and 100 lines in all, and a file whose name ends like a weight."""
     (tmp_path / "wiki").mkdir()
     for name, lines in (("a.txt", range(60)), ("b.txt", range(60, 100))):
         (tmp_path / "wiki" / name).write_text("".join(f"page {i} of the wiki\n" for i in lines))
@@ -238,8 +238,8 @@ def test_a_weight_that_cannot_be_is_an_error_and_a_path_that_exists_is_that_path
         folder.mkdir(parents=True)
         (site / table).rename(folder / table)
     for inputs, message in (
-        ([f"{wiki}=0"], "'0' is no weight of .*wiki; give a number above 0 and at most 1,000, as in .*wiki=0.5"),
-        *(([f"{wiki}={bad}"], f"'{bad}' is no weight of") for bad in ("", "two", "-1", "nan", "1001", "inf")),
+        ([f"{wiki}=0"], "'0' is not a weight for .*wiki; give a number above 0 and at most 1,000, as in .*wiki=0.5"),
+        *(([f"{wiki}={bad}"], f"'{bad}' is not a weight for") for bad in ("", "two", "-1", "nan", "1001", "inf")),
         ([f"{tmp_path}/none.txt=2"], "none.txt does not exist"),
         ([wiki, f"{wiki}=2"], "is given twice"),
         ([posts, f"{comments}=2"], "comments.* has a weight, but no posts or texts; give the weight to"),
@@ -324,8 +324,8 @@ def dump(content):
         (dump('<posts>\n<row Id="x" />\n</posts>'), "no document in .*1 malformed rows"),
         (dump('<posts>\n<row Id="1" PostTypeId="1" Body="b" />\n'), "truncated"),
         (dump('<!DOCTYPE p [<!ENTITY a "b">]>\n<posts></posts>'), "declares an XML entity"),
-        (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or no .7z archive"),
-        (broken("a.pdf", b"x"), "no known kind"),
+        (broken("a.7z", b"7z\xbc\xaf'\x1c\0\4cut"), "truncated or not a .7z archive"),
+        (broken("a.pdf", b"x"), "of an unknown kind"),
         (broken("a.txt", b"\n\n"), "no document"),
         (broken("a.jsonl", b"{\n[]\n"), r"a.jsonl:1: no JSON object \(2 of the first 2 lines .*--skip-unreadable"),
         (broken("a.txt.gz", gzip.compress(b"text " * 1_000)[:-10]), "truncated or damaged"),
@@ -354,7 +354,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, make, messag
     [
         (["--vocab-size", "100"], "at least 262"),
         (["--vocab-size", "265"], "need at least"),
-        (["--workers", "0"], "at least one process"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--posts", "some"], "invalid choice"),
         (["--unknown"], "unknown option --unknown"),
     ],
@@ -376,7 +376,7 @@ def test_a_folder_that_holds_something_is_refused(site, capsys):
 def test_a_bad_out_is_refused_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     with new_folder(tmp_path / "out"):
-        for out, message in [("file", "is no folder"), ("out", f"is in use by process {os.getpid()}")]:
+        for out, message in [("file", "is not a folder"), ("out", f"is in use by process {os.getpid()}")]:
             status, _, errors = run("--input", tmp_path / "none", "--out", tmp_path / out, capsys=capsys)
             assert (status, len(errors.splitlines())) == (2, 1)
             assert errors.startswith(f"data.prepare: {tmp_path / out}")
@@ -410,8 +410,8 @@ sys.exit(prepare.main(arguments))
 
 @contextmanager
 def at_work(site, function: str, seconds: float):
-    """A run of data.prepare, one of whose processes is now in this function, for this long. The output of a run ends
-    when the last of its processes does."""
+    """A run of data.prepare in which a process is now in this function, where it stays for so long. The output of a run
+    ends when its last process does."""
     mark = site.parent / "mark"
     arguments = ["--input", site, "--out", site.parent / "out", "--workers", "2", "--vocab-size", "400"]
     command = [sys.executable, "-c", AT_WORK, function, seconds, mark, *arguments]
@@ -459,11 +459,11 @@ def test_a_killed_run_leaves_no_process_and_the_next_removes_its_folder(site, tm
 def test_an_interrupted_run_leaves_what_the_next_goes_on_with(site, tmp_path, number, status, function, seconds):
     with at_work(site, function, seconds) as process:
         os.kill(process.pid, number)
-        if number == signal.SIGINT:  # a terminal sends it to all processes
-            os.killpg(process.pid, number)  # and somebody is in a hurry
+        if number == signal.SIGINT:  # as a terminal does, to all processes
+            os.killpg(process.pid, number)  # as when Ctrl-C is pressed twice
         _, errors = process.communicate(timeout=15)
     assert process.returncode == status
-    assert errors.splitlines()[-1].startswith("data.prepare: interrupted; the same command goes on from where it was")
+    assert errors.splitlines()[-1].startswith("data.prepare: interrupted; repeat the command to continue")
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} == {"site", ".out.unfinished", ".out.unfinished.lock"}
 
@@ -498,7 +498,7 @@ sys.exit(status)
 
 
 def run_until(last: int, *arguments) -> subprocess.CompletedProcess:
-    """A run of data.prepare in small pieces that is killed when it touches a file for the last-th time."""
+    """A run of data.prepare in small pieces, killed when it touches a file for the n-th time, where n is `last`."""
     command = [sys.executable, "-c", INTO_PIECES, last, *arguments, "--workers", "1", "--vocab-size", "400"]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -520,15 +520,15 @@ def test_a_run_killed_at_any_moment_goes_on_and_gives_the_same(site, tmp_path):
     for last in range(5, moments, max(1, moments // 8)):
         out = tmp_path / "killed"
         killed = run_until(last, *arguments, out)
-        if killed.returncode == 0 and last > moments - 20:  # what python opens by itself is not always the same
+        if killed.returncode == 0 and last > moments - 20:  # Python itself does not always open the same files
             break
         assert killed.returncode == -signal.SIGKILL
-        again = run_until(last, *arguments, out)  # and once more, if it comes so far
-        went_on += "going on with" in again.stderr
+        again = run_until(last, *arguments, out)  # killed once more, if it gets so far
+        went_on += "continuing in" in again.stderr
         if again.returncode:
             assert again.returncode == -signal.SIGKILL, again.stderr
             again = run_until(0, *arguments, out)
-            went_on += "going on with" in again.stderr
+            went_on += "continuing in" in again.stderr
         assert again.returncode == 0, again.stderr
         assert files(out) == files(tmp_path / "whole")
         assert {path.name for path in tmp_path.iterdir()} == {"site", "more.txt", "whole", "killed", "work"}
@@ -546,7 +546,7 @@ def test_what_another_command_left_is_not_gone_on_with(site, tmp_path, capsys, m
     monkeypatch.setattr(module, "_encode", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     arguments = ["--input", site, "--out", tmp_path / "out", "--workers", 1, "--vocab-size", 400]
     assert run(*arguments, capsys=capsys)[0] == 130
-    assert run(*arguments, capsys=capsys)[2].count("going on with") == 1
+    assert run(*arguments, capsys=capsys)[2].count("continuing in") == 1
     if change == ["touch"]:
         os.utime(site / "Posts.xml", (1, 1))
         change = []
@@ -582,7 +582,7 @@ sys.exit(prepare.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(  # what is too large is the spool; of many short documents, the offsets
+@pytest.mark.parametrize(  # the spool gets too large; with many short documents, the offsets do
     "line, size", [("one word and another {}\n", 10_000), ("{}\n", 65_000)]
 )
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(tmp_path, line, size):
@@ -618,7 +618,7 @@ def test_a_real_dump_comes_back_exactly(tmp_path):
     (site,), _, _ = module.check([path])
     rendered = [entry.post.text() for entry in reading.posts(site, tmp_path, module.Counter())]
     meta = prepare([path], tmp_path / "out", vocab_size=4_000, workers=2)
-    assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is an image alone
+    assert (meta["posts"], meta["comments"], meta["dropped"]["empty"]) == (760, 1_305, 1)  # one is only an image
     assert sorted(texts(tmp_path / "out")) == sorted(filter(None, rendered))
 
 
@@ -637,11 +637,11 @@ def test_one_archive_for_each_table_goes_in(site, tmp_path, capsys):
     status, output, errors = run("--input", *dump, "--out", tmp_path / "a", "--workers", 1, capsys=capsys)
     assert status == 0
     assert re.search(r"^comments +2$", output, re.M)
-    assert "note: left out, as neither posts nor comments: stackoverflow.com-Users.7z\n" in errors
+    assert "note: left out, since they are neither posts nor comments: stackoverflow.com-Users.7z\n" in errors
     status, output, errors = run("--input", dump[0], "--out", tmp_path / "b", "--workers", 1, capsys=capsys)
     assert status == 0
     assert re.search(r"^comments +0$", output, re.M)
-    assert "note: no Comments.xml for stackoverflow.com: the posts come without comments\n" in errors
+    assert "note: no Comments.xml for stackoverflow.com: the posts are read without comments\n" in errors
     prepare([site], tmp_path / "c", workers=1)
     content = {name: (tmp_path / name / "tokens.bin").read_bytes() for name in "abc"}
     assert content["a"] == content["c"] != content["b"]
@@ -656,7 +656,7 @@ def test_threads_of_two_sites_are_not_one_thread(site, tmp_path):
         )
     meta = prepare([tmp_path / "both"], tmp_path / "out", vocab_size=400, workers=1)
     assert meta["posts"] == 240
-    held_out = texts(tmp_path / "out")[-12:]  # of 6 of 120 threads
+    held_out = texts(tmp_path / "out")[-12:]  # those of 6 of 120 threads
     of_site = {name: set(re.findall(f"{name}: how to do ([0-9]+)", "\n".join(held_out))) for name in ("a", "b")}
     assert sum(map(len, of_site.values())) == 6
     assert of_site["a"] != of_site["b"]

@@ -1,4 +1,4 @@
-"""benchmarks.scale: its dumps look like dumps, its meters find all that there is, its kills what a kill can break."""
+"""benchmarks.scale: its dumps look like real ones, its meters find everything, and its kills find what breaks."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_posts_and_comments_are_ordered_by_ids_of_their_own(dump):
     assert 1.3 < len(comments) / POSTS < 1.7
     places = [number[int(row["PostId"])] for row in comments if int(row["PostId"]) in number]
     assert 0 < len(comments) - len(places) < 0.02 * len(comments)
-    assert 0.3 < np.mean([b < a for a, b in pairwise(places)]) < 0.6  # not by post at all
+    assert 0.3 < np.mean([b < a for a, b in pairwise(places)]) < 0.6  # not ordered by post
     assert np.corrcoef(places, range(len(places)))[0, 1] > 0.5  # but later comments are on later posts
     questions = {row["Id"] for row in found if row["PostTypeId"] == "1"}
     assert {row["ParentId"] for row in found if row["PostTypeId"] == "2"} <= questions
     counts = Counter(row["PostId"] for row in comments)
     same = [int(row["CommentCount"]) - counts[row["Id"]] for row in found]
-    assert min(same) == 0 and sum(same) == len(comments) - len(places)  # those of posts that are missing
+    assert min(same) == 0 and sum(same) == len(comments) - len(places)  # the others are on posts that are missing
 
 
 def test_texts_are_as_long_as_posts_are_and_look_like_them(dump, tmp_path):
@@ -62,7 +62,7 @@ def test_texts_are_as_long_as_posts_are_and_look_like_them(dump, tmp_path):
     assert len(set(texts)) == POSTS
     bodies = "".join(row["Body"] for row in rows(dump, "Posts.xml"))
     assert bodies.count("<pre><code>") == bodies.count("</code></pre>") > POSTS
-    ElementTree.fromstring(f"<all>{bodies}</all>")  # whatever is opened is closed
+    ElementTree.fromstring(f"<all>{bodies}</all>")  # every tag that is opened is closed
     words = Counter(word for text in texts for word in text.split())
     assert words.most_common(1)[0][1] > 500 * np.median([*words.values()])  # Zipf's law: most words are rare
 
@@ -101,10 +101,10 @@ def test_memory_and_disk_are_those_of_all_processes_and_of_files_without_a_name(
     place.mkdir()
     run = Session([sys.executable, "-S", "-c", GREEDY, str(place)], place).measure()
     assert run.code == 0 and run.message == "note: all is read" and {*run.stages} == {"read"}
-    assert 70 * MB < run.memory < 100 * MB  # what both share is counted once
+    assert 70 * MB < run.memory < 100 * MB  # shared memory counts once
     assert 15 * MB <= run.disk < 16 * MB
     assert 7 * MB <= run.elsewhere < 8 * MB
-    assert 0.4 < run.stages["read"] < run.seconds - 0.5  # the grandchild goes on for another second
+    assert 0.4 < run.stages["read"] < run.seconds - 0.5  # the grandchild runs for another second
 
 
 SLOPPY = """

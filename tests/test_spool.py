@@ -1,4 +1,4 @@
-"""`data.prepare` leaves nothing twice in a corpus, and no held-out text in training."""
+"""`data.prepare` leaves no text twice in a corpus, and no held-out text in training."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ def write(path, lines):
 
 
 def sides(out):
-    """(training, held-out): the texts of each."""
+    """The texts of (training, held out)."""
     shards = open_shards(out)
     found = [shards.tokenizer().decode(shards.tokens[a:b]) for a, b in zip(shards.offsets, shards.offsets[1:])]
     return found[: len(shards.training_documents)], found[len(shards.training_documents) :]
@@ -40,7 +40,7 @@ def content(folder):
 
 
 LINES = [f"How do I read line {i} of a file?" for i in range(200)]
-AGAIN = [line.replace(" ", "\u00a0\t") for line in LINES[::2]]  # equal but for white space
+AGAIN = [line.replace(" ", "\u00a0\t") for line in LINES[::2]]  # equal except for white space
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -51,7 +51,7 @@ def test_of_equal_documents_the_first_stays_and_the_rest_are_counted(tmp_path, w
     ]
     meta = prepare(inputs, tmp_path / "out", vocab_size=300, workers=workers)
     training, held_out = sides(tmp_path / "out")
-    assert Counter(training + held_out) == Counter([*LINES, "new", LINES[1].upper()])  # case counts
+    assert Counter(training + held_out) == Counter([*LINES, "new", LINES[1].upper()])  # case matters
     assert meta["dropped"] == {"duplicates": 103}
     assert meta["duplicates"] == {"a.txt": 3, "b.txt": 100}
     assert meta["documents"] == 202
@@ -59,7 +59,7 @@ def test_of_equal_documents_the_first_stays_and_the_rest_are_counted(tmp_path, w
 
 
 def test_a_corpus_given_twice_is_the_corpus_given_once(tmp_path):
-    """But for what the second source is called, and where it says what was left out."""
+    """Except for the name of the second source, and the counts of what was left out."""
     (tmp_path / "again").mkdir()
     once, twice = write(tmp_path / "a.txt", LINES), write(tmp_path / "again/a.txt", LINES)
     prepare([once], tmp_path / "once", vocab_size=300, workers=1)
@@ -69,7 +69,7 @@ def test_a_corpus_given_twice_is_the_corpus_given_once(tmp_path):
 
 
 def test_of_equal_posts_the_first_stays_with_its_thread(tmp_path):
-    """Their comments are part of their text; those of the posts that go are counted."""
+    """Comments are part of the text of a post; those of dropped posts are counted."""
     question = [ROW.format(i, 1, f'Title="Question {i % 40}"', "body") for i in range(1, 61)]
     answer = [ROW.format(100 + i, 2, f'ParentId="{i}"', f"answer {i}") for i in range(1, 61)]
     write(tmp_path / "Posts.xml", ["<posts>", *question, *answer, "</posts>"])
@@ -80,7 +80,7 @@ def test_of_equal_posts_the_first_stays_with_its_thread(tmp_path):
     assert meta["dropped"] == {"duplicates": 19, "comments of dropped posts": 1}
     assert (meta["posts"], meta["comments"]) == (101, 2)
     training, held_out = sides(tmp_path / "out")
-    assert len(held_out) in range(3, 7)  # of 3 threads of 60, with their questions where those stay
+    assert len(held_out) in range(3, 7)  # 3 of 60 threads, with their questions if those stay
     assert not normal(training) & normal(held_out)
 
 
@@ -118,7 +118,7 @@ def test_what_has_no_duplicates_is_prepared_the_same_with_any_of_the_options(tmp
 
 
 def edited(i, last="another"):
-    """A text of 40 words, which shares 35 of 37 runs of five words with the same one whose last word is another."""
+    """A text of 40 words. If only the last word is changed, it shares 35 of 37 runs of five words with the original."""
     return " ".join([*(f"w{i}x{word}" for word in range(39)), last])
 
 
@@ -154,9 +154,9 @@ def test_the_table_says_how_many_and_from_where(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--near-duplicates", "0.3"], "--near-duplicates 0.3 is not between 0.5 and 1"),
-        (["--near-duplicates", "80"], "--near-duplicates 80 is not between 0.5 and 1"),
-        (["--near-duplicates", "nan"], "--near-duplicates nan is not between 0.5 and 1"),
+        (["--near-duplicates", "0.3"], "--near-duplicates is 0.3; it must be from 0.5 to 1"),
+        (["--near-duplicates", "80"], "--near-duplicates is 80; it must be from 0.5 to 1"),
+        (["--near-duplicates", "nan"], "--near-duplicates is nan; it must be from 0.5 to 1"),
         (["--near-duplicates", "0.8", "--keep-duplicates"], "contradict each other; leave one of them out"),
         (["--keep-duplicates"], "every document is equal to a held-out one; leave --keep-duplicates out"),
     ],

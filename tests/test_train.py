@@ -1,4 +1,4 @@
-"""train.py as its users run it: what it writes, that the layout and interruptions do not matter, what it refuses."""
+"""train.py as its users run it: what it writes, what it refuses, and that layout and interruptions do not matter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_model(monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(corpus, tmp_path_factory):
-    """The oracle: one process, one micro-batch, never interrupted."""
+    """The run with which others are compared: one process, one micro-batch per step, never interrupted."""
     out = tmp_path_factory.mktemp("plain") / "run"
     assert finish(start(words(corpus, out), out.with_suffix(".log"))) == [0]
     return out
@@ -70,7 +70,7 @@ def test_a_run_leaves_its_config_metrics_tokenizer_and_checkpoint(corpus, tmp_pa
 
 
 def reweighted(corpus, tmp_path, weight: float) -> Shards:
-    """The corpus with this weight of all its documents."""
+    """The corpus, with this weight for all its documents."""
     folder = shutil.copytree(corpus.folder, tmp_path / "reweighted")
     documents = [0, len(corpus.training_documents)]
     meta = {**corpus.meta, "weights": [{"input": "toy.jsonl", "weight": weight, "documents": documents, "tokens": 1}]}
@@ -107,7 +107,7 @@ def test_training_lowers_the_loss_on_held_out_text(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was(corpus, tmp_path):
-    # so many steps that a fast machine, too, has some left after ten attempts of up to 0.2 seconds
+    # so many steps that even a fast machine has some left after ten attempts of up to 0.2 seconds
     options = {"steps": 48, "checkpoint_every_tokens": BATCH, "micro_batch_rows": 2, "learning_rate": 1e-3}
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     assert finish(start(words(corpus, whole, **options), log)) == [0]
@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was
     for kill in range(10):
         before = checkpoint.steps(killed / "checkpoints")
         process, *_ = start(words(corpus, killed, **options), log)
-        if kill % 2:  # every second attempt gets somewhere first; the others may die while they start
+        if kill % 2:  # every second attempt makes progress first; the others may die while they start
             while process.is_alive() and checkpoint.steps(killed / "checkpoints") == before:
                 time.sleep(0.005)
         process.join(draw.uniform(0, 0.2))
@@ -125,7 +125,7 @@ def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_like_one_that_never_was
         assert process.exitcode == -signal.SIGKILL
     (process,) = start(words(corpus, killed, **options), log)
     process.join()
-    assert log.read_text().count("; going on after step") >= 3  # and not ten beginnings
+    assert log.read_text().count("; continuing after step") >= 3  # not ten fresh starts
     assert process.exitcode == 0
     timed = {"tokens_per_second", "dollars"}
     expected, found = ([{k: line[k] for k in line.keys() - timed} for line in metrics(out)] for out in (whole, killed))
@@ -143,7 +143,7 @@ def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path,
     argv = words(corpus, out, micro_batch_rows=2)
     processes = start(argv, log, ranks)
     wait_for_steps(3, out, processes, log)
-    for rank in signalled:  # one rank alone may get it: all leave after the same step
+    for rank in signalled:  # even if only one rank gets it, all leave after the same step
         os.kill(processes[rank].pid, number)
     assert finish(processes) == [128 + number] * ranks
     stopped_at = metrics(out)[-1]["step"]
@@ -154,7 +154,7 @@ def test_a_signal_saves_says_so_and_leaves_and_the_run_goes_on(corpus, tmp_path,
 
 
 def in_step(number: int, happens, rank: int) -> None:
-    """prepare: what happens in a step; when it begins is written to the log."""
+    """A `prepare` that makes something happen in a step, and writes to the log when the step begins."""
     step = loop.train_step
 
     def stepping(*args):
@@ -167,7 +167,7 @@ def in_step(number: int, happens, rank: int) -> None:
 
 
 def multiply() -> None:
-    """One operation of a second or so, during which no handler runs."""
+    """A single operation that takes about a second, during which no signal handler runs."""
     x = torch.ones(3_000, 3_000)
     x @ x
     os.write(2, b"multiplied\n")
@@ -182,7 +182,7 @@ def signal_when(text: str, process, log: Path, number=signal.SIGINT, times: int 
     os.kill(process.pid, number)
 
 
-WILL = "will save after this step, and leave; Ctrl-C again leaves at once"
+WILL = "will save and exit after this step; Ctrl-C again exits at once"
 
 
 def test_ctrl_c_in_a_long_operation_is_answered_at_once(corpus, tmp_path):
@@ -196,7 +196,7 @@ def test_ctrl_c_in_a_long_operation_is_answered_at_once(corpus, tmp_path):
 
 
 def test_torchruns_copy_of_ctrl_c_is_not_taken_for_a_second_one(corpus, tmp_path):
-    """A terminal sends it to all processes, and torchrun hands it on to its own."""
+    """A terminal sends Ctrl-C to all processes, and torchrun also passes it on to its workers."""
     out, log = tmp_path / "run", tmp_path / "log"
     argv = words(corpus, out, steps=9, micro_batch_rows=2)
     processes = start(argv, log, 2, partial(in_step, 3, partial(time.sleep, 1.5)))
@@ -209,7 +209,7 @@ def test_torchruns_copy_of_ctrl_c_is_not_taken_for_a_second_one(corpus, tmp_path
     assert log.read_text().count(WILL) == 1 and checkpoint.steps(out / "checkpoints")[-1].name == "step-00000003"
 
 
-@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "what came after {out}/checkpoints/step-00000002 is lost"),
+@pytest.mark.parametrize(("every", "lost"), [(2 * BATCH, "all steps after {out}/checkpoints/step-00000002 are lost"),
                                              ("1e9", "nothing had been saved")])  # fmt: skip
 def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, every, lost):
     out, log = tmp_path / "run", tmp_path / "log"
@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_lost(corpus, tmp_path, 
     os.kill(process.pid, signal.SIGINT)
     assert finish([process], 10) == [130]
     said = log.read_text()
-    assert said.splitlines()[-1] == f"train.py: left at once; {lost.format(out=out)}" and "Traceback" not in said
+    assert said.splitlines()[-1] == f"train.py: exited at once; {lost.format(out=out)}" and "Traceback" not in said
 
 
 def block_at(name: str, rank: int) -> None:
@@ -239,7 +239,7 @@ def test_ctrl_c_at_the_start_leaves_at_once(corpus, tmp_path, name):
     signal_when("blocked", process, log)
     assert finish([process], 10) == [130]
     said = log.read_text().split()
-    assert " ".join(said) in ("blocked train.py: left at once; nothing is lost", "blocked train.py: interrupted")
+    assert " ".join(said) in ("blocked train.py: exited at once; nothing is lost", "blocked train.py: interrupted")
 
 
 def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, tmp_path):
@@ -247,12 +247,12 @@ def test_ctrl_c_in_the_last_save_does_not_end_it_and_a_second_one_does(corpus, t
     argv = words(corpus, out, steps=3, checkpoint_every_tokens=2 * BATCH)
     (process,) = start(argv, log, prepare=block_last_save)
     signal_when("saving", process, log)
-    wait_until(lambda: "is being saved; Ctrl-C again leaves at once" in log.read_text(), [process], log)
+    wait_until(lambda: "is being saved; Ctrl-C again exits at once" in log.read_text(), [process], log)
     time.sleep(1.1)
     os.kill(process.pid, signal.SIGINT)
     assert finish([process], 10) == [130]
     said = log.read_text()
-    assert said.endswith(f"train.py: left at once; what came after {out}/checkpoints/step-00000002 is lost\n")
+    assert said.endswith(f"train.py: exited at once; all steps after {out}/checkpoints/step-00000002 are lost\n")
     assert "Traceback" not in said
     assert finish(start(argv, log)) == [0]
 
@@ -286,7 +286,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_one_undisturbed(cor
     wait_for_steps(3, out, first, log)
     assert finish(start([*argv, *more], second, ranks)) == [2] * ranks
     said = second.read_text().splitlines()
-    another_config = f"{out} holds a run with --learning-rate"  # if the first one has saved by now
+    another_config = f"{out} holds a run with --learning-rate"  # said if the first run has saved by now
     in_use = rf"{out} is in use by process {first[0].pid} on .* choose another --out"
     assert len(said) == 1 and re.search(f"train.py: ({in_use}|{another_config})", said[0]), said
     go_on.touch()
@@ -319,7 +319,7 @@ def wait_until(condition, processes=(), log=None) -> None:
 
 
 def test_a_run_that_waits_for_one_that_ends_looks_at_the_folder_again(corpus, tmp_path, monkeypatch):
-    """As when torchrun starts the job again while the old first process is dying."""
+    """This happens when torchrun starts the job again while the old first process is still ending."""
     monkeypatch.setattr(run, "CLAIM", 30)
     out = tmp_path / "run"
     out.mkdir()
@@ -357,9 +357,9 @@ STEP = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP
 @pytest.mark.parametrize(
     ("environment", "alone"),
     [
-        (SBATCH, True),  # a batch script runs once, whatever srun would start in it
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, True),  # srun --ntasks=1 in it
-        ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, True),  # of torchrun
+        (SBATCH, True),  # a batch script runs once, whatever srun would start inside it
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, True),  # srun --ntasks=1 inside it
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, True),  # set by torchrun
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, True),
         (STEP, False),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, False),
@@ -382,7 +382,7 @@ def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(tmp_path, mo
         if alone:
             assert "nowhere holds no prepared data" in error
         elif rank == "0":
-            assert error.count("\n") == 1 and "each would train alone" in error
+            assert error.count("\n") == 1 and "each would train by itself" in error
             command = error.split("torchrun ")[-1].split(" train.py …")[0]
             parsed = get_args_parser().parse_args([*command.split(), "train.py"])
             assert parsed.nproc_per_node == "4"
@@ -401,7 +401,7 @@ def test_a_terminal_of_an_interactive_job_is_one_process_whatever_its_variables_
 
 
 def test_counters_without_a_checksum_of_their_own_are_believed_and_that_is_said(corpus, tmp_path, capsys):
-    """Version 0.1.0 wrote none."""
+    """Version 0.1.0 wrote no such checksum."""
     out = tmp_path / "run"
     assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
     state = out / "checkpoints" / "step-00000002" / "state.json"
@@ -419,7 +419,7 @@ def test_counters_without_a_checksum_of_their_own_are_believed_and_that_is_said(
     advice = re.search("remove (.*) to go on from the one before", error).group(1)
     shutil.rmtree(advice)
     assert train.main(words(corpus, out, steps=2, checkpoint_every_tokens=BATCH)) == 0
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "continuing after step 1" in capsys.readouterr().out
 
 
 def damaged(corpus, tmp_path, change) -> Path:
@@ -430,7 +430,7 @@ def damaged(corpus, tmp_path, change) -> Path:
 
 
 def flip(path: Path) -> None:
-    """Another valid id in place of the first: only a checksum can tell."""
+    """Replaces the first id by another valid one, which only a checksum can tell."""
     data = bytearray(path.read_bytes())
     data[0] ^= 1
     path.write_bytes(data)
@@ -491,19 +491,19 @@ def test_rows_longer_than_any_table_of_positions_are_packed_trained_resumed_and_
     assert train.main(argv) == 0
     whole, last = weights(out), checkpoint.steps(out / "checkpoints")[-1]
     assert [line["positions"] for line in metrics(out)] == [8_192, 16_384, 24_576, 32_768]
-    rates = column(out, "lr").tolist()  # the recipe's schedule is wsd
+    rates = column(out, "lr").tolist()  # by the recipe's schedule, wsd
     assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 0.0], abs=1e-12)
     assert json.loads((out / "config.json").read_text())["model"]["positions"] == 4_096
     shutil.rmtree(last)
     assert train.main(argv) == 0
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "continuing after step 2" in capsys.readouterr().out
     assert all(torch.equal(w, whole[name]) for name, w in weights(out).items())
     assert train.main([*argv, "--plan", "--gpus", "1"]) == 0
     assert "32,768 tokens in 4 steps of 8,192" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         train.main(words(corpus, out, **{**LONG, "row_tokens": 2_048}))
     assert left.value.code == 2
-    expected = f"train.py: {out} holds a run with --row-tokens 4096, given is 2048; give the same, choose another --out"
+    expected = f"train.py: {out} holds a run with --row-tokens 4096, not 2048; give the same, choose another --out"
     assert capsys.readouterr().err.startswith(expected)
 
 
@@ -534,7 +534,7 @@ def test_training_masks_what_it_is_told_to_and_evaluation_15_percent_whatever_th
         ("schedule", {"mask_schedule": "0.5:0.1"}, [0.5, 0.4, 0.3, 0.2]),
     ):
         assert train.main(words(corpus, tmp_path / name, steps=4, **options)) == 0
-        assert shares["masking"] == pytest.approx(expected, abs=0.04)  # 2,048 tokens: four standard errors
+        assert shares["masking"] == pytest.approx(expected, abs=0.04)  # four standard errors for 2,048 tokens
         assert shares["validation"] == pytest.approx([0.15], abs=0.04)
         shares["masking"].clear(), shares["validation"].clear()
 
@@ -579,8 +579,8 @@ def test_a_config_or_data_that_is_not_the_checkpoints_is_refused_and_the_run_lef
     (other / "meta.json").write_text(json.dumps(meta))
     for options, message in (
         ({"data": reweighted(corpus, tmp_path, 2.0).folder}, "on other data than"),
-        ({"learning_rate": 2e-4}, "--learning-rate 0.0001, given is 0.0002; give the same, choose another --out"),
-        ({"seed": 2}, "--seed 1, given is 2"),
+        ({"learning_rate": 2e-4}, "--learning-rate 0.0001, not 0.0002; give the same, choose another --out"),
+        ({"seed": 2}, "--seed 1, not 2"),
         ({"data": other}, "on other data than"),
     ):
         with pytest.raises(SystemExit) as left:

@@ -1,6 +1,6 @@
-"""docs/walk.md is true: below each block is what the block prints, and the names it links to are where it says.
+"""docs/walk.md is true: each block prints what is below it, and the names it links to are in the files it says.
 
-When an output is meant to change, this runs the blocks and writes what they print into the page:
+After an intended change, this command runs the blocks and writes their output into the page:
 
     python -m tests.test_walk
 """
@@ -26,7 +26,7 @@ NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def with_outputs(page: str) -> str:
-    """The page with the outputs that its blocks print when they run in order, in one namespace."""
+    """The page with the output that its blocks print when they run in order, in one namespace."""
     names: dict = {"__name__": "walk"}
 
     def with_output(block: re.Match) -> str:
@@ -47,7 +47,7 @@ def test_each_block_prints_what_is_below_it(monkeypatch):
 
 
 def test_the_text_names_no_number_that_no_block_shows():
-    """So that a sentence is not forgotten when the numbers change."""
+    """So that no sentence is forgotten when the numbers change."""
     shown = {number for block in BLOCK.finditer(PAGE.read_text()) for number in NUMBER.findall(block[0])}
     of_the_library = {
         f"{TrainConfig.row_tokens:,}", str(PRESETS["modern-base"].window), str(TO_MASK), str(TO_MASK + TO_RANDOM),
@@ -58,7 +58,7 @@ def test_the_text_names_no_number_that_no_block_shows():
 
 
 def defined(path: Path) -> set[str]:
-    """The names that a file defines, `Class.method` too."""
+    """The names that a file defines, including those like `Class.method`."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):

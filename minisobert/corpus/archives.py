@@ -54,8 +54,8 @@ def contents(path: Path, inside: Sequence[str] = ()) -> dict[str, int]:
             sizes[name] = item.uncompressed
     if (total := sum(sizes.values())) > max(BOMB, RATIO * path.stat().st_size):
         raise Unreadable(
-            f"{where} says that it unpacks to {total:,} bytes, over {RATIO} times its size, as no dump does; if it is "
-            f"sound, {unpacking(path)}"
+            f"{where} says that it unpacks to {total:,} bytes, over {RATIO} times its size, which no dump does; if it "
+            f"is sound, {unpacking(path)}"
         )
     return sizes
 
@@ -245,7 +245,7 @@ def _archive(path: Path, inside: Sequence[str], stopped: threading.Event):
         if isinstance(error, OSError) and error.errno:
             raise  # an error of the disk, not of the archive
         reason = f"{type(error).__name__}: {_short(error)}"
-        raise Unreadable(f"{name} is truncated or no .7z archive ({reason})") from None
+        raise Unreadable(f"{name} is truncated or not a .7z archive ({reason})") from None
 
 
 def unpacking(archive: Path) -> str:

@@ -103,7 +103,7 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
     found = []
     for key, members in tables.items():
         if POSTS not in members:
-            raise ValueError(f"{members[COMMENTS]} has no posts to go with; {_partner(members[COMMENTS])} is missing")
+            raise ValueError(f"{members[COMMENTS]} comes without its posts; {_partner(members[COMMENTS])} is missing")
         if not members[POSTS].size:
             raise ValueError(f"{source[key]} holds no Posts.xml, or an empty one")
         found.append(Site(names[key], source[key], members[POSTS], members.get(COMMENTS)))
@@ -115,9 +115,9 @@ def sites(paths: Sequence[Path]) -> tuple[list[Site], list[str]]:
     found.sort(key=lambda site: list(paths).index(site.source))
     notes = []
     if alone := [site.name for site in found if not site.comments]:
-        notes.append(f"no Comments.xml for {some(alone)}: the posts come without comments")
+        notes.append(f"no Comments.xml for {some(alone)}: the posts are read without comments")
     if left_out:
-        notes.append(f"left out, as neither posts nor comments: {some(left_out)}")
+        notes.append(f"left out, since they are neither posts nor comments: {some(left_out)}")
     return found, notes
 
 

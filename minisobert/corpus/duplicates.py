@@ -71,7 +71,7 @@ def shape(threshold: float) -> tuple[int, int]:
     Raises ValueError for a threshold outside of LEAST to 1.
     """
     if not LEAST <= threshold <= 1:
-        raise ValueError(f"--near-duplicates {threshold:g} is not between {LEAST} and 1")
+        raise ValueError(f"--near-duplicates is {threshold:g}; it must be from {LEAST} to 1")
     for r in range(HASHES, 0, -1):
         b = math.ceil(math.log(MISSED) / math.log1p(-(threshold**r))) if threshold < 1 else 1
         if b * r <= HASHES:

@@ -72,7 +72,7 @@ def rows_of(block: bytes, root: str, name: str, first: bool) -> Rows:
         parsed = _parse(head, b"", root, name)
         if not parsed.started:
             empty = "no element" in parsed.error
-            raise ValueError(f"{name} is empty" if empty else f"{name} is no XML dump: {parsed.error}")
+            raise ValueError(f"{name} is empty" if empty else f"{name} is not an XML dump: {parsed.error}")
         read.ended = parsed.ended
         if parsed.error:
             _count_malformed(head, read)

@@ -84,7 +84,7 @@ class TextFile:
                 head = stream.read(HEAD)
                 encoding = encoding_of(head)
                 if encoding == "utf-8-sig" and b"\0" in head[:8_000]:  # as git recognises binary files
-                    raise NotText(f"{self} is no text in UTF-8: {_what(head)}")
+                    raise NotText(f"{self} is not UTF-8 text: {_what(head)}")
                 if encoding != "utf-8-sig" and errors == "surrogateescape":
                     errors = "surrogatepass"  # UTF-16 has no bytes to escape, but lone surrogates
                 start = head.decode(encoding, "ignore")
@@ -109,7 +109,7 @@ def _what(head: bytes) -> str:
     """What a file with NUL bytes seems to be, by its beginning, and what to do."""
     if kind := next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), ""):
         return f"it is {kind}; name it so, or export it as text"
-    return "it holds NUL bytes; where it is UTF-16, convert it (iconv -f UTF-16LE -t UTF-8)"
+    return "it holds NUL bytes; if it is UTF-16, convert it (iconv -f UTF-16LE -t UTF-8)"
 
 
 class _Rejoined(io.RawIOBase):
@@ -160,7 +160,7 @@ def _zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or no .zip archive ({error})") from None
+        raise ValueError(f"{path} is truncated or not a .zip archive ({error})") from None
 
 
 @contextmanager

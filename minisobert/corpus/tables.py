@@ -92,14 +92,14 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_FIELD)
     first = stream.readline(LONGEST_FIELD)
     if "\0" in first or not is_unicode(first):
-        raise NotText(f"{file} is no text in UTF-8 (or a spreadsheet?); save it as CSV in UTF-8")
+        raise NotText(f"{file} is not UTF-8 text (is it a spreadsheet?); save it as CSV in UTF-8")
     delimiter = "\t" if file.kind == ".tsv" else max(",;\t", key=first.count)
     # strict, or a stray quote would hide rows
     reader = csv.reader(chain([first], lines(stream, file)), delimiter=delimiter, strict=True)
     try:
         columns = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
-        raise NotText(f"{file}: a quote is missing or too many in its header ({error})") from None
+        raise NotText(f"{file}: its header has a quote too few or too many ({error})") from None
     if twice := next((name for name in columns if name and columns.count(name) > 1), ""):
         raise ValueError(f"{file} has two columns named {twice!r}; rename one")
     while True:
@@ -114,7 +114,7 @@ def _csv(stream, file: TextFile) -> Iterator[Row]:
         if not fields:
             continue
         if not problem and len(fields) != len(columns):
-            problem = f"{len(fields)} fields, the header has {len(columns)}; is a quote missing?"
+            problem = f"{len(fields)} fields, but the header has {len(columns)}; is a quote missing?"
         elif not is_unicode("".join(fields)):
             problem = NOT_UTF8
         yield Row(line, {} if problem else dict(zip(columns, fields)), problem, reader.line_num + 1 - line)
@@ -140,7 +140,7 @@ def _parquet(file: TextFile, columns: Sequence[str], progress: Callable[[int], o
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise NotText(f"{file} is no readable .parquet file ({error})") from None
+        raise NotText(f"{file} cannot be read as .parquet ({error})") from None
 
 
 def _dicts(batch) -> Iterator[dict | None]:
@@ -193,7 +193,7 @@ def _json(stream, file: TextFile) -> Iterator[Row]:
             more = stream.read(max(HEAD, len(buffer) - at))
             buffer, at, ended = buffer[at:] + more, 0, not more
             if len(buffer) > LONGEST + HEAD:
-                raise ValueError(f"{file}: value {number + 1:,} is no JSON, or has more than {LONGEST:,} characters")
+                raise ValueError(f"{file}: value {number + 1:,} is not JSON, or has more than {LONGEST:,} characters")
             continue
         if at == len(buffer):
             if in_array:
@@ -201,7 +201,7 @@ def _json(stream, file: TextFile) -> Iterator[Row]:
             return
         number += 1
         if problem:
-            raise ValueError(f"{file}: value {number:,} is no JSON ({problem}), or the file is truncated")
+            raise ValueError(f"{file}: value {number:,} is not JSON ({problem}), or the file is truncated")
         at = end
         yield Row(number, value) if isinstance(value, dict) else Row(number, {}, "no JSON object")
 

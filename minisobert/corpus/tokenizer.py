@@ -128,15 +128,15 @@ class Tokenizer:
                 raise RuntimeError
             self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except RuntimeError:
-            raise ValueError(f"{name} is no SentencePiece model") from None
+            raise ValueError(f"{name} is not a SentencePiece model") from None
         processor = self.sentencepiece
         self.vocab_size: int = processor.vocab_size()
         self.vocabulary = our_vocabulary(self.vocab_size)
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         if tuple(pieces[:FIRST_ORDINARY_ID]) != SPECIAL_PIECES:
             raise ValueError(
-                f"{name} is no tokenizer of minisobert: its first pieces are {pieces[:5]}, not {list(SPECIAL_PIECES)}; "
-                "for the tokenizer of another model, give its tokenizer.json"
+                f"{name} is not a tokenizer of minisobert: its first pieces are {pieces[:5]}, not "
+                f"{list(SPECIAL_PIECES)}; for the tokenizer of another model, give its tokenizer.json"
             )
         byte = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
         self._bytes = [

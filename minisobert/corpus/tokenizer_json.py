@@ -34,7 +34,7 @@ class JsonTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library has no exception of its own
-            raise ValueError(f"{where} is no tokenizer.json ({' '.join(str(error).split())[:200]})") from None
+            raise ValueError(f"{where} is not a valid tokenizer.json ({' '.join(str(error).split())[:200]})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "[MASK]" in a post is text, not the token of that name

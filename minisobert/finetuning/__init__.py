@@ -1,1 +1,1 @@
-"""Fine-tuning: one loop for models of ours and of Hugging Face, a floor without a network, one report for all."""
+"""Fine-tuning: one loop for our models and Hugging Face's, a baseline without a network, one report for all."""

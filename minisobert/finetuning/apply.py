@@ -1,7 +1,7 @@
-"""A fine-tuned model on new posts: `finetune.py --predict FILE|- --model DIR [--out FILE.jsonl|FILE.csv]`.
+"""Applies a fine-tuned model to new posts: `finetune.py --predict FILE|- --model DIR [--out FILE.jsonl|FILE.csv]`.
 
-A file is read, and its predictions are written, some hundred rows at a time, so that it may be larger than memory. A
-row that cannot be read is named and left out. What is printed has no character that a terminal obeys; what goes to a
+Rows are read, and predictions are written, a few hundred at a time, so that a file may be larger than memory. A row
+that cannot be read is named and left out. What is printed has no control characters of terminals; what is written to a
 file is the text as it was read.
 """
 
@@ -35,9 +35,9 @@ from minisobert.tasks.files import DUMP, File, find
 from minisobert.tasks.words import word_spans
 
 SHOWN = 60  # characters of a post beside its class
-LIKELIEST = 10  # of more than MANY classes, those whose probabilities are told
+LIKELIEST = 10  # with more than MANY classes, how many probabilities are shown
 CHUNK = 512  # texts that are encoded at a time
-NAMED = 20  # rows that cannot be read, after which they are counted alone
+NAMED = 20  # after this many rows that cannot be read, further ones are only counted
 PATIENCE = 2.0  # seconds after which a progress bar appears
 
 Network = encoder.Network | huggingface.Network | baselines.Linear
@@ -50,13 +50,13 @@ class Post(NamedTuple):
 
 
 def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], str]]:
-    """The network that a finetune.py kept, its task.json, and what the texts it was trained on were cleaned by. Raises
-    ValueError where there is none, or where its files are not those that were saved."""
+    """The network that finetune.py saved, its task.json, and the function that cleaned the texts it was trained on.
+    Raises ValueError if there is none, or if its files are not those that were saved."""
     folder = Path(model) / "model"
     try:
         task = read_task(folder)
     except OSError:
-        raise ValueError(f"{model} holds no fine-tuned model; give the --out of a finetune.py") from None
+        raise ValueError(f"{model} holds no fine-tuned model; give the --out of finetune.py") from None
     known = {"": str, **(TASKS[task["task"]].cleaning if task["task"] in TASKS else {})}
     if task["cleaning"] not in known:
         raise ValueError(
@@ -70,24 +70,25 @@ def open_fine_tuned(model: str | Path) -> tuple[Network, dict, Callable[[str], s
 
 
 def probabilities(network: Network, examples: list[Example]) -> list[np.ndarray]:
-    """Of each example (its size, classes), or (1, 1) its number, as `loop.predict` has it."""
+    """For each example its probabilities (size, classes), or its number (1, 1), as from `loop.predict`."""
     if isinstance(network, baselines.Linear):
         return list(network.predict([e.text for e in examples])[:, None])
     return predict(network, network.encode(examples))
 
 
 def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -> None:
-    """Prints a line for each post: its class, the probabilities of all and how it begins; or its number and how it
-    begins; of a token task the post itself with its entities marked, in colour on a terminal. A post without text gives
-    an empty line.
+    """Prints a line for each post: its class, all probabilities and the beginning of its text; or its number and the
+    beginning of its text; or, for a token task, its whole text with the entities marked, in colour on a terminal. A
+    post without text gives an empty line.
 
-    out: a new .jsonl or .csv to be written instead. columns: those of a table that make up a text; by default those of
-    training, or else "text". Raises ValueError where there is no such model or file, or no text in it.
+    out: a new .jsonl or .csv to write instead. columns: the columns of a table that make up a text (default: those of
+    training, or "text" if the table has none of them). Raises ValueError if there is no such model or file, or if the
+    file has no text.
     """
     network, task, clean = open_fine_tuned(model)
     if task["kind"] == "pair":
         raise ValueError(
-            f"{model} was trained on pairs, and makes vectors; python -m minisobert.embed {model} {source}"
+            f"{model} was trained on pairs and makes vectors; use python -m minisobert.embed {model} {source}"
         )
     trained = task.get("columns") or ("text",)
     posts = _posts(_file(source), source, columns or trained, clean, guess=not columns)
@@ -109,7 +110,7 @@ def apply(model: str, source: str, out: str = "", columns: Sequence[str] = ()) -
 
 
 def say_cut(network: Network, count: int) -> None:
-    """Says how many of `count` texts were longer than a network of ours reads, if any, and what became of them."""
+    """Prints how many of `count` texts were longer than a network of ours reads, if any, and how they were read."""
     if cut := getattr(network, "cut", 0):
         longest = network.module.config.positions - SPECIALS
         how = f"cut to their first {longest:,} tokens"
@@ -126,13 +127,13 @@ def _file(source: str) -> File:
         raise ValueError(f"--predict is {source}, a folder; name one file")
     found = find([Path(source)], KINDS)
     if len(found) != 1 or found[0].kind == DUMP:
-        raise ValueError(f"--predict is {source}; give a single {words(KINDS)}")
+        raise ValueError(f"--predict is {source}; give a single file, {words(KINDS)}")
     return found[0]
 
 
 def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str], str], guess: bool) -> Iterator[Post]:
-    """Names the rows that cannot be read on standard error, once there is one that can. guess: whether the column
-    "text" will do. Raises ValueError at the end where no row has text."""
+    """Yields the posts. Rows that cannot be read are named on standard error, but only if some row has text. guess:
+    whether to take the column "text" if none of `columns` is there. Raises ValueError at the end if no row has text."""
     bad: list[str] = []
     count = total = texts_there = 0
     for row in rows(file):
@@ -153,7 +154,9 @@ def _posts(file: File, source: str, columns: Sequence[str], clean: Callable[[str
             bad = []
         yield Post(row.line, text, clean(text))
     if not texts_there:
-        first = f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give a post a line, or a .jsonl"
+        first = (
+            f"{bad[0]}; no other row has text" if bad else f"{source} has no text; give one post per line, or a .jsonl"
+        )
         raise ValueError(first)
     if bad:
         print(printable("\n".join(bad)), file=sys.stderr)
@@ -172,7 +175,8 @@ def _text(row: Row, columns: Sequence[str]) -> str:
 
 @contextmanager
 def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, int]], np.ndarray], None]]:
-    """What takes a post, the places of its words and its probabilities. out: "" for standard output."""
+    """A function that writes a post, given the spans of its words and its probabilities. out: "" for standard
+    output."""
     if not out:
         yield lambda post, inside, p: print(_line(task, post, inside, p))
         return
@@ -193,7 +197,7 @@ def _writer(out: str, task: dict) -> Iterator[Callable[[Post, list[tuple[int, in
 
 
 def _answer(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> dict:
-    """What a line of a .jsonl says of a post."""
+    """What the line of a .jsonl says about a post."""
     labels, has_text = task["labels"], bool(post.text.strip())
     if task["kind"] == "token":
         return {"spans": [[start, stop, kind] for kind, start, stop in entities(labels, inside, p)]}
@@ -206,7 +210,7 @@ def _answer(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray
 
 
 def _columns(task: dict) -> list[str]:
-    """Of a .csv, after the text."""
+    """The columns of a .csv after the text."""
     if task["kind"] == "token":
         return ["spans"]
     if task.get("number"):
@@ -217,7 +221,7 @@ def _columns(task: dict) -> list[str]:
 
 
 def _cells(task: dict, found: dict) -> list:
-    """What `_columns` hold. found: of `_answer`."""
+    """The contents of these columns. found: what `_answer` returned."""
     if "spans" in found:
         return [json.dumps(found["spans"], ensure_ascii=False)]
     if "number" in found:
@@ -229,7 +233,7 @@ def _cells(task: dict, found: dict) -> list:
 
 def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) -> str:
     """What a terminal shows of a post."""
-    labels, text = task["labels"], printable(post.cleaned)  # as long as before: the words are where they were
+    labels, text = task["labels"], printable(post.cleaned)  # of the same length, so the words stay where they were
     if not text.strip():
         return ""
     if task["kind"] == "token":
@@ -243,25 +247,25 @@ def _line(task: dict, post: Post, inside: list[tuple[int, int]], p: np.ndarray) 
 
 
 def likeliest(labels: Sequence[str], p: np.ndarray) -> Iterable[tuple[str, float]]:
-    """(class, probability) of all classes in their order, or of more than MANY those of the LIKELIEST."""
+    """(class, probability) for all classes in their order; the LIKELIEST alone if there are more than MANY."""
     order = np.arange(len(p)) if len(p) <= metrics.MANY else np.argsort(-p, kind="stable")[:LIKELIEST]
     return [(labels[i], p[i]) for i in order]
 
 
 def classes(labels: Sequence[str], p: np.ndarray) -> list[str]:
-    """Where a text has several: those that are likelier than not."""
+    """The classes of a text that may have several: those that are likelier than not."""
     return [labels[i] for i in np.flatnonzero(p >= 0.5)]
 
 
 def entities(labels: Sequence[str], spans: list[tuple[int, int]], p: np.ndarray) -> list[tuple[str, int, int]]:
-    """(type, from where, to where in characters) of each entity of a text, in order. spans: of its words; p: (words,
-    tags)."""
+    """(type, begin, end) of each entity of a text, in characters and in order. spans: (begin, end) of each word; p:
+    (words, tags)."""
     found = sorted(metrics.entities([labels[i] for i in p.argmax(1)]), key=lambda entity: entity[1])
     return [(kind, spans[first][0], spans[stop - 1][1]) for kind, first, stop in found]
 
 
 def read(source: str) -> list[str]:
-    """The posts of a file: `text` of each object or row, or each line."""
+    """The posts of a file: the `text` of each object or row, or each line. Raises ValueError if there is no text."""
     path = Path(source)
     kind = ".txt" if path == STDIN else kind_of(path.name)
     file = TextFile(path, kind if kind in KINDS else ".txt")
@@ -270,5 +274,5 @@ def read(source: str) -> list[str]:
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
     if not any(map(str.strip, posts)):
-        raise ValueError(f"{source} has no text; give a post a line, or a .jsonl")
+        raise ValueError(f"{source} has no text; give one post per line, or a .jsonl")
     return posts

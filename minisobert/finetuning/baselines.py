@@ -1,8 +1,8 @@
-"""A floor without a network, on the same data and splits as every model (extra [baseline]).
+"""A baseline without a network, on the same data and splits as every model (extra [baseline]).
 
-TF-IDF of words and pairs of words, then a linear model: logistic regression or, of more than MANY_CLASSES, which would
-take hours and tens of gigabytes, the nearest mean of a class; of a number ridge regression. It reads whole texts,
-however long. A folder that `Linear.save` wrote:
+TF-IDF of words and pairs of words, then a linear model: logistic regression for classes, ridge regression for a number.
+With more than MANY_CLASSES, logistic regression would take hours and tens of gigabytes, so the class whose mean is
+nearest is taken. Whole texts are read, however long. `Linear.save` writes a folder with
 
     vocabulary.json    the words and pairs, in the order of the columns
     linear.npz         idf (V,), bias (C,), and weight (C, V) as scipy's sparse rows: data, indices, indptr
@@ -28,8 +28,8 @@ CHUNK = 1_024  # texts whose scores are in memory at a time
 
 
 class Linear:
-    """Classes for a text from its TF-IDF: softmax(x · weightᵀ + bias), or a sigmoid where a text has several; or a
-    number, x · weightᵀ + bias itself."""
+    """A linear model on the TF-IDF x of a text. The classes' probabilities are softmax(x · weightᵀ + bias), or sigmoids
+    if a text may have several; a number is x · weightᵀ + bias itself."""
 
     format, kind = "tfidf", "sequence"
 
@@ -39,7 +39,7 @@ class Linear:
         self.several, self.number = several, number
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, C): of each text the probability of each class; or (n, 1) its number."""
+        """(n, C) the probability of each class for each text, or (n, 1) the number of each text."""
         parts = [np.empty((0, len(self.bias)))]
         for start in range(0, len(texts), CHUNK):
             scores = self.vectorizer.transform(texts[start : start + CHUNK]) @ self.weight.T
@@ -66,7 +66,7 @@ class Linear:
 
 
 def open_network(folder: Path, task: dict) -> Linear:
-    """What `save` wrote. Raises ValueError where scikit-learn is missing."""
+    """Opens what `save` wrote. Raises ValueError if scikit-learn is missing."""
     _check_installed()
     from scipy.sparse import csr_matrix
 
@@ -80,10 +80,11 @@ def open_network(folder: Path, task: dict) -> Linear:
 
 
 class TfIdf:
-    """Where training begins, of --model tfidf."""
+    """The starting point of --model tfidf."""
 
-    STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularisation; the best on dev is taken, as networks take their best epoch
-    SHARPNESS = (8.0, 16.0, 32.0)  # by which cosines are multiplied
+    # The best of each on dev is taken, as networks take their best epoch
+    STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularisation of logistic regression
+    SHARPNESS = (8.0, 16.0, 32.0)  # factors for the cosines
     PENALTIES = (3.0, 1.0, 0.3, 0.1)  # of ridge regression
 
     def __init__(self, config: FineTuneConfig):
@@ -96,7 +97,7 @@ class TfIdf:
         self.outcome: Outcome | None = None
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        """Nothing is drawn: every seed gives what the first one gave."""
+        """Trains once. Nothing is random, so every seed gives what the first one gave."""
         self.outcome = self.outcome or self._train(data, seed, score)
         return dataclasses.replace(self.outcome, seed=seed)
 
@@ -132,16 +133,16 @@ class TfIdf:
         rows = (np.zeros_like(model.coef_), model.coef_) if len(model.classes_) == 2 else (model.coef_,)
         biases = (np.zeros(1), model.intercept_) if len(model.classes_) == 2 else (model.intercept_,)
         weight, bias = np.zeros((len(data.labels), training.shape[1])), np.full(len(data.labels), -np.inf)
-        weight[model.classes_] = np.concatenate(rows)  # a class that train lacks has no share
+        weight[model.classes_] = np.concatenate(rows)  # a class that train lacks has probability 0
         bias[model.classes_] = np.concatenate(biases)
         return Linear(vectorizer, weight, bias)
 
     def _regressions(self, vectorizer, training, truth, strength: float, data: Dataset, seed: int) -> Linear:
-        """One for each class. truth: (N, C) bool."""
+        """One regression for each class. truth: (N, C) bool."""
         from sklearn.linear_model import LogisticRegression
 
         weight, bias = np.zeros((len(data.labels), training.shape[1])), np.where(truth.any(0), np.inf, -np.inf)
-        for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):  # the others are none's or everybody's
+        for c in np.flatnonzero(truth.any(0) & ~truth.all(0)):  # others are in no text, or in all
             model = LogisticRegression(C=strength, max_iter=1_000, random_state=seed).fit(training, truth[:, c])
             weight[c], bias[c] = model.coef_[0], model.intercept_[0]
         return Linear(vectorizer, weight, bias, several=True)
@@ -153,7 +154,7 @@ class TfIdf:
         return Linear(vectorizer, model.coef_[None], np.array([model.intercept_]), number=True)
 
     def _means(self, vectorizer, training, labels, sharpness: float, data: Dataset, seed: int) -> Linear:
-        """Rocchio's classifier: the cosine to the mean of each class."""
+        """Rocchio's classifier: the cosine of the text with the mean of each class."""
         from scipy.sparse import csr_matrix
         from sklearn.preprocessing import normalize
 
@@ -164,8 +165,8 @@ class TfIdf:
 
 
 def ranks(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What `retrieval.found` gives for TF-IDF on dev and on test, which has nothing to train but its words and their
-    weights, those of train. Raises ValueError where scikit-learn is missing."""
+    """What `retrieval.found` gives for TF-IDF on dev and on test. All that it learns, from train, is which words there
+    are and how much they weigh. Raises ValueError if scikit-learn is missing."""
     _check_installed()
     vectorizer, _ = fitted([text for e in data.train for text in (e.text, e.other)])
     results = []
@@ -176,18 +177,18 @@ def ranks(data: Dataset) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def fitted(texts: Sequence[str]):
-    """The vectorizer of these texts, and what it makes of them."""
+    """A vectorizer fitted to these texts, and their vectors."""
     vectorizer = _vectorizer(min_df=2, max_features=200_000)
     try:
         return vectorizer, vectorizer.fit_transform(texts)
     except ValueError:
-        raise ValueError("no word is in two texts of train; TF-IDF has nothing to go by") from None
+        raise ValueError("no word is in two texts of train, so TF-IDF has nothing to learn; give more texts") from None
 
 
 def _vectorizer(**options):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # marks count too: half of a post is code
+    # punctuation counts too, since half of a post is code
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]", **options)
 
 

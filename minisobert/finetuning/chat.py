@@ -1,13 +1,14 @@
-"""A chat model on the tasks, without training: `python -m minisobert.finetuning.chat --task … --model NAME …`.
+"""Asks a chat model the questions of a task, without training: `python -m minisobert.finetuning.chat --task … …`.
 
 The splits and figures are those of finetune.py, and the folder --out holds metrics.json, predictions.csv and report.md
-in its format, with what the answers have cost. Extra [chat]; the key of the server is read from OPENAI_API_KEY.
+in its format, with the cost of the answers. This needs the extra [chat], and the server's key in OPENAI_API_KEY.
 
 Every test example is asked once, at temperature 0, after --shots examples of train; `prompts.py` has the words. An
-answer that is unparsable counts as wrong: it is no class, or none of the sentence's entities. So does one that the
-server refuses with a 400, for its length or its content.
+answer that cannot be parsed counts as wrong: as no class, or as none of the sentence's entities. So does a question
+that the server refuses with status 400, for its length or its content.
 
-Answers are kept in --cache, a line each as it comes. The same question to the same model is never asked again.
+Each answer is kept in --cache, on a line of its own, as soon as it comes. The same question is never asked twice of the
+same model.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ python -m minisobert.finetuning.chat --task quality --data test.csv train.csv \\
     --model gpt-4o-mini --limit 500 --out results/quality-chat
 """
 UNPARSABLE = "unparsable"  # a class of answers, after those of the task
-RETRIES = 5  # the package's own, of time-outs, lost connections, 429 and 5xx
+RETRIES = 5  # by the package itself, after time-outs, lost connections, 429 and 5xx
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0. A user's mistake, or the server's, ends in one line and exit status 2, Ctrl-C in 130."""
+    """Returns 0. A mistake of the user or the server prints one line and exits with 2; Ctrl-C exits with 130."""
     options = _options(argv)
     with command(NAME, f"{options.cache} keeps the answers for the next run"):
         config = config_class()(
@@ -59,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             data = sample(read_data(config), options.limit)
             if data.several or data.number:
                 what = "several" if data.several else "number"
-                raise ValueError(f"a chat model is asked for one class a text; leave out --{what}")
+                raise ValueError(f"a chat model is asked for one class per text; leave out --{what}")
             chat = Chat(options.model, options.base_url, options.timeout, Path(options.cache))
             opening = prompts.introduction(data, options.shots)
-            with tqdm(data.test, unit="example") as bar:  # ends its line before one of an error
+            with tqdm(data.test, unit="example") as bar:  # so that an error begins on a new line
                 texts = [chat.ask([*opening, prompts.question(data, e)]) for e in bar]
             headline = write(folder, options, config, data, texts, chat)
     print(printable(f"{options.out}/report.md: {headline}"))
@@ -108,7 +109,7 @@ def _options(argv: list[str] | None):
 
 
 class Chat:
-    """A model behind a server, and the cache of its answers. Raises ValueError for what is missing or fails."""
+    """A model behind a server, and the cache of its answers. Raises ValueError if something is missing or fails."""
 
     def __init__(self, model: str, base_url: str, timeout: float, cache: Path):
         try:
@@ -121,11 +122,11 @@ class Chat:
         self.error, self.refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=RETRIES)
         self.answers = read_cache(cache)
-        self.used: list[dict] = []  # the cache's entry of each question of this run
-        self.asked = 0  # of these, how many were not in the cache
+        self.used: list[dict] = []  # for each question of this run, its entry in the cache
+        self.asked = 0  # how many of these were not in the cache before
 
     def ask(self, messages: list[dict]) -> str:
-        """The text of the answer, empty where the model refuses one."""
+        """The text of the answer; empty if the model gave none."""
         name = hashlib.sha256(json.dumps([self.base_url, self.model, messages]).encode()).hexdigest()
         if name not in self.answers:
             self.answers[name] = self._ask(messages)
@@ -144,17 +145,17 @@ class Chat:
             if isinstance(text, str) and all(isinstance(n, (int, type(None))) for n in counts.values()):
                 return {"text": text, **counts}
         except self.error as error:
-            if isinstance(error, self.refusal) and self.used:  # of this post; of the first, everything may be wrong
+            if isinstance(error, self.refusal) and self.used:  # before the first answer, anything may be wrong
                 return {"text": f"refused: {error}", "prompt_tokens": None, "completion_tokens": None}
             raise ValueError(f"{self.base_url}: {error}; {self.cache} keeps the answers so far") from None
         except (ValueError, AttributeError, TypeError, IndexError):
-            pass  # what came is not JSON, or not of the protocol
+            pass  # the reply is not JSON, or does not follow the protocol
         raise ValueError(f"{self.base_url} sent no chat completion; {self.cache} keeps the answers so far")
 
 
 def read_cache(path: Path) -> dict[str, dict]:
-    """The answers by their question's hash. A line that was cut off is asked again. Raises ValueError for a file that
-    is something else, or that cannot be written."""
+    """The answers, by the hashes of their questions. If a line was cut off, its question is asked again. Raises
+    ValueError for a file that is something else, or that cannot be written."""
     answers = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def read_cache(path: Path) -> dict[str, dict]:
 
 
 def sample(data: Dataset, limit: int | None) -> Dataset:
-    """With `limit` examples of test, those with the smallest hashes: a smaller sample is part of a larger one."""
+    """The data with `limit` examples of test: those with the smallest hashes, so a larger sample contains a smaller."""
     if limit is None or limit >= len(data.test):
         return data
     chosen = np.argsort(permutation_keys(len(data.test), key(0, "chat test")))[:limit]
@@ -188,8 +189,9 @@ def sample(data: Dataset, limit: int | None) -> Dataset:
 
 
 def evaluate_answers(data: Dataset, classes: list[list[int]]) -> Evaluation:
-    """As finetune.py does, without ROC. The unparsable are a column of the confusion of documents; of macro-F1 they are
-    no class. data: with what `prompts.parse` made of test."""
+    """Evaluates the answers as finetune.py does, without ROC. Answers that cannot be parsed are a column of the
+    confusion matrix of documents, but not a class in macro-F1. data: its test examples are those from `prompts.parse`.
+    """
     one_hot = [np.eye(len(data.labels) + 1)[each] for each in classes]
     truth = [list(e.tags or [e.label]) for e in data.test]
     accuracy = float(np.mean([a == b for each in zip(truth, classes) for a, b in zip(*each)]))
@@ -204,7 +206,8 @@ def evaluate_answers(data: Dataset, classes: list[list[int]]) -> Evaluation:
 
 
 def write(folder: Path, options, config: FineTuneConfig, data: Dataset, texts: list[str], chat: Chat) -> str:
-    """Returns what to print, as `f1 0.5712 on test, 3 of 200 answers unparsable, 0.42 dollars`."""
+    """Writes the results. Returns what to print, such as
+    `f1 0.5712 on test, 3 of 200 answers unparsable, 0.42 dollars`."""
     asked = data.test
     examples, classes = zip(*(prompts.parse(data, e, text) for e, text in zip(asked, texts)))
     data = dataclasses.replace(data, test=list(examples))

@@ -1,8 +1,8 @@
-"""All models on all tasks: `python -m minisobert.finetuning.compare RESULT_FOLDER …`, from the folders' metrics.json.
+"""Makes one table of all models on all tasks: `python -m minisobert.finetuning.compare RESULT_FOLDER …`.
 
-The folders are those of finetune.py and finetuning.chat. Figures are percentages of test: the mean ± the standard
-deviation over the seeds, with the number of test examples. Below them stand figures that were published elsewhere, and
-by how much the model that is named first on a task is better than the others.
+It reads the metrics.json of folders that finetune.py and finetuning.chat wrote. Figures are percentages on test: the
+mean ± the standard deviation over the seeds, with the number of test examples. Figures that were published elsewhere
+follow, and then the differences between the model that is named first on a task and the others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from minisobert.finetuning.evaluation import OF_NUMBERS
 from minisobert.tasks import TASKS
 
 NAME = "minisobert.finetuning.compare"
-MARK = "†"  # of a model whose figures were published elsewhere
+MARK = "†"  # marks a model whose figures were published elsewhere
 
 
 @command(NAME)
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0. A user's mistake ends in one line and exit status 2."""
+    """Returns 0. A user's mistake prints one line and exits with 2."""
     about = "Published figures of the same tasks stand beside them, marked as such."
     example = "python -m minisobert.finetuning.compare results/ner-base results/ner-random"
     parser = Parser(NAME, about, example, allow_abbrev=False)
@@ -36,15 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def lines(folders: list[Path]) -> list[str]:
-    """The table in Markdown and what has to be said about it. Raises ValueError where a folder can't be read, and where
-    two folders hold results of the same model on the same task."""
+    """The table in Markdown, and notes about it. Raises ValueError if a folder cannot be read, or if two folders hold
+    results of the same model on the same task."""
     of_task: dict[str, list[Result]] = defaultdict(list)
     ours: dict[str, dict[str, str]] = defaultdict(dict)  # model → task → cell
     for found in map(result, folders):
         for other in of_task[found.on]:
             if other.model == found.model:
                 raise ValueError(
-                    f"{other.folder} and {found.folder} both hold {found.model} on {found.on}; name one of them"
+                    f"{other.folder} and {found.folder} both hold results of {found.model} on {found.on}; give one of "
+                    "them"
                 )
         of_task[found.on].append(found)
         ours[found.model][found.on] = found.cell
@@ -79,9 +80,9 @@ def lines(folders: list[Path]) -> list[str]:
 class Result(NamedTuple):
     folder: Path
     task: str
-    on: str  # its name, with what its classes are where they are the files' own
+    on: str  # the task's name; if the classes are those of the files, with the column and the files
     model: str
-    size: int  # of test
+    size: int  # number of test examples
     seeds: int
     mean: dict[str, float]
     std: dict[str, float]  # over the seeds; empty for a single one
@@ -95,7 +96,7 @@ class Result(NamedTuple):
 
 
 def result(folder: Path) -> Result:
-    """What a folder holds."""
+    """The result that a folder holds. Raises ValueError if it cannot be read."""
     path = folder / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +109,7 @@ def result(folder: Path) -> Result:
             column = f"{given.pop('label')} " if "label" in given else ""
             what = "number " if given.pop("number", False) else ""
             on = f"{task} {what}{column}of {', '.join(Path(path).name for path in found['settings']['data'])}"
-            figures = OF_NUMBERS[2:] if what else figures  # the others are no shares
+            figures = OF_NUMBERS[2:] if what else figures  # the others are not shares
         values = {
             name: value if isinstance(value, list) else [] if value is True else [value]
             for name, value in given.items()
@@ -124,8 +125,9 @@ def result(folder: Path) -> Result:
 
 
 def difference(one: Result, other: Result) -> list[str]:
-    """A row: the main figure of one less that of the other; the standard error of a difference of means is that of
-    independent samples, sqrt(s₁²/n₁ + s₂²/n₂), which needs several seeds of both."""
+    """A row of the table of differences: the main figure of one result minus that of the other. Its standard error is
+    that of the difference of two means of independent samples, sqrt(s₁²/n₁ + s₂²/n₂); it needs several seeds of both.
+    """
     name = one.figures[-1]
     less = one.mean[name] - other.mean[name]
     row = [f"{one.on}, {shown(name)}", one.model, other.model]
@@ -137,7 +139,7 @@ def difference(one: Result, other: Result) -> list[str]:
 
 
 def shown(figure: str) -> str:
-    """The name in tables of one in metrics.json: macro-F1."""
+    """The name that tables show for a figure in metrics.json, such as macro-F1."""
     return figure.replace("_", "-").replace("f1", "F1")
 
 

@@ -1,4 +1,4 @@
-"""What can be chosen in fine-tuning: a frozen dataclass whose fields are the options of finetune.py."""
+"""The options of finetune.py: a frozen dataclass with a field for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _recipe = partial(option, group="training")
 
 @dataclass(frozen=True)
 class FineTuneConfig:
-    """A fine-tuning run, or with `predict` the use of what one has made."""
+    """A fine-tuning or, with `predict`, the use of its result."""
 
     task: str = _task("", "task to learn", choices=TASKS)
     model: str = _task(
@@ -89,11 +89,13 @@ class FineTuneConfig:
         for name in task_options():
             of = [task.name for task in TASKS.values() if name in task.options]
             if getattr(self, name, False) and self.task not in of and not (self.predict and name == "text"):
-                raise ValueError(f"{flag(name)} is for --task {words(of)}, given is {self.task or 'none'}")
+                raise ValueError(
+                    f"{flag(name)} is for --task {words(of)}, and --task is {self.task or 'none'}; leave it out"
+                )
 
 
 def task_options() -> dict[str, Option]:
-    """Each option that is for some tasks alone."""
+    """The options that only some tasks have, by name."""
     return {name: each for task in TASKS.values() for name, each in task.options.items()}
 
 
@@ -101,7 +103,7 @@ _TYPES = {bool: bool, str: str, tuple: tuple[str, ...]}
 
 
 def config_class() -> type[FineTuneConfig]:
-    """FineTuneConfig, with a field for each of `task_options` as well."""
+    """FineTuneConfig with an additional field for each of `task_options`."""
     group = "options of single tasks"
     fields = [
         (name, _TYPES[type(each.default)], option(each.default, each.help, group=group, metavar="COLUMN"))

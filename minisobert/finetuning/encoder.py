@@ -1,14 +1,14 @@
-"""Models of ours on a task: whole documents in a row without padding.
+"""Our models on a task: whole documents in a row, without padding.
 
-A document that is longer than the model's positions is cut there, or read in overlapping windows of that length. The
-logits of the document are then the mean of its windows'; those of a word are of the window in which it is furthest from
-an edge.
+A document with more tokens than the model has positions is cut there, or read in overlapping windows of that length.
+Then the logits of the document are the mean over its windows, and those of a word come from the window in which the
+word is furthest from an edge.
 
-A folder that `save` wrote:
+`save` writes a folder with
 
     model.safetensors    the weights, under the model's own names
     config.json          the model's sizes
-    tokenizer.model      the run's own; of an imported model tokenizer.json
+    tokenizer.model      the tokenizer of the run; tokenizer.json for an imported model
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from minisobert.model import Classifier, Model
 from minisobert.ops import Documents, Dropout
 from minisobert.tasks.dataset import Dataset, Example
 
-OVERLAP = 0.25  # of a window: each word has an eighth of one on both sides somewhere, for a third more tokens in all
+# A share of a window. In one window at least, a word is an eighth of a window away from both edges (unless the text
+# begins or ends there); it costs a third more tokens.
+OVERLAP = 0.25
 
 
 class Network:
@@ -47,14 +49,14 @@ class Network:
         self, model: Classifier, tokenizer: Tokenizer | JsonTokenizer, kind: str, dropout: float = 0.0, seed: int = 0,
         several: bool = False, number: bool = False, long: str = "cut",
     ):  # fmt: skip
-        """long: what becomes of texts that are longer than the model reads, "cut" or "windows"."""
+        """long: what to do with texts that are longer than the model reads: "cut" or "windows"."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = model.to(device), tokenizer, kind
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device, self.dropout, self.seed = device, dropout, seed
         self.several = len(model.classifier.weight) if several else 0
         self.number, self.in_windows = number, long == "windows"
-        self.cut = self.windows = 0  # examples that were longer than the model reads; windows that they were cut into
+        self.cut = self.windows = 0  # examples longer than the model reads, and windows into which they were cut
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         return [self._document(e) if self.kind == "sequence" else self._sentence(e) for e in examples]
@@ -64,9 +66,9 @@ class Network:
         return Encoded.document(example, *self._read(ids, self._spans(len(ids))), self.several, self.number)
 
     def _sentence(self, example: Example) -> Encoded:
-        """The words with a space between them: pieces begin with the spaces before a word and never reach across."""
+        """Reads the words with a space between them. No piece spans two words; a word's first piece has the space."""
         pieces = [self.tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(example.words)]
-        lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # an empty one too
+        lengths = np.array([len(p) for p in pieces], dtype=np.int64)  # int64 also if there are no words
         stop = np.cumsum(lengths)
         spans = self._spans(int(lengths.sum()))
         ids, seams = self._read(np.concatenate([np.empty(0, np.int64), *pieces]), spans)
@@ -75,7 +77,7 @@ class Network:
         return Encoded.sentence(example, ids, places[kept], kept, seams)
 
     def _spans(self, n: int) -> list[tuple[int, int]]:
-        """From where to where each window of n ids goes."""
+        """(begin, end) of each window of n ids."""
         longest = self.module.config.positions - SPECIALS
         if n <= longest:
             return [(0, n)]
@@ -97,13 +99,13 @@ class Network:
         begins = np.cumsum([0] + [len(item.ids) for item in items])
         places = np.concatenate([item.places + begin for item, begin in zip(items, begins)])
         dropout = None
-        if step is not None:  # keys for a layer more than there are: the classifier's
+        if step is not None:  # keys for one more layer than there are: the classifier
             layers = self.module.config.layers + 1
             dropout = Dropout.for_step(self.dropout, self.seed, step, layers, self.device)
         lengths = np.array([len(window) for window in windows])
-        # without gradients the windows of one long text need not be in memory together
+        # without gradients, the windows of one long text need not be in memory together
         together = EVAL_TOKENS if step is None else int(lengths.sum())
-        stops, logits = np.cumsum(lengths), []  # places increase, of words too: later ones are in later windows
+        stops, logits = np.cumsum(lengths), []  # places increase, since later words are in later windows
         for part in batches(lengths, together, np.arange(len(windows))):
             start, stop = stops[part[0]] - lengths[part[0]], stops[part[-1]]
             inside = places[(places >= start) & (places < stop)] - start
@@ -119,7 +121,7 @@ class Network:
 
 
 def save(folder: Path, model: Model, tokenizer: Tokenizer | JsonTokenizer) -> None:
-    """Writes what the head of this file lists."""
+    """Writes the files that the head of this file lists."""
     weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     write_safetensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", dataclasses.asdict(model.config))
@@ -133,18 +135,18 @@ def with_specials(ids: np.ndarray, tokenizer: Tokenizer | JsonTokenizer) -> np.n
 
 
 def window_spans(n: int, longest: int) -> list[tuple[int, int]]:
-    """From where to where each of the fewest windows goes that hold n > longest tokens and overlap by OVERLAP. All are
-    as long as the model reads, at even distances, so that no window of few tokens counts as much as a whole one."""
+    """(begin, end) of each window: the fewest that cover n > longest tokens and overlap by at least OVERLAP. All are as
+    long as the model reads, and evenly spaced, so that no short window counts as much as a whole one."""
     apart = longest - int(OVERLAP * longest)
     count = 1 - (longest - n) // apart  # n - longest over apart, rounded up, and the first
     return [(start, start + longest) for start in (i * (n - longest) // (count - 1) for i in range(count))]
 
 
 def places_in_windows(first: np.ndarray, stop: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-    """(W,) where each of W words begins in the windows' tokens, one window after the other and each with [CLS] and
-    [SEP]: in the window in which the word is furthest from an edge. -1 where its beginning is in none.
+    """(W,) the place of each word's first token in the concatenated windows, which include [CLS] and [SEP]. It is taken
+    from the window in which the word is furthest from an edge, and is -1 if no window holds the word's beginning.
 
-    first, stop: (W,) from where to where each word goes in the ids of the text. spans: of the windows in them."""
+    first, stop: (W,) begin and end of each word in the ids of the text. spans: (begin, end) of each window in them."""
     places = np.full(len(first), -1)
     most = np.full(len(first), np.iinfo(np.int64).min)
     begin = 0
@@ -157,7 +159,7 @@ def places_in_windows(first: np.ndarray, stop: np.ndarray, spans: list[tuple[int
 
 
 def packed(documents: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor, Documents]:
-    """The ids of some documents, one after the other: tokens (T,), positions (T,), and where each is."""
+    """Some documents, one after the other: tokens (T,), positions (T,), and the bounds of each document."""
     lengths = [len(ids) for ids in documents]
     positions = torch.cat([torch.arange(n) for n in lengths])
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -166,9 +168,9 @@ def packed(documents: list[np.ndarray], device: torch.device) -> tuple[Tensor, T
 
 
 def open_network(folder: Path, task: dict) -> Network:
-    """What `save` wrote. task: the content of the task.json beside it."""
+    """Opens what `save` wrote. task: the content of the task.json beside it."""
     config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had no other
+    pooling = task.get("pooling", "cls") if task["kind"] == "sequence" else ""  # 0.1.0 had "cls" only
     model = Classifier(config, len(task["labels"]), pooling)
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
     return Network(
@@ -178,17 +180,17 @@ def open_network(folder: Path, task: dict) -> Network:
 
 
 class Start:
-    """Where training begins: the encoder of a run, or random weights in the sizes of a run or a preset."""
+    """A starting point: the encoder of a run, or random weights with the sizes of a run or a preset."""
 
     def __init__(self, config: FineTuneConfig):
-        """Raises ValueError where there is no such model, or its tokenizer is another's."""
+        """Raises ValueError if there is no such model, or if its tokenizer is that of another."""
         self.config, self.trained = config, None
         source, _, like = config.model.partition(":")
         if source == "random" and like in PRESETS:
             if not config.tokenizer:
                 raise ValueError(
-                    f"{config.model} needs --tokenizer: the train.py run, or the tokenizer.model, of the model that it "
-                    "is compared with, so that the two differ in their weights alone"
+                    f"{config.model} needs --tokenizer; give the train.py run, or the tokenizer.model, of the model "
+                    "that it is compared with, so that the two differ only in their weights"
                 )
             self.tokenizer = open_tokenizer(config.tokenizer)
             vocabulary = padded_vocabulary(self.tokenizer.vocab_size)
@@ -196,13 +198,13 @@ class Start:
             return
         if source == "random" and not Path(like).is_dir():
             raise ValueError(
-                f"--model is {config.model}; choose random: before the folder of a train.py run, for a model as large "
+                f"--model is {config.model}; give random: and the folder of a train.py run, for a model as large "
                 f"as that run's, or {words(f'random:{name}' for name in PRESETS)}"
             )
         run = like if source == "random" else config.model
         if not Path(run).is_dir():
             raise ValueError(
-                f"--model is {config.model}, which is no folder; give a run, an export, random: before one, or "
+                f"--model is {config.model}, which is not a folder; give a run, an export, random: before one, or "
                 f"{words([*(f'random:{name}' for name in PRESETS), 'hf:NAME_OR_PATH', 'tfidf'])}"
             )
         if config.tokenizer:

@@ -1,4 +1,4 @@
-"""How good predictions are: the figures of a report, from probabilities."""
+"""Computes the figures of a report from probabilities."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from minisobert.tasks.dataset import Dataset, Example
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of one split. figures: what metrics.json has. per_class: of classes, or of entity types and all entities.
-    confusion: (C, C) by `classes`, of documents or of words, whose B- and I- count as one class; of more than MANY the
-    commonest ones, and all others as the last; empty where a text has several classes. Of numbers there are figures
-    alone."""
+    """The evaluation of one split. Numbers and pairs have figures alone.
+
+    figures: those in metrics.json.
+    per_class: the scores of each class, or of each entity type and of all entities.
+    confusion: (C, C) counts by `classes`, of documents or of words; the B- and I- of a type are one class. With more
+        than MANY classes, the commonest ones, and all others as the last. Empty if a text may have several classes.
+    """
 
     figures: dict[str, float]
     per_class: dict[str, metrics.Scores]
@@ -25,17 +28,18 @@ class Evaluation:
     confusion: np.ndarray
 
 
-# r2 comes last, as the one that epochs and seeds are compared by: it is what training minimises, on a scale on which 0
-# is always giving the mean. The correlation of ranks would not see that all numbers are twice too large.
+# r2 comes last, since epochs and seeds are compared by the last figure. It is the error that training minimises, on a
+# scale on which always giving the mean is 0. A rank correlation would not notice that all numbers are twice too large.
 OF_NUMBERS = ("rmse", "mae", "spearman", "r2")
 NO_CLASSES = (), np.zeros((0, 0), np.int64)
 
 
 def evaluate(data: Dataset, examples: list[Example], probabilities: list[np.ndarray]) -> Evaluation:
-    """probabilities: for each example (its size, classes); the numbers themselves where those are predicted."""
+    """The evaluation of the predictions for some examples. probabilities: (size, classes) for each example, or what
+    else `Outcome.test` holds: numbers (1, 1), or ranks (2,) of pairs."""
     if data.number:
         return Evaluation(metrics.of_numbers(truth_of(data, examples), numbers(probabilities)), {}, *NO_CLASSES)
-    if data.kind == "pair":  # (rank, first text) of each query, see retrieval.py
+    if data.kind == "pair":  # (rank, first text) for each query, see retrieval.py
         return Evaluation(metrics.of_ranks(np.stack(probabilities)[:, 0]), {}, *NO_CLASSES)
     if data.several:
         return _several(data, examples, np.concatenate(probabilities))
@@ -46,7 +50,7 @@ def _sequence(data: Dataset, examples: list[Example], probabilities: list[np.nda
     p = np.concatenate(probabilities)  # (N, C)
     truth, found, classes = truth_of(data, examples), p.argmax(1), len(data.labels)
     figures = {"accuracy": metrics.accuracy(truth, found), "macro_f1": metrics.macro_f1(truth, found, classes)}
-    # of thousands of classes it would take minutes; finite: there are two classes or more in the split
+    # with thousands of classes it would take minutes; it is not finite if the split has a single class
     if classes <= metrics.MANY and np.isfinite(area := metrics.roc_auc(truth, p)):
         figures["roc_auc"] = area
     scores = dict(zip(data.labels, metrics.per_class(truth, found, classes)))
@@ -54,7 +58,8 @@ def _sequence(data: Dataset, examples: list[Example], probabilities: list[np.nda
 
 
 def _several(data: Dataset, examples: list[Example], p: np.ndarray) -> Evaluation:
-    """p: (N, C). A text has the classes that are likelier than not; accuracy is that of whole sets."""
+    """p: (N, C). A text has the classes that are likelier than not; accuracy is the share of texts whose classes are
+    all right."""
     truth, found = truth_of(data, examples), p >= 0.5
     micro, scores = metrics.of_sets(truth, found)
     occurs = (truth | found).any(0)
@@ -67,7 +72,7 @@ def _several(data: Dataset, examples: list[Example], p: np.ndarray) -> Evaluatio
 
 
 def truth_of(data: Dataset, examples: list[Example]) -> np.ndarray:
-    """(N,) the class or the number of each text, or (N, C) bool where a text has several classes."""
+    """(N,) the class or the number of each text, or (N, C) bool if a text may have several classes."""
     if data.number:
         return np.array([e.value for e in examples])
     if not data.several:
@@ -79,12 +84,12 @@ def truth_of(data: Dataset, examples: list[Example]) -> np.ndarray:
 
 
 def numbers(probabilities: list[np.ndarray]) -> np.ndarray:
-    """(N,) of what a network that predicts numbers gives for N texts."""
+    """(N,) the numbers that a network predicts for N texts."""
     return np.concatenate(probabilities)[:, 0]
 
 
 def always_the_mean(data: Dataset) -> dict[str, float]:
-    """The figures, on test, of giving the mean of train for each text."""
+    """The figures on test of always predicting the mean of train."""
     truth = truth_of(data, data.test)
     return metrics.of_numbers(truth, np.full(len(truth), truth_of(data, data.train).mean()))
 
@@ -120,7 +125,7 @@ def confusion(classes: Sequence[str], truth, predicted) -> tuple[tuple[str, ...]
 
 
 def commonest(truth: np.ndarray, classes: int) -> np.ndarray:
-    """The MANY classes with most examples, the commonest first."""
+    """The MANY classes with the most examples, the commonest first."""
     return np.argsort(-np.bincount(truth, minlength=classes), kind="stable")[: metrics.MANY]
 
 
@@ -129,12 +134,12 @@ def names(data: Dataset, tags: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def main_figure(data: Dataset) -> str:
-    """By which epochs and seeds are compared."""
+    """The name of the figure by which epochs and seeds are compared."""
     return (OF_NUMBERS if data.number else data.task.figures)[-1]
 
 
 def shown(name: str, value: float) -> str:
-    """A figure as people read it: errors are in the unit of the numbers, however large, all others are shares."""
+    """A figure as a report shows it. Errors are in the unit of the numbers and may be large; all others are shares."""
     return f"{value:.4g}" if name in ("rmse", "mae") else f"{value:.4f}"
 
 
@@ -143,12 +148,12 @@ def dev_score(data: Dataset, probabilities: list[np.ndarray]) -> float:
 
 
 def best(outcomes: list[Outcome]) -> Outcome:
-    """That is best on dev: which seed's model is kept must not depend on test."""
+    """The outcome that is best on dev: which seed's model is kept must not depend on test."""
     return max(outcomes, key=lambda outcome: outcome.score)
 
 
 def mean_and_deviation(figures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """{"mean": of each figure over the seeds, "std": the standard deviation of a sample, of two seeds or more}"""
+    """{"mean": each figure's mean over the seeds, "std": its sample standard deviation, with two seeds or more}"""
     shared = [name for name in figures[0] if all(name in each for each in figures)]
     columns = {name: [each[name] for each in figures] for name in shared}
     result = {"mean": {name: float(np.mean(column)) for name, column in columns.items()}}

@@ -11,12 +11,12 @@ import numpy as np
 from minisobert.plot import pyplot
 from minisobert.tasks import metrics
 
-LONGEST = 40  # characters of a class's name that a plot has room for
-CURVES = 10  # that can be told apart by colour
+LONGEST = 40  # characters of a class's name for which a plot has room
+CURVES = 10  # that colours can tell apart
 
 
 def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray, title: str = "Confusion matrix") -> None:
-    """Coloured by the share of each row, so that rare classes show; numbers are counts."""
+    """A confusion matrix, coloured by the share of each row, so that rare classes show. The numbers are counts."""
     plt = pyplot()
     n = len(classes)
     size = max(4.0, 1.5 + 0.5 * n)
@@ -31,13 +31,14 @@ def confusion(path: Path, classes: Sequence[str], matrix: np.ndarray, title: str
     axes.set_yticks(range(n), names)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    _save(figure, path, bbox_inches="tight")  # the square takes what room the labels would need
+    _save(figure, path, bbox_inches="tight")  # the square leaves too little room for the labels
     plt.close(figure)
 
 
 def curves(path: Path, labels: Sequence[str], truth: np.ndarray, probabilities: np.ndarray) -> None:
-    """ROC and precision-recall curves of each class against the others, or of the second of two; of the CURVES classes
-    with most examples, where there are more. truth: (N,) the class of each, or (N, C) bool."""
+    """ROC and precision-recall curves of each class against the others, or of the second class if there are two. With
+    more than CURVES classes, only those with the most examples are drawn. truth: (N,) the class of each text, or (N, C)
+    bool."""
     plt = pyplot()
     figure, (roc, pr) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     of_class = truth.T if truth.ndim == 2 else truth == np.arange(len(labels))[:, None]  # (C, N) bool
@@ -58,19 +59,19 @@ def curves(path: Path, labels: Sequence[str], truth: np.ndarray, probabilities: 
     pr.set(xlabel="recall", ylabel="precision", title="Precision and recall", ylim=(0, 1.02))
     for axes in (roc, pr):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:  # matplotlib warns where there is nothing to name
+        if axes.get_legend_handles_labels()[1]:  # matplotlib warns of an empty legend
             axes.legend(frameon=False)
     _save(figure, path)
     plt.close(figure)
 
 
 def scatter(path: Path, name: str, truth: np.ndarray, predicted: np.ndarray) -> None:
-    """Predicted numbers over true ones; what is right lies on the line. truth, predicted: (N,)."""
+    """Predicted numbers over true ones; right predictions lie on the line. truth, predicted: (N,)."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
     ends = [min(truth.min(), predicted.min()), max(truth.max(), predicted.max())]
     axes.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    # many points lie on each other, of whole numbers above all: the fainter, the fewer
+    # the more points there are, the fainter they are drawn, since many coincide, above all whole numbers
     axes.scatter(truth, predicted, s=14, alpha=max(0.05, min(0.6, 60 / len(truth) ** 0.5)), linewidths=0)
     axes.set(xlabel=f"true: {_name(name)}", ylabel="predicted", title="True and predicted numbers of test")
     axes.grid(alpha=0.3)
@@ -79,11 +80,11 @@ def scatter(path: Path, name: str, truth: np.ndarray, predicted: np.ndarray) -> 
 
 
 def _name(label: str) -> str:
-    """As a plot can show it: short, and with no dollar that would begin a formula."""
+    """The label as a plot can show it: shortened, and with escaped dollar signs, which would begin a formula."""
     return (label if len(label) <= LONGEST else label[: LONGEST - 1] + "…").replace("$", r"\$")
 
 
 def _save(figure, path: Path, **options) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
         figure.savefig(path, dpi=150, **options)

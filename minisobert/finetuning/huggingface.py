@@ -1,6 +1,6 @@
-"""Encoders of Hugging Face on a task: any that transformers can put a classifier on, with its tokenizer (extra [hf]).
+"""Hugging Face's encoders on a task: any to which transformers can add a classifier, with its tokenizer (extra [hf]).
 
-The loop and the batches are those of models of ours; the network takes a batch in padded parts.
+The loop and the batches are the same as for our models, but a batch goes through the network in padded parts.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from minisobert.finetuning.standard import last_layer
 from minisobert.tasks import TASKS
 from minisobert.tasks.dataset import Dataset, Example
 
-LONGEST = 2_048  # tokens, of a model that states no length of its own
+LONGEST = 2_048  # tokens that are read at most, and the length of a model that states none
 
 
 class Start:
-    """Where training begins: `hf:NAME_OR_PATH`."""
+    """A starting point: `hf:NAME_OR_PATH`."""
 
     def __init__(self, config: FineTuneConfig):
         self.config, self.name = config, config.model.removeprefix("hf:")
         if config.tokenizer:
             raise ValueError(f"--tokenizer is for random:PRESET; {config.model} has its own")
         with explained(self.name):
-            # a word of a sentence has a space before it; byte-level tokenizers must be told, others do not listen
+            # words of a sentence have a space before them; byte-level tokenizers must be told so, others ignore it
             words = {"add_prefix_space": True} if TASKS[config.task].kind == "token" else {}
             self.tokenizer = _transformers().AutoTokenizer.from_pretrained(self.name, **words)
         _check_tokenizer(self.name, self.tokenizer)
 
     def train(self, data: Dataset, seed: int, score: Callable[[list[np.ndarray]], float]) -> Outcome:
-        torch.manual_seed(seed)  # of the classifier's weights, and of dropout in the loop
+        torch.manual_seed(seed)  # for the classifier's weights, and for dropout in the loop
         names = dict(enumerate(data.labels))
         with explained(self.name):
             module, found = _auto(data.kind).from_pretrained(
@@ -45,7 +45,7 @@ class Start:
                 output_loading_info=True,
             )  # fmt: skip
         _check_weights(self.name, module.base_model_prefix, found)
-        if data.number:  # what it has there may give another number, in another unit
+        if data.number:  # a layer that is there already may predict another number, in another unit
             last_layer(module).reset_parameters()
         network = Network(module, self.tokenizer, data.kind, data.several, data.number)
         return fit(network, data, self.config, seed, score)
@@ -60,20 +60,20 @@ class Network:
     def __init__(self, module, tokenizer, kind: str, several: bool = False, number: bool = False):
         if len(tokenizer) > (rows := module.get_input_embeddings().weight.shape[0]):
             raise ValueError(
-                f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, the model {rows:,} rows of "
-                "embeddings; the tokenizer is another model's"
+                f"the tokenizer of {module.name_or_path} has {len(tokenizer):,} ids, but the model has {rows:,} rows "
+                "of embeddings; it is the tokenizer of another model"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module, self.tokenizer, self.kind = module.to(self.device), tokenizer, kind
         self.several = module.config.num_labels if several else 0
         if several:
-            module.config.problem_type = "multi_label_classification"  # their pipelines then take sigmoids
+            module.config.problem_type = "multi_label_classification"  # makes their pipelines use sigmoids
         self.number = number
         if number:
-            module.config.problem_type = "regression"  # and here nothing
+            module.config.problem_type = "regression"  # makes their pipelines leave the number as it is
         positions = getattr(module.config, "max_position_embeddings", None) or LONGEST
         if any(family in module.config.model_type for family in ("roberta", "camembert", "longformer", "mpnet")):
-            positions -= module.config.pad_token_id + 1  # theirs begin after the padding's
+            positions -= module.config.pad_token_id + 1  # their positions begin after the padding id
         self.longest = min(positions, tokenizer.model_max_length, LONGEST)
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
@@ -90,12 +90,12 @@ class Network:
         items = []
         for i, (e, each) in enumerate(zip(examples, ids)):
             word = np.array([-1 if w is None else w for w in found.word_ids(i)])
-            kept, places = np.unique(word, return_index=True)  # the first piece of each
+            kept, places = np.unique(word, return_index=True)  # the first piece of each word
             items.append(Encoded.sentence(e, each, places[kept >= 0], kept[kept >= 0]))
         return items
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
-        """Items of similar length, as many as have at most `tokens` places with their padding."""
+        """Groups items of similar length, with at most `tokens` places in a group, padding included."""
         parts: list[list[Encoded]] = []
         for item in sorted(items, key=lambda item: len(item.ids)):
             if not parts or (len(parts[-1]) + 1) * len(item.ids) > tokens:
@@ -125,7 +125,7 @@ class Network:
 
 
 def open_network(folder: Path, task: dict) -> Network:
-    """What `Network.save` wrote. task: the content of the task.json beside it."""
+    """Opens what `Network.save` wrote. task: the content of the task.json beside it."""
     transformers = _transformers()
     with explained(str(folder)):
         module = _auto(task["kind"]).from_pretrained(folder)
@@ -140,7 +140,7 @@ def _transformers():
         import transformers
     except ImportError:
         raise ValueError("models of Hugging Face need transformers: pip install 'minisobert[hf]'") from None
-    transformers.logging.set_verbosity_error()  # it warns of the new classifier, which is what is wanted
+    transformers.logging.set_verbosity_error()  # it would warn that the classifier is new, as it should be
     return transformers
 
 
@@ -152,12 +152,12 @@ def _auto(kind: str):
 
 @contextlib.contextmanager
 def explained(name: str):
-    """Errors of transformers, of many kinds and many lines, as a ValueError of one line."""
+    """Turns any error of transformers into a ValueError with a message of one line."""
     try:
         yield
-    except Exception as error:  # safetensors has one that is nothing else
+    except Exception as error:  # the class of safetensors' errors has no narrower base
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is no model that transformers can load here: {reason[:300]}") from None
+        raise ValueError(f"transformers cannot load {name} here: {reason[:300]}") from None
 
 
 def _check_tokenizer(name: str, tokenizer) -> None:
@@ -167,7 +167,7 @@ def _check_tokenizer(name: str, tokenizer) -> None:
 
 
 def _check_weights(name: str, encoder: str, found: dict) -> None:
-    """Raises ValueError where the files lack weights of the encoder, which would be random: a head may be new.
+    """Raises ValueError if the files lack weights of the encoder, which would then be random. A head may be new.
 
     encoder: the name of the encoder within the model. found: transformers' account of what it has loaded."""
     keys = [key if isinstance(key, str) else key[0] for key in (*found["missing_keys"], *found["mismatched_keys"])]
@@ -175,5 +175,5 @@ def _check_weights(name: str, encoder: str, found: dict) -> None:
     if lost:
         raise ValueError(
             f"{name} lacks {len(lost):,} weights of its encoder, or has them in another size ({lost[0]}, …); "
-            "its files don't belong together"
+            "its files do not belong together"
         )

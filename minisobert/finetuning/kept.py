@@ -1,4 +1,4 @@
-"""The folder `model` of a result: the files of a network, and a task.json with what they are and their sha256."""
+"""The folder `model` of a result: the files of a network, and a task.json with their description and their sha256."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from minisobert.files import sha256, write_json
 
 
 def write_task(folder: Path, task: dict) -> None:
-    """Writes task.json over the files of a network, which must be in place."""
+    """Writes task.json beside the files of a network, which must be in place."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / "task.json", task | {"sha256": {str(path.relative_to(folder)): sha256(path) for path in files}})
 
 
 def read_task(folder: Path) -> dict:
-    """The content of task.json, once the files beside it have been found to be those it was written for. A folder of an
-    older version has no checksums, and is taken as it is.
+    """The content of task.json, after a check that the files beside it are those for which it was written. A folder of
+    an older version has no checksums and is not checked.
 
-    Raises ValueError where a file is missing, or another, or task.json is damaged; OSError where that is missing.
+    Raises ValueError if a file is missing or was changed, or if task.json is damaged; OSError if task.json is missing.
     """
     path = folder / "task.json"
     try:

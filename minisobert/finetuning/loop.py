@@ -1,12 +1,12 @@
-"""The loop of fine-tuning: batches of whole documents by tokens, early stopping on dev.
+"""The fine-tuning loop: batches of whole documents, sized by tokens, with early stopping on dev.
 
-A network (`encoder.Network`, `huggingface.Network`) encodes each example and makes the logits of a batch of
-them; everything else is the same for all of them. Documents are shuffled by a counted hash of (seed, epoch); a batch
-takes the next ones as long as they have no more than tokens_per_batch tokens together. Loss and gradient are means over
-all classified places of a batch, weighted by class if wanted.
+A network (`encoder.Network`, `huggingface.Network`) encodes each example and computes the logits of a batch; everything
+else is the same for all networks. Documents are shuffled by a counted hash of (seed, epoch). A batch takes the next
+documents as long as they have at most tokens_per_batch tokens together. Loss and gradient are means over all classified
+places of a batch, weighted by class if that is asked for.
 
-AdamW with the decay and betas of pre-training, linear warm-up over a tenth of all tokens, then linear decay to 0, which
-it would reach one batch after the last.
+The optimizer is AdamW with the weight decay and betas of the paper's recipe. The learning rate rises linearly over a
+tenth of all tokens, then falls linearly to 0, which it would reach one batch after the last.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ from minisobert.training.optimizer import Optimizer
 from minisobert.training.schedule import learning_rate
 
 WARMUP, WEIGHT_DECAY, BETAS, CLIP = 0.1, 0.01, (0.9, 0.999), 1.0
-WORSE_EPOCHS = 3  # in a row that are no better than the best, after which training ends
-WIDE = 200  # classes, above which probabilities are kept in single precision
-EVAL_TOKENS = 16_384  # of a batch without gradients
+WORSE_EPOCHS = 3  # training ends after this many epochs in a row that are no better than the best
+WIDE = 200  # with more classes than this, probabilities are kept in single precision
+EVAL_TOKENS = 16_384  # tokens in a batch that needs no gradients
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a network reads of one example.
+    """One example as a network reads it.
 
-    ids: (n,) with the tokenizer's special tokens, cut at the network's length; or windows of that length at most, one
-    after the other, each with special tokens. seams: where in ids windows begin, but for the first. places: the tokens
-    to classify: the first of each window of a document, or the first piece of each word that was not cut off.
-    word_indices: (r,) which words these are; 0 for a document. targets: (r,) their classes; of a document that may have
-    several (1, C) fp32, 1 for those it has; of one with a number (1,) fp64, that number. size: how many words the
-    example has; 1 for a document.
+    ids: (n,) with the tokenizer's special tokens, cut to the length that the network reads; or windows of at most that
+        length, one after the other, each with its special tokens.
+    seams: where in ids the windows begin, except the first.
+    places: the tokens to classify: the first of each window of a document, or the first piece of each word that was
+        not cut off.
+    word_indices: (r,) which words these are; 0 for a document.
+    targets: (r,) their classes; (1, C) fp32 for a document that may have several, 1 for each that it has; (1,) fp64
+        for a document with a number.
+    size: the number of words in the example; 1 for a document.
     """
 
     ids: np.ndarray
@@ -64,7 +67,8 @@ class Encoded:
     def document(
         example: Example, ids: np.ndarray, seams: tuple[int, ...] = (), several: int = 0, number: bool = False
     ) -> Encoded:
-        """several: of how many classes it may have any number; 0 where it has one class. number: it has one instead."""
+        """several: the number of classes if the example may have several of them, else 0. number: it has a number
+        instead of a class."""
         targets = np.zeros((1, several), np.float32) if several else np.array([example.label])
         if several:
             targets[0, list(example.tags)] = 1
@@ -76,49 +80,49 @@ class Encoded:
     def sentence(
         example: Example, ids: np.ndarray, places: np.ndarray, word_indices: np.ndarray, seams: tuple[int, ...] = ()
     ) -> Encoded:
-        """An example without tags, whose classes nobody knows, has targets 0."""
+        """The targets are 0 if the example has no tags, as when its classes are to be predicted."""
         tags = np.array(example.tags or [0] * len(example.words), dtype=np.int64)
         return Encoded(ids, places, word_indices, tags[word_indices], len(example.words), seams)
 
 
 class Network(Protocol):
-    format: str  # of a saved one
+    format: str  # of its files
     module: nn.Module  # in fp32, on its device
-    dtype: torch.dtype  # that training is to keep its parameters in
+    dtype: torch.dtype  # in which training keeps the parameters
 
     def encode(self, examples: list[Example]) -> list[Encoded]: ...
 
     def parts(self, items: list[Encoded], tokens: int) -> list[list[Encoded]]:
-        """A batch in the parts that go through the network together."""
+        """Cuts a batch into parts, each of which goes through the network as a whole."""
 
     def logits(self, items: list[Encoded], step: int | None) -> Tensor:
-        """(Σ r, classes), or (Σ r, 1) numbers, in the order of the items; of a document its windows' mean. step: of
-        training, with dropout; None: without."""
+        """(Σ r, classes) logits, or (Σ r, 1) numbers, in the order of the items; the mean of its windows for a document
+        that was cut into some. step: the training step, for dropout; None: no dropout."""
 
     def save(self, folder: Path) -> None:
-        """Writes weights, sizes and tokenizer into a folder, in `format`."""
+        """Writes the weights, sizes and tokenizer into a folder, in `format`."""
 
 
 @dataclass
 class Outcome:
-    """What training from one seed gave. dev, test: for each example the probabilities (its size, classes), or (1, 1)
-    its number."""
+    """The result of training with one seed. dev, test: for each example its probabilities (size, classes), or its
+    number (1, 1)."""
 
     seed: int
     score: float  # on dev
     dev: list[np.ndarray]
     test: list[np.ndarray]
-    epochs: list[dict] = field(default_factory=list)  # the figures of each
+    epochs: list[dict] = field(default_factory=list)  # the figures of each epoch
     best_epoch: int | None = None
-    network: Network | None = None  # as it was in the best epoch
-    before: list[np.ndarray] = field(default_factory=list)  # of pairs, what the untrained network gave on test
+    network: Network | None = None  # as it was after the best epoch
+    before: list[np.ndarray] = field(default_factory=list)  # for pairs: `test` as it was before training
 
 
 def fit(
     network: Network, data: Dataset, config: FineTuneConfig, seed: int, score: Callable[[list[np.ndarray]], float]
 ) -> Outcome:
-    """Trains the network on data.train. score: of probabilities for data.dev, higher is better; of epochs with the
-    same score the one with the lower loss on dev is better. Raises ValueError where training diverges."""
+    """Trains the network on data.train. score: rates the probabilities for data.dev; higher is better. Of two epochs
+    with the same score, the one with the lower loss on dev is better. Raises ValueError if training diverges."""
     training, dev, test = (network.encode(split) for split in (data.train, data.dev, data.test))
     note_cut(network, data)
     standard = Standard(network.module, np.array([e.value for e in data.train])) if data.number else None
@@ -145,8 +149,8 @@ def fit(
 
 
 def note_cut(network: Network, data: Dataset) -> None:
-    """Adds to the notes how many texts the network has cut, at their end or into windows, unless an earlier seed has:
-    all cut the same ones."""
+    """Adds a note that says how many texts the network has cut, at their end or into windows. Later seeds cut the same
+    texts and add no other note."""
     if cut := getattr(network, "cut", 0):
         how = f"read in {windows:,} windows" if (windows := getattr(network, "windows", 0)) else "cut at their end"
         note = f"{cut:,} texts were longer than the model reads, and {how}"
@@ -163,11 +167,11 @@ def train(
     backward: Callable[[list[int], int], tuple[float, float]],
     on_dev: Callable[[], tuple[float, float, list[np.ndarray]]],
 ) -> Outcome:
-    """The epochs of one training, until dev gets no better; the network is left as it was in the best one.
+    """Trains until dev no longer improves, and leaves the network as it was after the best epoch.
 
-    lengths: (n,) tokens of each example. cut_into: batches, of indices in some order. backward: adds the gradient of a
-    batch's summed loss, given the step; returns that loss and the weight to divide both by. on_dev: score, loss and
-    what was found. Raises ValueError where training diverges.
+    lengths: (n,) tokens in each example. cut_into: cuts indices, given in some order, into batches. backward: given a
+    batch and the step, adds the gradient of the batch's summed loss, and returns that loss and the weight by which both
+    are divided. on_dev: returns score, loss and predictions. Raises ValueError if training diverges.
     """
     total = config.epochs * int(lengths.sum())
     optimizer = Optimizer(network.module, network.dtype, BETAS, WEIGHT_DECAY)
@@ -183,7 +187,7 @@ def train(
                 loss, weight = backward(batch, step)
                 tokens = int(lengths[batch].sum())
                 done, step = done + tokens, step + 1
-                # done counts this batch already: without one more the last step would have a rate of 0
+                # `done` counts this batch already; without one more batch, the last step would have a rate of 0
                 rate = learning_rate(done, total + config.tokens_per_batch, config.learning_rate, WARMUP, 0.0)
                 _, applied = optimizer.step(rate, max(weight, 1e-12), CLIP)
                 if not applied:
@@ -206,19 +210,19 @@ def train(
     with torch.no_grad():
         for name, p in network.module.named_parameters():
             p.copy_(best[1][name])
-    network.module.zero_grad(set_to_none=True)  # or the gradients would live as long as the network
+    network.module.zero_grad(set_to_none=True)  # the gradients would live as long as the network
     return Outcome(seed, best[0][0], best[2], [], history, best_epoch, network)
 
 
 def class_weights(items: list[Encoded], classes: int) -> np.ndarray:
-    """(classes,) N / (number of classes that occur × n of the class), so that all those weigh the same; 0 for the
-    others, which no loss has."""
+    """(classes,) N / (number of classes that occur × examples of the class), so that all classes that occur weigh the
+    same in total; 0 for the others, which contribute to no loss."""
     counts = np.bincount(np.concatenate([item.targets for item in items]), minlength=classes)
     return counts.sum() / ((counts > 0).sum() * np.maximum(counts, 1)) * (counts > 0)
 
 
 def batches(lengths: np.ndarray, tokens: int, order: np.ndarray) -> Iterator[list[int]]:
-    """The indices in `order` cut where the next one would bring a batch over `tokens`."""
+    """The indices in `order`, cut wherever the next one would bring a batch over `tokens`."""
     batch: list[int] = []
     inside = 0
     for i in order.tolist():
@@ -255,8 +259,8 @@ def _backward(network: Network, items: list[Encoded], tokens: int, step: int, we
 
 @torch.no_grad()
 def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
-    """Of each item (size, classes) probabilities, or (1, 1) its number. A word that was cut off has class 0, no entity,
-    for certain."""
+    """For each item its probabilities (size, classes), or its number (1, 1). A word that was cut off has class 0 (no
+    entity) with probability 1."""
     results: list[np.ndarray] = [np.zeros(0)] * len(items)
     order = np.argsort([len(item.ids) for item in items], kind="stable")
     number = {id(item): i for i, item in enumerate(items)}
@@ -266,7 +270,7 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
             if not part[0].is_number:
                 logits = logits.sigmoid() if part[0].targets.ndim == 2 else logits.softmax(1)
             found = logits.cpu().numpy()
-            if found.shape[1] > WIDE:  # or those of a large split fill the memory
+            if found.shape[1] > WIDE:  # those of a large split would fill the memory
                 found = found.astype(np.float32)
             for item, p in zip(part, np.split(found, np.cumsum([len(item.word_indices) for item in part])[:-1])):
                 whole = np.zeros((item.size, found.shape[1]), found.dtype)
@@ -277,7 +281,7 @@ def predict(network: Network, items: list[Encoded]) -> list[np.ndarray]:
 
 
 def mean_loss(probabilities: list[np.ndarray], items: list[Encoded]) -> float:
-    """In nats, over all places that the network saw; of numbers the mean squared error."""
+    """The mean loss in nats over all places that the network saw; for numbers, the mean squared error."""
     if items[0].is_number:
         return float(np.square(np.concatenate(probabilities)[:, 0] - [item.targets[0] for item in items]).mean())
     of_targets = [

@@ -1,4 +1,4 @@
-"""Entities in a text, shown to a person."""
+"""Shows the entities in a text to people."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ COLOURS = 31, 32, 33, 34, 35, 36
 
 
 def mark(text: str, spans: Sequence[tuple[int, int]], tags: Sequence[str], colour: bool) -> str:
-    """The text with `[entity](Type)` for each entity, or with a colour of its type and the type after it.
+    """The text, with each entity as `[entity](Type)`, or in a colour for its type and with the type after it.
 
-    spans: from where to where each word goes; tags: their BIO tags.
+    spans: (begin, end) of each word; tags: the words' BIO tags.
     """
     parts, at = [], 0
     for kind, first, stop in sorted(metrics.entities(tags), key=lambda entity: entity[1]):
@@ -27,7 +27,7 @@ def mark(text: str, spans: Sequence[tuple[int, int]], tags: Sequence[str], colou
 
 
 def mark_words(sentence: Sequence[str], tags: Sequence[str]) -> str:
-    """The same of words with a space between them, without colours."""
+    """The same for words that are joined by spaces, without colours."""
     spans, at = [], 0
     for word in sentence:
         spans.append((at, at + len(word)))

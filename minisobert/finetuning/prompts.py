@@ -1,9 +1,9 @@
-"""What `finetuning.chat` asks a model, and what its answers mean.
+"""The questions that `finetuning.chat` asks a model, and how its answers are read.
 
-For a sequence task the answer has to be a label alone; for ner a list of {"text", "type"}, whose texts are found again
-in the sentence as runs of whole words, in order. Any other answer is unparsable. An entity that the sentence does not
-hold becomes a word behind it, and so a false positive. (Where a sentence repeats a word, the wrong one may be found: of
-the corpus's own entities, written as answers, 99.97 % come back.)
+For a sequence task, the answer must be a label and nothing else; for ner, a list of {"text", "type"}, whose texts are
+searched for in the sentence as runs of whole words, in order. Any other answer is unparsable. An entity that is not in
+the sentence is added after it as a word, and so becomes a false positive. (If a sentence repeats a word, the wrong one
+may be found: when the corpus's own entities are written as answers, 99.97 % of them are found again.)
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from minisobert.hashing import key, permutation_keys
 from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset, Example
 
-LONGEST = 8_000  # characters of a post: about the 2,048 tokens that our encoders read
+LONGEST = 8_000  # characters of a post, about as many as the 2,048 tokens that our encoders read
 _FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.S)
 
 
 def introduction(data: Dataset, shots: int) -> list[dict]:
-    """The messages before each question: what to do, and examples of train, of all classes in turn; sentences
-    in any order."""
+    """The messages before each question: what to do, and `shots` examples of train, of each class in turn (sentences
+    in the order of a hash). Raises ValueError if train has fewer."""
     if shots > len(data.train):
-        raise ValueError(f"--shots is {shots:,}; train has {len(data.train):,} examples")
+        raise ValueError(f"--shots is {shots:,}, but train has only {len(data.train):,} examples; choose fewer")
     order = [data.train[i] for i in np.argsort(permutation_keys(len(data.train), key(0, "shots")))]
-    turn: dict[int, int] = {}  # class → how many of it were there before
+    turn: dict[int, int] = {}  # class → how many of its examples came before
     turns = []
     for e in order:
         turns.append(turn.get(e.label, 0))
@@ -53,7 +53,7 @@ def question(data: Dataset, e: Example) -> dict:
 
 
 def answer(data: Dataset, e: Example) -> str:
-    """The right one."""
+    """The right answer."""
     if data.kind == "sequence":
         return data.labels[e.label]
     found = sorted(metrics.entities(evaluation.names(data, e.tags)), key=lambda entity: entity[1])
@@ -65,8 +65,8 @@ def types(data: Dataset) -> list[str]:
 
 
 def parse(data: Dataset, e: Example, text: str) -> tuple[Example, list[int]]:
-    """The example, with a word more for each entity that it does not hold, and the class of the document or of each
-    word; len(data.labels) where the answer is unparsable."""
+    """The example, with an additional word for each entity that is not in it, and the class of the document or of each
+    word. The class is len(data.labels) if the answer cannot be parsed."""
     if data.kind == "sequence":
         label = text.strip().strip("\"'`*.").casefold()
         known = [name.casefold() for name in data.labels]
@@ -93,7 +93,8 @@ def parse(data: Dataset, e: Example, text: str) -> tuple[Example, list[int]]:
 
 
 def find(words: tuple[str, ...], wanted: str, tags: list[str], at: int) -> tuple[int, int] | None:
-    """The first run of free words, from `at` on and then from the beginning, that spells `wanted` without spaces."""
+    """(begin, end) of the first run of untagged words that spells `wanted` without spaces. The search begins at `at`
+    and then goes on from the beginning."""
     for first in (*range(at, len(words)), *range(at)):
         spelt = ""
         for last in range(first, len(words)):

@@ -1,7 +1,7 @@
-"""The folder of results: report.md for a person, metrics.json for a program, predictions, plots, the model.
+"""Writes the folder of results: report.md for people, metrics.json for programs, predictions, plots and the model.
 
-Figures are of test. Those of all seeds are averaged; whatever needs one model (tables, plots, errors, predictions)
-is of the seed that is best on dev.
+All figures are those on test, averaged over the seeds. Whatever needs a single model (tables, plots, errors,
+predictions) comes from the seed that is best on dev.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from minisobert.tasks import metrics
 from minisobert.tasks.dataset import Dataset
 
 WORST = 20
-WIDEST = 8  # classes of a table that a page has room for; the plot has MANY
+WIDEST = 8  # classes in a table, for which a page has room; a plot has room for MANY
 SHOWN = 1_000  # characters of a document among the worst errors
 UNUSED = {
     "tfidf": ("epochs", "learning_rate", "tokens_per_batch", "pairs_per_batch", "pair_tokens", "dropout", "long"),
     "hf": ("dropout",),
-}  # of the settings; TF-IDF reads whole texts, however long
+}  # settings that a model ignores; TF-IDF reads whole texts, however long
 
 
 def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Outcome]) -> None:
@@ -69,8 +69,8 @@ def write(folder: Path, config: FineTuneConfig, data: Dataset, outcomes: list[Ou
 
 
 def _beside(data: Dataset, outcomes: list[Outcome]) -> dict[str, dict[str, float]]:
-    """Of pairs, the figures of TF-IDF, where scikit-learn is there, and of the model before it was trained; of numbers
-    those of always giving the same one."""
+    """Figures to compare with. For pairs: those of TF-IDF, if scikit-learn is installed, and of the model before its
+    training. For numbers: those of always predicting the mean."""
     if data.number:
         return {"always the mean of train": evaluation.always_the_mean(data)}
     found = {}
@@ -82,7 +82,7 @@ def _beside(data: Dataset, outcomes: list[Outcome]) -> dict[str, dict[str, float
 
 
 def summary(data: Dataset, model: str, evaluated: Evaluation) -> dict:
-    """What metrics.json says of any model."""
+    """What metrics.json says about every model."""
     return {
         "task": data.task.name,
         "model": model,
@@ -95,16 +95,16 @@ def summary(data: Dataset, model: str, evaluated: Evaluation) -> dict:
 
 
 def headline(data: Dataset, outcomes: list[Outcome]) -> str:
-    """`f1 0.5712 ± 0.0049 on test, 3 seeds`"""
+    """Such as `f1 0.5712 ± 0.0049 on test, 3 seeds`."""
     results = evaluation.mean_and_deviation([evaluation.evaluate(data, data.test, o.test).figures for o in outcomes])
     name = evaluation.main_figure(data)
     return f"{name} {_plus_minus(results, name)} on test, {_count(len(outcomes), 'seed')}"
 
 
 def write_predictions(path: Path, data: Dataset, probabilities: list[np.ndarray]) -> None:
-    """A row for each document, with the probabilities of all classes, or of more than MANY those of the true and of
-    the predicted one; with the number; for token tasks a row for each word; for pairs one for each query, with what it
-    found first."""
+    """Writes a .csv. It has a row for each document, with its number or the probabilities of all classes (with more
+    than MANY classes, of the true and the predicted one); for token tasks a row for each word; for pairs a row for each
+    query, with the text that it found first."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         if data.number:
@@ -204,7 +204,7 @@ def _numbers(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
 
 
 def _queries(data: Dataset, results: list[np.ndarray]) -> Iterable[str]:
-    """The figures' meaning, and the queries of pairs that found their text last."""
+    """What the figures of pairs mean, and the queries that found their text last."""
     candidates = retrieval.searches(data)[1].candidates
     yield f"A query of test searches {len(candidates):,} texts, those of all pairs, by the cosine of their vectors."
     yield "recall_at_k: the share of queries that find their own among the first k. mrr: the mean of 1 / rank.\n"
@@ -253,7 +253,7 @@ def _taken(data: Dataset, evaluated: Evaluation) -> Iterable[str]:
 
 
 def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
-    surprise = []  # -log p(truth) of each that is wrong
+    surprise = []  # (-log p(truth), index) of each wrong prediction
     for i, (e, p) in enumerate(zip(data.test, probabilities)):
         if data.several:
             truth = evaluation.truth_of(data, [e])[0]
@@ -283,7 +283,7 @@ def _worst(data: Dataset, probabilities: list[np.ndarray]) -> Iterable[str]:
 
 
 def _matrix(evaluated: Evaluation, data: Dataset) -> str:
-    """The title of the confusion matrix: which classes it shows."""
+    """The title of the confusion matrix, which says which classes it shows."""
     if len(evaluated.classes) <= metrics.MANY:
         return "Confusion matrix"
     count = len(data.labels if data.kind == "sequence" else evaluated.per_class)
@@ -295,7 +295,7 @@ def _beginning(text: str, most: int = SHOWN) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As code in an item of a list, whatever marks it has."""
+    """The text as code inside an item of a list, so that no marks in it are interpreted."""
     return "".join(f"        {line}\n" for line in printable(text).splitlines())
 
 

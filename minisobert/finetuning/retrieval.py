@@ -1,16 +1,16 @@
-"""Embeddings that retrieve: contrastive training on pairs of texts, and how well a query then finds what belongs to it.
+"""Embeddings that retrieve: contrastive training on pairs of texts, and how well a query then finds its text.
 
-For a batch of n pairs whose vectors q_i and c_i are scaled to length 1, with s_ij = q_i · c_j / TEMPERATURE:
+For a batch of n pairs, whose vectors q_i and c_i are scaled to length 1, with s_ij = q_i · c_j / TEMPERATURE:
 
     loss = -1/2 Σ_i ( log softmax(s_i·)_i + log softmax(s_·i)_i )
 
-so that every other text of the batch is a negative (InfoNCE, van den Oord et al. 2018, in both directions). A text that
-belongs to the query by another pair is none.
+Every other text of the batch is a negative (InfoNCE, van den Oord et al. 2018, in both directions), except texts that
+belong to the query by another pair.
 
-The more pairs there are in a batch, the harder are its negatives, but memory holds the states of few tokens. So the
-vectors are made twice, as in GradCache (Gao et al. 2021): without gradients for the whole batch, which gives the
-gradient of the loss in each vector; then part by part with gradients, which that one goes back through. Dropout is
-counted, so that the second time drops the same.
+More pairs in a batch make harder negatives, but memory can hold the states of only a few tokens. So the vectors are
+computed twice, as in GradCache (Gao et al. 2021): first without gradients for the whole batch, which gives the gradient
+of the loss in each vector; then part by part, and each part's gradient is propagated back through the model. Dropout
+is a counted hash, so it drops the same elements both times.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from minisobert.tasks.dataset import Dataset, Example
 from minisobert.tasks.splits import fingerprint
 
 TEMPERATURE = 0.05
-MOST = 10_000  # texts that a query of test is to find its own among
+MOST = 10_000  # texts that a query of test searches, at most
 CHUNK = 1_024  # queries whose similarities to all candidates are in memory at a time
 
 
 class Search(NamedTuple):
-    """Queries, and the texts that they search. targets: (n,) which text belongs to each query. also: (n,) of each
-    query the other texts that belong to it, which count neither for nor against it."""
+    """Queries, and the texts that they search. targets: (n,) which text belongs to each query. also: (n,) for each
+    query, which other texts belong to it; these count neither for nor against it."""
 
     queries: list[str]
     candidates: list[str]
@@ -56,8 +56,8 @@ class Search(NamedTuple):
 
 
 def search(examples: list[Example], others: Sequence[Example] = (), most: int = MOST) -> Search:
-    """The queries of `examples` among their own texts and, up to `most` in all, those of `others`. The same text is
-    there once, whatever its case and white space."""
+    """The queries of `examples`, which search the texts of `examples` and, up to `most` in all, those of `others`.
+    Texts that differ only in case and white space are one text."""
     place: dict[str, int] = {}
     candidates: list[str] = []
     of_query: dict[str, set[int]] = {}
@@ -75,15 +75,15 @@ def search(examples: list[Example], others: Sequence[Example] = (), most: int = 
 
 
 def searches(data: Dataset) -> tuple[Search, Search]:
-    """Of dev, among its own texts, and of test, among those of all splits."""
+    """The searches of dev, among its own texts, and of test, among those of all splits."""
     return search(data.dev), search(data.test, [*data.dev, *data.train])
 
 
 def found(task: Search, queries, candidates) -> list[np.ndarray]:
-    """Of each query (2,): the rank of its own text, from 1, and which candidate came first. A text that is as similar
-    as the query's own comes before it.
+    """For each query (2,): the rank of its own text, from 1, and the index of the candidate that came first. Texts that
+    are exactly as similar as the query's own rank before it.
 
-    queries, candidates: their vectors as rows of length 1, NumPy or scipy's sparse.
+    queries, candidates: their vectors as rows of length 1, in NumPy or as a sparse matrix of scipy.
     """
     results = []
     for start in range(0, len(task.queries), CHUNK):
@@ -117,18 +117,19 @@ class Network:
         return [encoder.with_specials(each[:longest], self.tokenizer) for each in ids]
 
     def vectors(self, ids: list[np.ndarray], step: int | None = None, part: int = 0) -> Tensor:
-        """(n, h) fp32, of length 1. step, part: of training, with dropout; None: without."""
+        """(n, h) fp32 vectors of length 1. step, part: the training step and the part of its batch, for dropout; no
+        dropout if step is None."""
         dropout = None
         if step is not None:
             layers = self.module.config.layers
             dropout = Dropout.for_step(self.dropout, self.seed, step, layers, self.device)
-            # no part drops what another one does
+            # each part has masks of its own
             dropout = dropout and dataclasses.replace(dropout, token_offset=part << 20)
         return F.normalize(self.module(*encoder.packed(ids, self.device), dropout))
 
     @torch.no_grad()
     def embed(self, ids: list[np.ndarray]) -> np.ndarray:
-        """(n, h) fp32, of length 1."""
+        """(n, h) fp32 vectors of length 1."""
         lengths = np.array([len(each) for each in ids])
         result = np.empty((len(ids), self.module.config.hidden), np.float32)
         for batch in batches(lengths, EVAL_TOKENS, np.argsort(lengths, kind="stable")):
@@ -138,12 +139,12 @@ class Network:
     def backward(
         self, queries: list[np.ndarray], others: list[np.ndarray], no_negatives: Tensor, tokens: int, step: int
     ) -> float:
-        """Adds the gradient of the summed loss of a batch, and returns that loss. no_negatives: (n, n) bool, pairs of a
-        query and a text of another pair that belong together. tokens: of a part, at most."""
+        """Adds the gradient of the summed loss of a batch, and returns that loss. no_negatives: (n, n) bool, True where
+        a query and the text of another pair belong together. tokens: the most that a part may have."""
         ids = [*queries, *others]
         lengths = np.array([len(each) for each in ids])
         parts = list(batches(lengths, tokens, np.argsort(lengths, kind="stable")))
-        if len(parts) == 1:  # no need to make them twice
+        if len(parts) == 1:  # no need to compute them twice
             made = self.vectors(ids, step)
             loss = contrastive_loss(made[: len(queries)], made[len(queries) :], no_negatives.to(self.device))
             loss.backward()
@@ -164,17 +165,18 @@ class Network:
 
 
 def contrastive_loss(queries: Tensor, others: Tensor, no_negatives: Tensor) -> Tensor:
-    """The sum over the pairs. queries, others: (n, h) of length 1. no_negatives: (n, n) bool, False on the diagonal."""
+    """The loss, summed over the pairs. queries, others: (n, h) vectors of length 1. no_negatives: (n, n) bool, False on
+    the diagonal."""
     similarities = (queries @ others.T / TEMPERATURE).masked_fill(no_negatives, -torch.inf)
     own = similarities.diagonal()
     return (similarities.logsumexp(1) + similarities.logsumexp(0) - 2 * own).sum() / 2
 
 
 class Start(encoder.Start):
-    """Where training on pairs begins: an encoder, or what an earlier training on pairs has made of one."""
+    """A starting point for pairs: an encoder, or the result of an earlier training on pairs."""
 
     def __init__(self, config: FineTuneConfig):
-        """Raises ValueError where there is no such model."""
+        """Raises ValueError if there is no such model."""
         folder = Path(config.model) / "model"
         if not (folder / "task.json").is_file():
             super().__init__(config)
@@ -230,13 +232,13 @@ class Start(encoder.Start):
         return dataclasses.replace(outcome, test=ranks(test), before=before)
 
     def _shortened(self, ids: np.ndarray) -> np.ndarray:
-        """Without what training does not read, but with [SEP]."""
+        """The ids that training reads: at most pair_tokens of them, with [SEP] at the end."""
         most = self.config.pair_tokens - 1
         return np.concatenate([ids[:most], ids[-1:]]) if len(ids) > most + 1 else ids
 
 
 def open_network(folder: Path) -> Network:
-    """What `save` wrote."""
+    """Opens what `save` wrote."""
     model = Embedder(ModelConfig(**json.loads((folder / "config.json").read_text())))
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
     return Network(model, open_tokenizer(folder))

@@ -1,4 +1,4 @@
-"""What a fine-tuning begins with: the examples of its task, and the model that is to learn them."""
+"""Loads what fine-tuning begins with: the examples of the task, and the model that will learn them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minisobert.tasks.dataset import Dataset
 
 
 def read_data(config: FineTuneConfig) -> Dataset:
-    """Raises ValueError for whatever is wrong with the files."""
+    """The examples of the task. Raises ValueError if anything is wrong with the files."""
     task = TASKS[config.task]
     options = {name: getattr(config, name) for name in task.options}
     data = task.read([Path(path) for path in config.data], SPLIT_SEED, **options)
@@ -22,7 +22,8 @@ def read_data(config: FineTuneConfig) -> Dataset:
 
 
 def starting_point(config: FineTuneConfig) -> baselines.TfIdf | huggingface.Start | encoder.Start | retrieval.Start:
-    """Something with train(data, seed, score). Raises ValueError where there is no such model."""
+    """An object with train(data, seed, score). Raises ValueError if there is no such model, or if it cannot do what the
+    options ask for."""
     if config.pooling == "mean" and (config.model == "tfidf" or config.model.startswith("hf:")):
         raise ValueError(
             f"--pooling mean is for modern models of minisobert, and --model is {config.model}; leave it out"

@@ -1,1 +1,1 @@
-"""Hugging Face's format: what a model of ours is called there, and a folder that its libraries load."""
+"""Hugging Face's format: exports our models as folders that its libraries load, and imports such folders."""

@@ -1,4 +1,4 @@
-"""To and from Hugging Face's format: `python -m minisobert.hub export` and `import`."""
+"""Converts models to and from Hugging Face's format: `python -m minisobert.hub export` and `import`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _add_import(commands) -> None:
 
 def _import(options) -> None:
     import_run(options.source, options.out)
-    print(f"{options.out}: go on from it with train.py --init, on data that data.prepare made with it as --tokenizer")
+    print(f"{options.out}: continue it with train.py --init, on data that data.prepare made with it as --tokenizer")
 
 
 def _export(options) -> None:

@@ -1,7 +1,7 @@
-"""The model card of an exported folder: what the model is, how to load it, and what it was trained on and how.
+"""The model card of an exported folder: what the model is, how to load it, and how and on what it was trained.
 
-Everything comes from the run's own files. What they do not know (the corpus of an older run, a price that was not
-given) is left out.
+Everything comes from the run's own files. What they do not say (the corpus of an older run, a price that was not given)
+is left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minisobert.training.run import Trained, read_metrics
 
 @dataclass
 class Pretrained:
-    """What a run's folder says of one of its checkpoints. {} is unknown."""
+    """What a run's folder says about one of its checkpoints. {} means unknown."""
 
     recipe: dict  # the options of the run
-    corpus: dict  # meta.json of its shards, but for the files
+    corpus: dict  # meta.json of its shards, without the files
     vocabulary: str  # in words
-    history: list[dict]  # what the weights had been through before
+    history: list[dict]  # where the weights came from
     progress: dict  # counters of the checkpoint
     metrics: dict  # the last line of metrics.jsonl up to the checkpoint
     held_out: dict  # the last such line with a validation loss
@@ -40,7 +40,7 @@ class FineTuned:
 
 
 def pretrained(run: Path, path: Path, trained: Trained) -> Pretrained:
-    """path: of the checkpoint, from which `trained` was opened."""
+    """path: the checkpoint from which `trained` was opened."""
     described, state = json.loads((run / "config.json").read_text()), checkpoint.read_state(path)
     lines = []
     with suppress(ValueError):  # no metrics: the card says less
@@ -60,13 +60,13 @@ def pretrained(run: Path, path: Path, trained: Trained) -> Pretrained:
 
 
 def card(name: str, format: str, model: Model, about: Pretrained | FineTuned, picture: bool) -> str:
-    """The content of README.md. name: of the folder; picture: whether it holds loss.png."""
+    """The content of README.md. name: that of the folder; picture: whether the folder holds loss.png."""
     sections = _pretrained(name, format, about, picture) if isinstance(about, Pretrained) else _fine_tuned(name, about)
     return "\n".join([*_front(format, about), f"# {name}\n", _model(format, model), *sections])
 
 
 def _front(format: str, about: Pretrained | FineTuned) -> list[str]:
-    """The YAML that the Hub reads."""
+    """The YAML at the top, which the Hub reads."""
     if isinstance(about, Pretrained):
         pipeline, tags = "fill-mask", ["sentence-transformers", "feature-extraction"]
     elif about.task["kind"] == "pair":
@@ -193,7 +193,7 @@ def _training(about: Pretrained, picture: bool) -> list[str]:
 
 
 def _history(about: Pretrained) -> list[str]:
-    """Where training went on from, the oldest first."""
+    """The models from which training continued, the oldest first."""
     lines = []
     for entry in about.history:
         if "imported" in entry:

@@ -1,4 +1,4 @@
-"""The sizes of a model of ours as the config.json of transformers has them."""
+"""The sizes of our models in the form of transformers' config.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ACTIVATION = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 def configuration(config: ModelConfig, format: str, dropout: float = 0.0, vocabulary: Vocabulary | None = None) -> dict:
     """All that `transformers.AutoConfig.for_model` needs for a model that computes what ours does.
 
-    format: one of `weights.FORMATS`. dropout: of every place that has it here. transformers has it elsewhere in the MLP
-    of a modernbert, so that training continues there in a slightly different way. vocabulary: with the special ids;
-    by default of one of our own tokenizers.
+    format: one of `weights.FORMATS`. dropout: the rate at every place where our models have dropout. In the MLP of a
+    modernbert, transformers has it at another place, so training continues slightly differently there. vocabulary:
+    gives the special ids (default: those of our own tokenizers).
     """
     special = vocabulary or our_vocabulary(config.vocabulary)
     return {
@@ -47,7 +47,7 @@ def _modern(config: ModelConfig, dropout: float) -> dict:
             "full_attention": {"rope_type": "default", "rope_theta": config.rope_base},
             "sliding_attention": {"rope_type": "default", "rope_theta": config.local_rope_base},
         },
-        # the same in the words of transformers 4
+        # the same, as transformers 4 writes it
         "global_attn_every_n_layers": config.global_every,
         "global_rope_theta": config.rope_base,
         "local_rope_theta": config.local_rope_base,
@@ -58,7 +58,7 @@ def _modern(config: ModelConfig, dropout: float) -> dict:
 
 
 def _megatron(config: ModelConfig, format: str, dropout: float, padding: int) -> dict:
-    # xlm-roberta-xl counts positions from the padding id + 1 on
+    # xlm-roberta-xl counts positions from its padding id + 1
     positions = config.positions + (padding + 1 if format == "xlm-roberta-xl" else 0)
     return {
         "max_position_embeddings": positions,

@@ -1,12 +1,12 @@
-"""A trained model as a folder that transformers and sentence-transformers load, with no code of ours.
+"""Writes a trained model as a folder that transformers and sentence-transformers load without any code of ours.
 
-    model.safetensors            fp32 weights, under their names
-    config.json                  sizes, and of a classifier its labels
+    model.safetensors            fp32 weights, under transformers' names
+    config.json                  the sizes; for a classifier, its labels too
     tokenizer.json, …            see tokenizer_json.py
-    modules.json, 1_Pooling/ …   of a run, or a model of pairs: sentence-transformers' mean pooling
+    modules.json, 1_Pooling/ …   for a run or a model of pairs: sentence-transformers' mean pooling
     README.md, loss.png          the model card
 
-Writing it takes none of those libraries.
+None of those libraries is needed to write it.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from minisobert.training.run import checkpoint_of, open_run
 
 # The names of transformers' classes, up to "For…"
 CLASSES = {"modernbert": "ModernBert", "megatron-bert": "MegatronBert", "xlm-roberta-xl": "XLMRobertaXL"}
-NEVER = -1e4  # the bias of rows that belong to no piece, so that no mask is filled with one; half precision can hold it
+NEVER = -1e4  # the decoder's bias for ids without a piece, so that no mask is filled with one; fp16 can hold it
 
 
 @dataclass
 class Source:
-    """What is to be exported. kind: of `transformers.AutoModelForKIND`, or "" for AutoModel."""
+    """What to export. kind: KIND of `transformers.AutoModelForKIND`, or "" for AutoModel."""
 
     model: Model
     tokenizer: Tokenizer | JsonTokenizer
     kind: str
     dropout: float
     labels: Sequence[str] = ()
-    several: bool = False  # of the labels may belong to a text
+    several: bool = False  # a text may have several of the labels
     number: bool = False  # the one label is the name of a number
 
 
 def export(source: str, out: str, format: str = "", checkpoint: str = "") -> str:
-    """Writes the folder `out` for the run, or the fine-tuned model, in the folder `source`. Returns the format.
+    """Writes the run or the fine-tuned model in the folder `source` as the folder `out`. Returns the format.
 
-    format: one of `weights.FORMATS`, or "" for modernbert or xlm-roberta-xl, as the architecture is. checkpoint: of a
-    run, "last" (or ""), "best" or "step-N". Raises ValueError where there is no such model, the format is of another
-    architecture, or `out` exists.
+    format: one of `weights.FORMATS`; "" chooses modernbert or xlm-roberta-xl by the architecture. checkpoint: that of a
+    run, "last" (or ""), "best" or "step-N". Raises ValueError if there is no such model, if the format is of another
+    architecture, or if `out` exists.
     """
     with new_folder(out) as folder:
         if (Path(source) / "model/task.json").is_file():
@@ -86,7 +86,7 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
     if task["format"] == "transformers":
         raise ValueError(f"{out / 'model'} is in Hugging Face's format already; use that folder")
     if task["format"] == "tfidf":
-        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a model that is a network")
+        raise ValueError(f"{out} is TF-IDF, for which Hugging Face has no format; export a neural network")
     results = json.loads((out / "metrics.json").read_text())
     if task["kind"] == "pair":
         network = retrieval.open_network(out / "model")
@@ -102,18 +102,18 @@ def _fine_tuned(out: Path) -> tuple[Source, card.FineTuned]:
 
 
 def write(folder: Path, source: Source, format: str) -> None:
-    """All but the card."""
+    """Writes all files except the card."""
     config = source.model.config
     named = {name: parameter.detach().float() for name, parameter in source.model.named_parameters()}
     if source.kind == "MaskedLM":
         if config.gelu == "tanh" and format == "xlm-roberta-xl":
             raise ValueError(
-                "this model has the tanh form of GELU, and xlm-roberta-xl's head the exact one; give --as megatron-bert"
+                "this model has the tanh form of GELU, and xlm-roberta-xl has the exact one; give --as megatron-bert"
             )
         bias = named["mlm_head.decoder.bias"] = named["mlm_head.decoder.bias"].clone()
         bias[source.tokenizer.vocab_size :] = NEVER
     special, theirs = source.tokenizer.vocabulary, to_theirs(named, config, format)
-    if format == "xlm-roberta-xl" and special.pad:  # one row is there already
+    if format == "xlm-roberta-xl" and special.pad:  # `to_theirs` has added one row already
         name = next(name for name in theirs if name.endswith("embeddings.position_embeddings.weight"))
         theirs[name] = torch.cat([theirs[name].new_zeros(special.pad, config.hidden), theirs[name]])
     write_safetensors(folder / "model.safetensors", theirs, {"format": "pt"})
@@ -132,19 +132,19 @@ def write(folder: Path, source: Source, format: str) -> None:
     write_json(folder / "config.json", {**described, "dtype": "float32"})
     for name, content in tokenizer_files(source.tokenizer, config.positions).items():
         write_json(folder / name, content)
-    # for ourselves: faster than tokenizer.json, and exact where that one is not
+    # for our own use: faster than tokenizer.json, and exact where that is not
     (folder / source.tokenizer.file_name).write_bytes(source.tokenizer.content)
     if source.kind in ("MaskedLM", ""):
         _write_pooling(folder, config.hidden, config.positions, format)
 
 
 def _write_pooling(folder: Path, hidden: int, positions: int, format: str) -> None:
-    """sentence-transformers' files: the vector of a text is the mean of its tokens' final states."""
+    """Writes the files of sentence-transformers: the vector of a text is the mean of its tokens' final states."""
     of = "sentence_transformers.models"
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{of}.Transformer"},
                {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{of}.Pooling"}]  # fmt: skip
     write_json(folder / "modules.json", modules)
-    # otherwise their classes for the paper's architecture add a pooler at random, and warn of it
+    # otherwise their classes for the paper's architecture add a pooler with random weights, and warn of it
     arguments = {} if format == "modernbert" else {"model_args": {"add_pooling_layer": False}}
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False, **arguments})
     (folder / "1_Pooling").mkdir()
@@ -153,7 +153,7 @@ def _write_pooling(folder: Path, hidden: int, positions: int, format: str) -> No
 
 
 def _picture(run: Path, path: Path) -> bool:
-    """Draws the run's losses. False where matplotlib is not installed or the run has kept no metrics."""
+    """Draws the run's losses. Returns False if matplotlib is not installed or the run has no metrics."""
     with suppress(ValueError):
         plot([run], path)
     return path.exists()

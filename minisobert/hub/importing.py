@@ -1,8 +1,8 @@
-"""A folder in Hugging Face's format as a model of ours, and as the folder of a run that has not begun.
+"""Reads a folder in Hugging Face's format as a model of ours, or turns it into the folder of a run that has not begun.
 
     python -m minisobert.hub import DIR --out RUN
 
-Nothing of transformers is needed, and nothing in the folder is executed: weights come from safetensors, or from a
+transformers is not needed, and nothing in the folder is executed: the weights are read from safetensors, or from a
 pytorch_model.bin that torch opens with weights_only.
 """
 
@@ -29,30 +29,30 @@ from minisobert.model import Classifier, Embedder, MaskedLM, Model
 from minisobert.training import checkpoint
 from minisobert.training.run import Trained, open_run
 
-# What a ModernBERT may say of itself that ours cannot be, with the value that it must have
+# Options of a ModernBERT that ours does not have, each with the only value that is accepted
 _FIXED = {"attention_bias": False, "mlp_bias": False, "norm_bias": False, "classifier_bias": False}
 _GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
 
 @dataclass(frozen=True)
 class Imported:
-    model: Model  # a MaskedLM, a Classifier or, of an encoder without a head, an Embedder; in fp32, on the CPU
+    model: Model  # a MaskedLM, a Classifier or, for an encoder without a head, an Embedder; in fp32, on the CPU
     tokenizer: Tokenizer | JsonTokenizer
     format: str  # one of FORMATS
     labels: tuple[str, ...] = ()  # of a Classifier, in the order of its logits
     of_documents: bool = False  # a Classifier of whole documents, not of words
-    several: bool = False  # of the labels may belong to a document
-    number: bool = False  # what it gives of a document is a number, whose name is the one label
+    several: bool = False  # a document may have several of the labels
+    number: bool = False  # it predicts a number for a document, and the one label is the number's name
 
 
 def read(folder: str | Path) -> Imported:
-    """The model in a folder of Hugging Face's. Raises ValueError where it is none that can be one of ours."""
+    """The model in a folder in Hugging Face's format. Raises ValueError if it cannot be one of our models."""
     folder = Path(folder)
     try:
         theirs = json.loads((folder / "config.json").read_text())
         architecture = theirs["model_type"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder} is no model in Hugging Face's format (config.json: {reason(error)})") from None
+        raise ValueError(f"{folder} is not a model in Hugging Face's format (config.json: {reason(error)})") from None
     if architecture not in FORMATS:
         raise ValueError(
             f"{folder} holds a {architecture!r}; minisobert imports {words(FORMATS)}. For fine-tuning alone, "
@@ -61,7 +61,9 @@ def read(folder: str | Path) -> Imported:
     try:
         config = our_config(theirs)
     except (LookupError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} lacks or garbles what a {architecture} has ({error!r})") from None
+        raise ValueError(
+            f"{folder / 'config.json'} lacks an entry of a {architecture}, or has a wrong one ({error!r})"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tensors = read_weights(folder)
@@ -81,11 +83,11 @@ def read(folder: str | Path) -> Imported:
     else:
         model = (MaskedLM if "mlm_head.decoder.bias" in ours else Embedder)(config)
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()})
-    tokenizer = open_tokenizer(folder)  # ours where the folder was exported from here
+    tokenizer = open_tokenizer(folder)  # our own if minisobert exported the folder
     if tokenizer.vocab_size > config.vocabulary:
         raise ValueError(
-            f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, the model {config.vocabulary:,} rows of "
-            "embeddings; it is the tokenizer of another model"
+            f"{folder / tokenizer.file_name} has {tokenizer.vocab_size:,} ids, but the model has "
+            f"{config.vocabulary:,} rows of embeddings; it is the tokenizer of another model"
         )
     problem = theirs.get("problem_type") if labels else None
     several, number = problem == "multi_label_classification", problem == "regression" and len(labels) == 1
@@ -93,14 +95,18 @@ def read(folder: str | Path) -> Imported:
 
 
 def our_config(theirs: dict) -> ModelConfig:
-    """Of the content of a config.json. Raises ValueError for what ours cannot be, LookupError for what is missing."""
+    """The config of our model, from the content of a config.json. Raises ValueError for what our models do not have,
+    LookupError for what is missing."""
     modern, activation = theirs["model_type"] == "modernbert", theirs.get("hidden_act", "gelu")
     activation = theirs.get("hidden_activation", "gelu") if modern else activation
     if activation not in _GELU:
         raise ValueError(f"the activation is {activation!r}; minisobert has {words(_GELU)}")
     of_head = {"modernbert": theirs.get("classifier_activation", "gelu"), "xlm-roberta-xl": "gelu"}
     if _GELU.get(other := of_head.get(theirs["model_type"], activation)) != _GELU[activation]:
-        raise ValueError(f"the activation of the layers is {activation!r}, of the head {other!r}; minisobert has one")
+        raise ValueError(
+            f"the activation of the layers is {activation!r}, and that of the head {other!r}; minisobert has the same "
+            "in both"
+        )
     sizes = {
         "layers": theirs["num_hidden_layers"], "hidden": theirs["hidden_size"], "heads": theirs["num_attention_heads"],
         "ffn": theirs["intermediate_size"], "vocabulary": theirs["vocab_size"], "gelu": _GELU[activation],
@@ -112,14 +118,14 @@ def our_config(theirs: dict) -> ModelConfig:
             **_attention(theirs, sizes["layers"]),
         )  # fmt: skip
     if theirs.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"its positions are {theirs['position_embedding_type']!r}; minisobert has absolute ones")
+        raise ValueError(f"its positions are {theirs['position_embedding_type']!r}; minisobert has only absolute ones")
     if theirs["model_type"] == "xlm-roberta-xl":
-        positions -= theirs["pad_token_id"] + 1  # rows of the table that no token has
+        positions -= theirs["pad_token_id"] + 1  # rows of the table that no token uses
     return ModelConfig(**sizes, positions=positions, norm_eps=theirs.get("layer_norm_eps", 1e-12))
 
 
 def _attention(theirs: dict, layers: int) -> dict:
-    """Windows and rotary bases of a ModernBERT, as transformers 5 writes them or as version 4 did."""
+    """Windows and rotary bases of a ModernBERT, as transformers 5 or version 4 writes them."""
     for name, value in _FIXED.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"{name} is {theirs[name]}; the layers of minisobert's modernbert have no biases")
@@ -131,13 +137,13 @@ def _attention(theirs: dict, layers: int) -> dict:
         if not matching:
             raise ValueError(
                 f"layer_types are {''.join('g' if each else 'l' for each in is_global)} (g: full attention); in "
-                "minisobert every n-th layer from the first on has it"
+                "minisobert every n-th layer has it, beginning with the first"
             )
         every = every if every in matching else matching[0]
     bases = theirs.get("rope_parameters") or {}
     for name, base in bases.items():
         if base.get("rope_type", "default") != "default":
-            raise ValueError(f"the rotary positions of {name} are {base['rope_type']!r}; minisobert has default ones")
+            raise ValueError(f"the rotary positions of {name} are {base['rope_type']!r}; minisobert has only 'default'")
     local = theirs.get("local_rope_theta")
     whole = bases.get("full_attention", {}).get("rope_theta", theirs.get("global_rope_theta", 160_000.0))
     windowed = bases.get("sliding_attention", {}).get("rope_theta", 10_000.0 if local is None else local)
@@ -148,7 +154,8 @@ def _attention(theirs: dict, layers: int) -> dict:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, whichever of transformers' files they are in."""
+    """All tensors in a folder, in whichever of transformers' files they are. Raises ValueError if there are none, or if
+    they cannot be read."""
     for name, opened in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_pickle)):
         index = folder / f"{name}.index.json"
         try:
@@ -167,8 +174,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _one_row_before(tensors: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
-    """With the tables of an xlm-roberta-xl as large as where its padding id is 0: positions count from the padding id
-    + 1 on, and ours has a second token type, which nothing uses."""
+    """The tensors of an xlm-roberta-xl as they would be with a padding id of 0, since it counts positions from the
+    padding id + 1; and with a second token type, which ours has and nothing uses."""
     tensors = dict(tensors)
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_embeddings.weight"):
@@ -183,8 +190,8 @@ def _what(model: Model) -> str:
 
 
 def import_run(folder: str | Path, out: str | Path) -> None:
-    """Writes the folder of a run at step 0 with a model's weights and tokenizer, for `train.py --init`, fine-tuning and
-    whatever else takes a run. Raises ValueError where the model is none that can be imported, or `out` exists."""
+    """Writes the folder of a run at step 0, with the weights and the tokenizer of a model, for `train.py --init`,
+    fine-tuning and all else that takes a run. Raises ValueError if the model cannot be imported, or if `out` exists."""
     with new_folder(out) as run:
         imported = read(folder)
         if not isinstance(imported.model, MaskedLM):
@@ -207,21 +214,21 @@ def import_run(folder: str | Path, out: str | Path) -> None:
 
 
 def open_model(path: str | Path) -> Trained:
-    """A run of ours, or a folder of Hugging Face's, whose masked language model is wanted. Raises ValueError where it
-    is neither."""
+    """The masked language model in a run of ours, or in a folder in Hugging Face's format. Raises ValueError if the
+    path is neither, or if it holds another kind of model."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give the --out of a train.py, or a folder in Hugging Face's format")
+        raise ValueError(f"{path} is not a folder; give the --out of train.py, or a folder in Hugging Face's format")
     if (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
         return open_run(path)
     imported = read(path)
     if not isinstance(imported.model, MaskedLM):
-        raise ValueError(f"{path} holds {_what(imported.model)}; a masked language model is wanted")
+        raise ValueError(f"{path} holds {_what(imported.model)}; a masked language model is needed")
     return Trained(imported.model, imported.tokenizer, [{"imported": imported.format, "from": path.resolve().name}])
 
 
 def open_init(path: str, shards: Shards) -> Trained:
-    """The model of --init. Raises ValueError where the corpus is in the ids of another tokenizer than the model's."""
+    """The model of --init. Raises ValueError if the corpus was encoded by another tokenizer than the model's."""
     init = open_model(path)
     if init.tokenizer.content != shards.tokenizer_file.read_bytes():
         raise ValueError(

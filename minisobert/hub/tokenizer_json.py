@@ -1,13 +1,13 @@
 """Our SentencePiece model as the files of a fast tokenizer of Hugging Face.
 
-The two give the same ids for every text but two kinds. Both are rare, and a file cannot say otherwise:
+The two give the same ids, except in two rare cases that the format cannot express:
 
-    U+2581              ours spells it in bytes; theirs takes it for a space, whose mark it is in the pieces of both
-    [MASK], [SEP], …    ours takes such words in a text for what they are, letters; theirs for the special pieces
+    U+2581              ours encodes it as bytes; theirs reads it as a space, which it marks in the pieces of both
+    [MASK], [SEP], …    ours reads such words in a text as plain letters; theirs reads them as the special pieces
 
-SentencePiece merges the two neighbours whose union is the piece with the highest score, the leftmost of several. A
-`tokenizers` BPE has a list of pairs instead and merges the one that comes first in it. So each piece gives a pair for
-each way to cut it into two pieces, in the order of the scores.
+SentencePiece merges the two neighbours whose union is the piece with the highest score, and the leftmost of several. A
+BPE of `tokenizers` has a list of pairs instead, and merges the pair that is first in the list. So the list has, for
+each piece in the order of the scores, a pair for each way to cut it into two pieces.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _ROLES = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP
 
 
 def tokenizer_files(tokenizer: Tokenizer | JsonTokenizer, longest: int) -> dict[str, dict]:
-    """File name → content, but for the tokenizer.json that an imported model has already. longest: tokens in a document
-    that the model can read, [CLS] and [SEP] among them."""
-    # without this file AutoTokenizer goes by the model's type, to a class that gives other ids, and says nothing
+    """File name → content of all files, except the tokenizer.json that an imported model already has. longest: the
+    number of tokens in a document that the model can read, [CLS] and [SEP] included."""
+    # without this file, AutoTokenizer chooses a class by the model's type, which silently gives other ids
     common = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
@@ -49,7 +49,7 @@ def tokenizer_files(tokenizer: Tokenizer | JsonTokenizer, longest: int) -> dict[
 
 
 def _special(i: int) -> dict:
-    """A special piece as an AddedToken. [MASK] takes the space before it, as every piece does: otherwise that space
+    """A special piece as an AddedToken. [MASK] includes the space before it, as every piece does. Otherwise that space
     would be a piece of its own, which no model has seen before a mask."""
     return {
         "content": SPECIAL_PIECES[i],

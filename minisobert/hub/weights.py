@@ -1,14 +1,14 @@
 """Our weights under Hugging Face's names, and theirs under ours: one table for each of their architectures.
 
     modernbert       our modernbert
-    megatron-bert    our megatron-bert, which transformers runs with eager attention alone
+    megatron-bert    our megatron-bert, for which transformers has eager attention only
     xlm-roberta-xl   our megatron-bert again: the same function, with SDPA and FlashAttention in transformers
 
-A table maps modules; their weights and biases go together. All tensors go over as they are but two kinds:
+A table maps modules, each with its weight and its bias. All tensors are the same on both sides, except
 
     qkv         our 3h rows are (H, 3, d), so that a slice of them is whole heads; theirs are (3, H, d), in one matrix
-                or cut into three
-    positions   xlm-roberta-xl counts positions from its padding id + 1 on: one row, of zeros, comes before ours
+                or in three
+    positions   xlm-roberta-xl counts positions from its padding id + 1, so a row of zeros comes before ours
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from minisobert.cli import words
 from minisobert.config import ModelConfig
 from minisobert.model import Classifier, Embedder, MaskedLM, Model
 
-# Ours → theirs; {i} is the block's number. For qkv a tuple: modules whose rows, one after the other, are (3, H, d)
+# Ours → theirs; {i} is the number of the block. For qkv, a tuple of modules whose concatenated rows are (3, H, d)
 TABLES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "modernbert": {
         "encoder.embeddings.word": "model.embeddings.tok_embeddings",
         "encoder.embeddings.norm": "model.embeddings.norm",
-        "encoder.blocks.{i}.attention_norm": "model.layers.{i}.attn_norm",  # the first block has none, there too
+        "encoder.blocks.{i}.attention_norm": "model.layers.{i}.attn_norm",  # the first block has none, on both sides
         "encoder.blocks.{i}.qkv": ("model.layers.{i}.attn.Wqkv",),
         "encoder.blocks.{i}.attention_output": "model.layers.{i}.attn.Wo",
         "encoder.blocks.{i}.ffn_norm": "model.layers.{i}.mlp_norm",
@@ -67,10 +67,10 @@ TABLES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 FORMATS = tuple(TABLES)
 
-# Under which all that stands; but an encoder by itself, an Embedder, is saved without it
+# All names of an encoder begin with it, unless the encoder is saved by itself, as an Embedder
 _PREFIX = {"modernbert": "model.", "megatron-bert": "bert.", "xlm-roberta-xl": "roberta."}
 
-# What stands above the encoder: of a MaskedLM, and of a Classifier of sequences ("pooled") or of tokens
+# The layers after the encoder, in a MaskedLM and in a Classifier of sequences ("pooled") or of tokens
 _HEADS: dict[str, dict[str, dict[str, str]]] = {
     "modernbert": {
         "masked": {"mlm_head.dense": "head.dense", "mlm_head.norm": "head.norm", "mlm_head.decoder": "decoder"},
@@ -97,7 +97,7 @@ _HEADS: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 
-# Copies that a file may hold of a tensor that it has under another name too, or has under this name alone
+# Copies of tied tensors. A file may hold a tensor under both names, or under that of the copy alone
 _TIED = {
     "modernbert": {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     "megatron-bert": {
@@ -109,20 +109,20 @@ _TIED = {
         "lm_head.decoder.bias": "lm_head.bias",
     },
 }
-# Tensors that a file may hold and that the model does not need: buffers, which old versions of transformers saved, and
-# beside a masked language model the pooler, with the head of next-sentence prediction that goes with it
+# Tensors that a file may hold but the model does not need: buffers, which old versions of transformers saved, and in
+# a masked language model the pooler and the head of next-sentence prediction on it
 _BUFFERS = re.compile(r"(bert|roberta)\.embeddings\.(position_ids|token_type_ids)")
 _BESIDE_MASKED = re.compile(r"(bert|roberta)\.pooler\.|cls\.seq_relationship\.")
 _POOLERS = "pooler.weight", "bert.pooler.dense.weight", "classifier.dense.weight"  # ours, and theirs
 _MASKED = "mlm_head.", "head.", "decoder.", "cls.predictions.", "lm_head."  # ours, and theirs
-_CLASSES = "classifier.weight", "classifier.out_proj.weight"  # theirs, a row for each class
+_CLASSES = "classifier.weight", "classifier.out_proj.weight"  # theirs; a row for each class
 
 
 def to_theirs(named: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
-    """A model's parameters under the names of `format`; or their gradients, which have the same names and shapes.
+    """A model's parameters under the names of `format`; or its gradients, which have the same names and shapes.
 
-    named: by our names, all of a MaskedLM, a Classifier or an Embedder. Nothing tied is written twice. Raises
-    ValueError where the format is of another architecture than the config.
+    named: all parameters of a MaskedLM, a Classifier or an Embedder, by our names. Tied tensors are returned once.
+    Raises ValueError if the format is of another architecture than the config.
     """
     kind, theirs = _kind(named), {}
     table = _table(config, format, kind)
@@ -139,9 +139,9 @@ def to_theirs(named: dict[str, Tensor], config: ModelConfig, format: str) -> dic
 def to_ours(tensors: dict[str, Tensor], config: ModelConfig, format: str) -> dict[str, Tensor]:
     """The reverse of `to_theirs`, for the `load_state_dict` of a model of ours with this config.
 
-    tensors: of a masked language model, of a classifier of sequences or of tokens, or of an encoder alone; their names
-    say which. Copies of tied tensors, buffers, and beside what is no classifier a pooler are left out. Raises
-    ValueError for tensors that are missing, have another shape, or are unexpected.
+    tensors: those of a masked language model, a classifier of sequences or of tokens, or an encoder alone; their names
+    tell which. Copies of tied tensors and buffers are left out, and so is the pooler of a model that is not a
+    classifier. Raises ValueError for tensors that are missing, have another shape, or are unexpected.
     """
     if _kind(tensors) == "bare" and not any(name.startswith(_PREFIX[format]) for name in tensors):
         tensors = {_PREFIX[format] + name: tensor for name, tensor in tensors.items()}
@@ -183,7 +183,7 @@ def to_ours(tensors: dict[str, Tensor], config: ModelConfig, format: str) -> dic
 
 
 def _kind(names: Iterable[str]) -> str:
-    """Of these names, ours or theirs, whose model they are: "masked", a classifier, "pooled" or "token", or "bare"."""
+    """The kind of model with these names, ours or theirs: "masked"; "pooled" or "token", a classifier; or "bare"."""
     if not any(name.startswith("classifier.") for name in names):
         return "masked" if any(name.startswith(_MASKED) for name in names) else "bare"
     return "pooled" if any(name in names for name in _POOLERS) else "token"
@@ -193,7 +193,7 @@ def _table(config: ModelConfig, format: str, kind: str) -> dict[str, str | tuple
     if config.is_modern != (format == "modernbert"):
         others = [name for name in FORMATS if (name == "modernbert") == config.is_modern]
         raise ValueError(
-            f"a {config.architecture} of minisobert is no {format} of transformers; choose {words(others)}"
+            f"a {config.architecture} of minisobert is not a {format} of transformers; choose {words(others)}"
         )
     return TABLES[format] | _HEADS[format].get(kind, {})
 
@@ -211,7 +211,7 @@ def _is_shifted(name: str, format: str) -> bool:
 
 
 def _shapes(tensors: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, torch.Size]:
-    """Of the parameters of the model that tensors of theirs are of."""
+    """The shapes of our parameters for the model with these tensors of theirs."""
     with torch.device("meta"):
         if kind == "masked":
             model: Model = MaskedLM(config)

@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     The values of targets are checked on the host, where targets are made, and not here.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"logits is {tuple(logits.shape)}, targets {tuple(targets.shape)}; (M, V) and (M,) are needed")
+        raise ValueError(f"logits is {tuple(logits.shape)}, targets {tuple(targets.shape)}; give (M, V) and (M,)")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype}; it must be torch.int64")
     implementation = cross_entropy_reference

@@ -133,7 +133,7 @@ def check_launch() -> None:
             several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500" if nodes > 1 else ""
             step = f"srun --ntasks={nodes} --ntasks-per-node=1 " if starter == "srun" else ""
             raise ValueError(
-                f"{starter} started {tasks} processes, of which each would train alone; let torchrun start them: "
+                f"{starter} started {tasks} processes, and each would train by itself; let torchrun start them: "
                 f"{step}torchrun{several} --nproc_per_node={tasks // nodes} train.py …"
             )
 
@@ -142,7 +142,7 @@ def check_precision(precision: str) -> None:
     """Raises ValueError if the device does not support it."""
     if precision == "bf16-products":
         if torch.cuda.is_available():
-            raise ValueError("--precision bf16-products is for CPUs; choose bf16, which GPUs are fastest in")
+            raise ValueError("--precision bf16-products is for CPUs; choose bf16, which is fastest on GPUs")
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError("--precision bf16-products: this CPU has no bf16 instructions; choose fp32")
 

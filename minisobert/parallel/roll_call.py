@@ -54,7 +54,7 @@ def store_of_this_attempt(store: dist.Store, rank: int, world: int, timeout: flo
     until, missing = time.monotonic() + timeout, list(range(1, world))
     while missing := [r for r in missing if not store.check([f"seen/{r}/{attempt}"])]:
         if time.monotonic() > until:
-            raise RuntimeError(f"{_ranks(missing)} did not come within --timeout {timeout:g} seconds")
+            raise RuntimeError(f"{_ranks(missing)} did not join within --timeout {timeout:g} seconds")
         for r in missing:
             if store.check([f"here/{r}"]):
                 store.set(f"attempt/{r}/{store.get(f'here/{r}').decode()}", attempt)
@@ -122,10 +122,10 @@ class ParentWatch(threading.Thread):
             if self.stop.wait(POLL):
                 return
         if os.environ.get("LOCAL_RANK") == "0":
-            _say(f"torchrun on {socket.gethostname()} (pid {self.parent}) is gone; its processes save and leave")
+            _say(f"torchrun on {socket.gethostname()} (pid {self.parent}) is gone; its processes save and exit")
         os.kill(os.getpid(), signal.SIGTERM)
         if not self.stop.wait(self.timeout - 2 * POLL):
-            _say(f"rank {os.environ.get('RANK')} left without saving: --timeout {self.timeout:g} seconds are over")
+            _say(f"rank {os.environ.get('RANK')} exited without saving: --timeout {self.timeout:g} seconds are over")
             os._exit(1)
 
     def __enter__(self) -> None:

@@ -96,8 +96,8 @@ def layouts(model: ModelConfig, config: TrainConfig, gpus: int, gpu_memory: int)
         raise ValueError(f"{split}; choose {', or '.join(choices)}")
     if not found:
         raise ValueError(
-            f"{config.name} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB of each; "
-            "choose a --gpu with more, or more --gpus to split it over"
+            f"{config.name} on {gpus} × {gpu_memory / 1e9:.0f} GB takes at least {min(totals) / 1e9:.1f} GB on each; "
+            "choose a --gpu with more memory, or more --gpus"
         )
     return found
 

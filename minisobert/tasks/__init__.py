@@ -1,4 +1,4 @@
-"""The downstream tasks: a file for each, which ends with its record. TASKS lists the records, and nothing else does."""
+"""The downstream tasks. Each has a file that ends with its record, and TASKS is the only list of these records."""
 
 from minisobert.tasks import closed, labels, ner, obsoletion, pairs, quality, tags
 
@@ -6,4 +6,4 @@ TASKS = {
     task.name: task
     for task in (quality.TASK, closed.TASK, ner.TASK, obsoletion.TASK, labels.TASK, tags.TASK, pairs.TASK)
 }
-SPLIT_SEED = 0  # where a task has no split of its own: the same for every model, training seed and corpus
+SPLIT_SEED = 0  # for tasks without a split of their own: the same for every model, training seed and corpus

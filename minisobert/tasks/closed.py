@@ -1,13 +1,14 @@
 """Closed questions: will a question be closed, and why?
 
-What is read, one of:
-- the Kaggle layout of 2012: Title, BodyMarkdown, OpenStatus (open and four reasons) and, where there, PostId;
+The data is one of
+
+- the Kaggle layout of 2012: Title, BodyMarkdown, OpenStatus (open and four reasons) and, optionally, PostId;
 - titles: question_id, title, label (open, closed, duplicate);
 - the same with a body (HTML), as `data.tasks` writes it: open or closed;
-- a dump: a question with a ClosedDate is closed; with a .csv of question_id, closed_reason beside it, its class is the
-  reason, and questions that the .csv doesn't list are left out.
+- a dump: a question with a ClosedDate is closed. If a .csv of question_id, closed_reason is given too, the class is the
+  reason, and questions that the .csv does not list are left out.
 
-Comments are withheld, and so are the notices of closing in title and body: they give the class away.
+The model sees neither comments nor the notices of closing in title and body, since these give the class away.
 """
 
 from __future__ import annotations
@@ -42,19 +43,20 @@ LAYOUTS = {
 
 
 def read(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
-    """See the head of this file. binary: open or closed, whatever the reason. Raises ValueError for whatever is wrong
-    with the files."""
+    """See the head of this file. binary: the classes are open and closed, whatever the reason. Raises ValueError if
+    anything is wrong with the files."""
     files = select(paths, TASK.name, LAYOUTS)
     if not any(layout == DUMP for _, layout in files):
         lists = [file for file, layout in files if layout == "reasons"]
         files = [(file, layout) for file, layout in files if layout != "reasons"]
         if lists and (not files or any(file.named for file in lists)):
-            raise ValueError(f"{lists[0]} holds no texts; add the dump that its questions are from")
+            raise ValueError(f"{lists[0]} holds no texts; add the dump with its questions")
     layouts = {layout for _, layout in files}
     layout = "reasons" if layouts == {"reasons", DUMP} else layouts.pop()
     if layout != "reasons" and layouts:
         raise ValueError(
-            f"files of different sets of classes: {', '.join(str(file) for file, _ in files)}; name one set"
+            f"these files have different sets of classes: {', '.join(str(file) for file, _ in files)}; give those of "
+            "one set"
         )
     notes: list[str] = []
     reasons = _reasons([file for file, kind in files if kind == "reasons"]) if layout == "reasons" else None
@@ -68,7 +70,7 @@ def read(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
             if not text.strip():
                 raise ValueError(f"{where}: the text is empty; remove the row")
             thread = thread or f"{file.stem}:{i}"
-            # drawn reason by reason either way: the splits are the same
+            # with binary too, the split is drawn reason by reason, so that it is the same
             example = Example(thread, text, min(label, 1) if binary else label)
             items.append(Labelled(thread, file.split, example, group=label))
     html = layout in ("bodies", "reasons", DUMP)
@@ -76,7 +78,7 @@ def read(paths: list[Path], seed: int, *, binary: bool = False) -> Dataset:
 
 
 def _texts(file: File, kind: str, reasons: dict[str, str] | None, seed: int, notes: list[str]) -> Iterator[tuple]:
-    """(where it is, question, text, class) of each question of a file."""
+    """(where it is, in words; question; text; class) of each question in a file."""
     if kind == DUMP:
         for row in derive(file.path, seed, notes, reasons):
             question, text = row["question_id"], dumps.text(row["title"], row["body"])
@@ -106,7 +108,7 @@ def _reasons(files: list[File]) -> dict[str, str]:
 
 
 def derive(dump: Path, seed: int, notes: list[str], reasons: dict[str, str] | None = None) -> list[dict[str, str]]:
-    """The rows of a set in COLUMNS. reasons: question → class, in place of the dump's own open or closed. notes: what
+    """The rows of a set in COLUMNS. reasons: question → class, instead of the open or closed of the dump. notes: what
     was left out is appended."""
     return dumps.sample(_labelled(dump, notes, reasons), dump, seed, notes)
 

@@ -1,4 +1,4 @@
-"""What is special about a downstream task, and what it hands to training: labelled examples in three splits."""
+"""The record of a downstream task, and what a task gives to training: labelled examples in three splits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """A flag of finetune.py that `Task.read` takes by the same name. default: False for a switch; "" for one value, ()
-    for several, which are columns of a file."""
+    """A flag of finetune.py, passed to `Task.read` by the same name. default: False for a switch, "" for the name of a
+    column, () for those of several columns."""
 
     help: str
     default: bool | str | tuple[str, ...] = False
@@ -17,20 +17,20 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """The record at the end of `tasks/NAME.py`. Command lines, reports, `data.tasks`, chat models and the table of
-    results take from it what they need to know of a task."""
+    """The record at the end of `tasks/NAME.py`, with all that command lines, reports, `data.tasks`, chat models and the
+    table of results need to know about the task."""
 
     name: str
-    read: Callable[..., Dataset]  # of (paths, seed, **options); ValueError for whatever is wrong with the files
-    instruction: str  # what a chat model is told to do; "" for a task that none is asked for
+    read: Callable[..., Dataset]  # takes (paths, seed, **options); ValueError if anything is wrong with the files
+    instruction: str  # what a chat model is told to do; "" if no chat model is asked about this task
     kind: str = "sequence"  # a class for each text; "token", a BIO tag for each word; "pair", two texts and no class
     figures: tuple[str, ...] = ("accuracy", "macro_f1")  # those of metrics.json that tables show, the main one last
-    options: Mapping[str, Option] = field(default_factory=dict)  # what `read` takes besides
+    options: Mapping[str, Option] = field(default_factory=dict)  # the other arguments of `read`
     cleaning: Mapping[str, Callable[[str], str]] = field(default_factory=dict)  # Dataset.cleaning → its function
-    derive: Callable[..., list[dict[str, str]]] | None = None  # rows of a set from (dump, seed, notes), if there can be
+    derive: Callable[..., list[dict[str, str]]] | None = None  # (dump, seed, notes) → rows of a set, if a dump has any
     columns: tuple[str, ...] = ()  # of these rows; the last one is the class
-    classes: tuple[str, ...] = ()  # all of which such a set must hold
-    own_classes: bool = False  # they are those of the files: results on other files are of another task
+    classes: tuple[str, ...] = ()  # such a set must have examples of all of them
+    own_classes: bool = False  # the files define the classes, so results on other files are those of another task
     published: tuple[tuple[str, str, str], ...] = ()  # (model, source, figures in percent), docs/published-results.md
 
 
@@ -39,20 +39,22 @@ class Example:
     """A post with a class, a sentence with a class for each word, or two texts that belong together."""
 
     id: str
-    text: str = ""  # of a sequence task
-    label: int = 0  # of a sequence task: index into Dataset.labels
-    value: float = 0.0  # of a sequence task whose answer is a number
-    words: tuple[str, ...] = ()  # of a token task
-    tags: tuple[int, ...] = ()  # of a token task: for each word an index into Dataset.labels; or a text's several ones
-    other: str = ""  # of a pair task: what `text`, the query, is to find
+    text: str = ""  # sequence task
+    label: int = 0  # sequence task: an index into Dataset.labels
+    value: float = 0.0  # sequence task whose answer is a number
+    words: tuple[str, ...] = ()  # token task
+    tags: tuple[int, ...] = ()  # token task: for each word an index into Dataset.labels; or all classes of a text
+    other: str = ""  # pair task: the text that `text`, the query, should find
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """labels: classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of what the files' texts went
-    through, "" if nothing. columns: of a table, those that make up a text. several: whether a text has any number of
-    classes, its `tags`, and not one, its `label`. number: whether it has a number instead, its `value`; `labels` then
-    holds the name of that number alone."""
+    """The examples of a task in three splits.
+
+    labels: the classes, or BIO tags with "O" first. cleaning: the key in Task.cleaning of the function that cleaned the
+    texts, or "". columns: the columns of a table that make up a text. several: a text has any number of classes, its
+    `tags`, instead of one, its `label`. number: a text has a number, its `value`, instead of a class; then `labels`
+    holds only the name of that number."""
 
     task: Task
     labels: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Questions and answers of a dump for the tasks that are derived from one."""
+"""Reads questions and answers from a dump, for the tasks that are derived from one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _BODY_NOTICE = re.compile(  # in HTML and in Markdown
 
 
 class NothingToDerive(ValueError):
-    """A dump that is sound, but holds nothing that the task is about."""
+    """The dump can be read, but holds nothing for this task."""
 
 
 def site_of(dump: Path) -> Site:
-    """The one site of a dump; an archive of posts brings the archive of comments that lies beside it."""
+    """The one site in a dump. With an archive of posts, the archive of comments beside it is read too. Raises
+    ValueError if there are several sites."""
     comments = dump.with_name(re.sub(r"posts(?=\.7z$)", "Comments", dump.name, flags=re.I))
     found, _ = sites([dump, comments] if comments != dump and comments.exists() else [dump])
     if len(found) > 1:
@@ -39,7 +40,8 @@ def site_of(dump: Path) -> Site:
 
 
 def links(dump: Path) -> Member | None:
-    """The table of links between questions, PostLinks.xml, which lies in the dump, or beside an archive of posts."""
+    """PostLinks.xml, the table of links between questions, in the dump or beside an archive of posts; None if there is
+    none."""
     tables = list(files(Member(dump)))
     beside = dump.with_name(re.sub(r"posts(?=\.7z$)", "PostLinks", dump.name, flags=re.I))
     if beside != dump and beside.exists():
@@ -63,7 +65,7 @@ def posts(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
 
 
 def questions(dump: Path, notes: list[str]) -> Iterator[dict[str, str]]:
-    """The questions, without the notices that closing once wrote into title and body: they tell the class."""
+    """The questions, without the notices that closing once wrote into title and body, since these tell the class."""
     removed = 0
     for row in posts(dump, notes):
         if row["PostTypeId"] == "1":
@@ -85,16 +87,15 @@ def without_notices(title: str, body: str) -> tuple[str, str]:
 
 
 def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, notes: list[str]) -> list[dict]:
-    """Of (class, id, row) at most PER_CLASS rows of each class, those with the smallest hashes of (seed, id), by id.
-
-    Memory holds no more than that, however large the dump.
+    """Draws rows from (class, id, row): at most PER_CLASS of each class, those with the smallest hashes of (seed, id).
+    They are returned in the order of their ids. No more than these rows are in memory, however large the dump is.
     """
     heaps: dict[str, list] = {}
     seen: Counter = Counter()
     for label, post, row in labelled:
         seen[label] += 1
         heap = heaps.setdefault(label, [])
-        # the count decides between equal ids, before rows are compared
+        # the count decides between equal ids, so that rows are never compared
         entry = (-key(seed, "sample", post), -post, seen[label], row)
         keep(heap, entry, PER_CLASS)
     note(dump, Counter({f"{label} left out by chance": seen[label] - len(heaps[label]) for label in heaps}), notes)
@@ -103,12 +104,13 @@ def sample(labelled: Iterator[tuple[str, int, dict]], dump: Path, seed: int, not
 
 
 def keep(heap: list, entry: tuple, most: int) -> None:
-    """Adds an entry to a heap of the `most` largest. Entries begin with minus a hash: the smallest hashes stay."""
+    """Adds an entry to a heap that keeps the `most` largest. Entries begin with a negated hash, so that the smallest
+    hashes stay."""
     (heapq.heappush if len(heap) < most else heapq.heappushpop)(heap, entry)
 
 
 def text(title: str, body: str) -> str:
-    """Title and body (HTML) as plain text, a blank line between them."""
+    """Title and body (HTML) as plain text, with a blank line between them."""
     return "\n\n".join(filter(None, (title.strip(), html_to_text(body))))
 
 
@@ -118,5 +120,5 @@ def number(row: dict[str, str], name: str) -> int | None:
 
 
 def note(dump: Path, counts: Counter, notes: list[str]) -> None:
-    """Add a line for each count that is not 0."""
+    """Adds a line to the notes for each count that is not 0."""
     notes += [f"{dump.name}: {count:,} {what}" for what, count in counts.items() if count]

@@ -1,4 +1,4 @@
-"""The files of a task: found in folders and archives, recognised by their columns, read as text or as rows."""
+"""Finds the files of a task in folders and archives, recognises them by their columns, and reads them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SUFFIXES = ["csv", "tsv", "jsonl", "ndjson", "json", "parquet", "txt", "conll", 
 
 @dataclass(frozen=True)
 class File(TextFile):
-    """kind: one of those that `find` was asked for, or DUMP. named: by the user; a file found in a folder may belong to
-    another task."""
+    """A file of a task. kind: one of the kinds that `find` was asked for, or DUMP. named: the user named it; a file
+    found in a folder may belong to another task."""
 
     named: bool = False
 
@@ -40,7 +40,7 @@ class File(TextFile):
 
     @property
     def split(self) -> str | None:
-        """train, dev or test, where the name of the file says so in a word of its own."""
+        """train, dev or test, if the name of the file says so in a word of its own."""
         if self.kind == DUMP:
             return None
         found = {SPLITS[word] for word in re.split("[^a-z]+", self.stem.lower()) if word in SPLITS}
@@ -52,11 +52,11 @@ class File(TextFile):
             with super().text(newline, errors, **options) as stream:
                 yield stream
         except csv.Error as error:
-            raise ValueError(f"{self} is no readable .csv file ({error})") from None
+            raise ValueError(f"{self} cannot be read as .csv ({error})") from None
 
 
 def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list[File]:
-    """The files of these kinds, and dumps, in order. Raises ValueError for one that is missing or of no known kind."""
+    """The files of these kinds, and dumps, in order. Raises ValueError if a path is missing or of another kind."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
@@ -68,7 +68,7 @@ def find(paths: Sequence[Path], kinds: Sequence[str] = (".csv", ".txt")) -> list
         files = _expand(path, kinds, named=True)
         if not files:
             known = f"a folder, .7z, {', '.join(kinds)} (.gz, .xz, .zst, .bz2), or a dump's Posts.xml"
-            raise ValueError(f"{path} is of no known kind; give {known}")
+            raise ValueError(f"{path} is of an unknown kind; give {known}")
         found += files
     return found
 
@@ -88,10 +88,10 @@ def _expand(path: Path, kinds: Sequence[str], named: bool) -> list[File]:
 
 
 def select(paths: Sequence[Path], task: str, layouts: dict[str, tuple[str, ...]]) -> list[tuple[File, str]]:
-    """(file, layout) of every file that the task can read: a dump, or a .csv with all columns of a layout.
+    """(file, layout) for every file that the task can read: a dump, or a .csv with all columns of a layout.
 
-    layouts: name → columns, the first that fits is taken; DUMP → () for a task that can be derived from a dump. Raises
-    ValueError for a file that the user named and that fits no layout, and where nothing is left.
+    layouts: name → columns, of which the first that fits is taken; DUMP → () if the task can be derived from a dump.
+    Raises ValueError if a file that the user named fits no layout, or if no file fits one.
     """
     wanted = " or ".join(", ".join(columns) for columns in layouts.values() if columns)
     reads = f"{task} reads a .csv file with the columns {wanted}; or a dump"
@@ -118,7 +118,7 @@ def header(file: File) -> list[str]:
 
 
 def csv_rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where it is, in words; its fields by column) of every row of a .csv file."""
+    """(where it is, in words; its fields, by column) of every row in a .csv file."""
     with file.text(newline="") as stream:
         reader = _reader(stream)
         columns = next(reader, [])
@@ -127,7 +127,9 @@ def csv_rows(file: File) -> Iterator[tuple[str, dict[str, str]]]:
                 continue
             where = f"{file}, line {reader.line_num}"
             if len(fields) != len(columns):
-                raise ValueError(f"{where}: {len(fields)} fields, the header has {len(columns)}; is a quote missing?")
+                raise ValueError(
+                    f"{where} has {len(fields)} fields, but the header has {len(columns)}; is a quote missing?"
+                )
             yield where, dict(zip(columns, fields))
 
 
@@ -139,16 +141,16 @@ def _reader(stream):
 def examples_of(
     file: File, needed: Sequence[str], advice: str, make: Callable[[Row], T], notes: list[str]
 ) -> Iterator[T]:
-    """What `make` gives for each row of a table. A row for which it raises ValueError, or that cannot be read, is left
-    out and counted in the notes with that reason, which rows have in common.
+    """Yields what `make` returns for each row of a table. A row that cannot be read, or for which `make` raises
+    ValueError, is left out and counted in the notes, by its reason.
 
-    needed: columns that the file must have. Raises NoColumn for one that it lacks, with the advice; ValueError for a
-    file that is not UTF-8, of which not only the rows with accents are to be left out.
+    needed: columns that the file must have. Raises NoColumn, with the advice, for one that it lacks, and ValueError for
+    a file that is not UTF-8: leaving out its rows with accents would not be enough.
     """
     left_out: Counter = Counter()
     first: dict[str, int] = {}  # reason → line
     there: dict[str, None] = {}
-    checked = file.kind in OBJECTS  # whose rows need not all have the same columns
+    checked = file.kind in OBJECTS  # their rows need not all have the same columns
     for row in rows(file):
         if row.problem == NOT_UTF8:
             raise ValueError(f"{file}:{row.line}: {row.problem}")

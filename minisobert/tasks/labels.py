@@ -3,9 +3,9 @@
     python finetune.py --task labels --data tickets.csv --text title body --label team --model RUN --out results/teams
     python finetune.py --task labels --data tickets.csv --label hours --number --model RUN --out results/hours
 
-Rows without a text or a class, and rows that cannot be read, are left out and counted. The splits are those in the
-names of the files, or of the column --split, or they are drawn class by class (numbers: from ten ranges of them); the
-same text is never in two of them.
+Rows without a text or a class, and rows that cannot be read, are left out and counted. The splits are given by the
+names of the files or by the column --split, or they are drawn class by class (for numbers, from up to ten ranges). The
+same text is never in two splits.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ TEXT = Option(
     (),
 )
 ADVICE = "name yours with --text, --label and --split"
-RANGES, FEWEST = 10, 20  # of numbers, from which dev and test are drawn alike; the texts that a range has at least
-PRECISION = 1e-5  # deviation / mean, below which the fp32 of a network could not tell numbers apart
+RANGES, FEWEST = 10, 20  # the most ranges from which numbers are drawn alike; the fewest texts in a range
+PRECISION = 1e-5  # deviation / mean; below it, fp32 could not tell the numbers apart
 _NUMBER = re.compile(r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.I | re.A)
 
 
@@ -46,12 +46,14 @@ def read(
     paths: list[Path], seed: int, *, text: tuple[str, ...] = (), label: str = "", split: str = "",
     several: bool = False, number: bool = False,
 ) -> Dataset:  # fmt: skip
-    """The classes are ordered by how many rows they have, the commonest first; those that train lacks are kept, and
-    count as wrong. text, label, split: columns; by default "text", "label" and none. several: a text has any number of
-    classes, a list in a .jsonl or else with ; between. number: it has a number, and not a class. Raises ValueError for
-    whatever is wrong with the files as a whole."""
+    """Texts with a class, several classes or a number. The commonest class comes first. Classes that train lacks are
+    kept, and their rows count as wrong.
+
+    text, label, split: columns (default: "text", "label" and none). several: a text has any number of classes, in a
+    list in a .jsonl, or else separated by ;. number: a text has a number instead of a class. Raises ValueError if
+    anything is wrong with a file as a whole."""
     if several and number:
-        raise ValueError("--several is for texts of several classes, --number for those of one number; leave one out")
+        raise ValueError("--several is for texts with several classes, --number for texts with a number; leave one out")
     columns, label = text or ("text",), label or "label"
     if label in columns:
         raise ValueError(f"--label {label} is one of the columns of --text; a text must not tell its class")
@@ -61,11 +63,11 @@ def read(
     for file in files:
         try:
             found += _labelled(file, columns, label, split, several, number, notes)
-        except NoColumn as error:  # a file of a folder may hold something else
+        except NoColumn as error:  # a file in a folder may hold something else
             if file.named:
                 raise
             absent = error
-            notes.append(f"{file} left out, it has no column {error.column!r}")
+            notes.append(f"{file} was left out, since it has no column {error.column!r}")
     if absent and not found:
         raise absent
     if number:
@@ -80,7 +82,7 @@ def read(
     for item, names in found:
         of = tuple(sorted(index[name] for name in names))
         known = {"tags": of} if several else {"label": of[0]}
-        # several: by the rarest of them, or the rare ones would be drawn by chance
+        # with several, a text is drawn by its rarest class, so that rare classes get their share too
         items.append(item._replace(example=dataclasses.replace(item.example, **known), group=max(of, default=0)))
     data = dataset(TASK, classes, items, seed, notes, unit="text", columns=columns)
     return _settled(dataclasses.replace(data, several=several), counts)
@@ -98,8 +100,8 @@ def _files(paths: list[Path]) -> list[File]:
 def _labelled(
     file: File, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool, notes: list[str]
 ) -> list[tuple[Labelled, tuple[str, ...]]]:
-    """The examples of a file with their classes' names, of which a number has none. What was left out is appended to
-    the notes."""
+    """The examples of a file, with the names of their classes (none for numbers). What was left out is appended to the
+    notes."""
     needed = [*columns, label, *filter(None, [split])]
     make = partial(_example, file, columns=columns, label=label, split=split, several=several, number=number)
     return list(examples_of(file, needed, ADVICE, make, notes))
@@ -108,14 +110,15 @@ def _labelled(
 def _example(
     file: File, row: Row, columns: tuple[str, ...], label: str, split: str, several: bool, number: bool
 ) -> tuple[Labelled, tuple[str, ...]]:
-    """Raises ValueError, with a reason that rows have in common, for a row that cannot be used."""
+    """The example in a row, and the names of its classes. Raises ValueError if the row cannot be used; the reason is
+    worded so that rows have it in common."""
     fields = row.fields
     text = text_of(fields, columns)
     value, names = (number_of(fields, label), ()) if number else (0.0, _names(fields, label, several))
     where = SPLITS.get(plain(fields, split).strip().casefold()) if split else file.split
     if not text.strip():
         raise ValueError("without a text")
-    if not (names or number or (several and fields.get(label) is not None)):  # an empty list says that it has none
+    if not (names or number or (several and fields.get(label) is not None)):  # an empty list says: no class
         raise ValueError(f"without a {label}")
     if split and not where:
         raise ValueError(f"{split} is none of {', '.join(SPLITS)}")
@@ -132,19 +135,19 @@ def _names(fields: dict, label: str, several: bool) -> tuple[str, ...]:
 
 
 def number_of(fields: dict, column: str) -> float:
-    """Raises ValueError, with a reason that rows have in common, where there is none or none that is finite. A comma
-    makes it none, since 1,234 is a thousand to some and one to others."""
+    """The number in a column. Raises ValueError if there is none, or if it is not finite; the reason is worded so that
+    rows have it in common. A number may have no comma, since 1,234 is a thousand to some and about one to others."""
     value = fields.get(column)
     if isinstance(value, str):
         value = value.strip()
         if not value:
             raise ValueError(f"without a {column}")
         if not _NUMBER.fullmatch(value):
-            raise ValueError(f"{column} is no number like -1234.5 or 1e3" + ", it has a comma" * ("," in value))
+            raise ValueError(f"{column} is not a number like -1234.5 or 1e3" + ": it has a comma" * ("," in value))
     if value is None:
         raise ValueError(f"without a {column}")
     if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-        raise ValueError(f"{column} is no number")
+        raise ValueError(f"{column} is not a number")
     try:
         found = float(value)
     except OverflowError:  # of an integer with more than 308 digits
@@ -163,14 +166,14 @@ def _of_numbers(items: list[Labelled], seed: int, notes: list[str], columns: tup
         items[i] = items[i]._replace(group=rank * ranges // len(items))
     data = dataset(TASK, (label,), items, seed, notes, unit="text", columns=columns)
     values = np.array([e.value for e in data.train])
-    with np.errstate(over="ignore", invalid="ignore"):  # then they are not finite, and refused
+    with np.errstate(over="ignore", invalid="ignore"):  # results that are not finite are refused below
         mean, deviation = values.mean(), values.std()
     if values.min() == values.max():
         raise ValueError(f"labels: every {label} of train is {values[0]:g}; at least two different ones are needed")
     if not PRECISION * abs(mean) < deviation < math.sqrt(np.finfo(np.float32).max):
         raise ValueError(
-            f"labels: {label} is {mean:g} ± {deviation:g} in train, which single precision cannot tell apart or hold; "
-            "subtract a constant from it, or divide it by one"
+            f"labels: {label} is {mean:g} ± {deviation:g} in train, and single precision cannot tell such numbers "
+            "apart, or cannot hold them; subtract a constant from it, or divide it by one"
         )
     notes.append(
         f"{label} in train: from {values.min():g} to {values.max():g}, mean {mean:g}, standard deviation {deviation:g}"
@@ -179,19 +182,19 @@ def _of_numbers(items: list[Labelled], seed: int, notes: list[str], columns: tup
 
 
 def class_name(given: str) -> str:
-    """As it stands there, on one line and without control characters, which reports and terminals could not show."""
+    """The name as given, but on one line and without control characters, which reports and terminals cannot show."""
     return " ".join("".join(c for c in given if c.isspace() or unicodedata.category(c) != "Cc").split())
 
 
 def _settled(data: Dataset, counts: Counter) -> Dataset:
-    """Without the classes that lost all their examples as duplicates, and with notes about the others."""
+    """The data without classes that lost all their examples as duplicates, and with notes about its classes."""
     splits = {name: getattr(data, name) for name in ("train", "dev", "test")}
     there = sorted({c for part in splits.values() for e in part for c in _classes(data, e)})
     trained = {c for e in data.train for c in _classes(data, e)}
     if len(trained) < (1 if data.several else 2):
         raise ValueError("labels: train holds a single class; at least two are needed")
     if none := sum(not _classes(data, e) for part in splits.values() for e in part):
-        data.notes.append(f"texts of no class: {none:,}")
+        data.notes.append(f"texts without a class: {none:,}")
     alike: dict[str, list[str]] = {}
     for name in counts:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)

@@ -1,7 +1,7 @@
-"""Accuracy, precision, recall, F1, ROC and PR curves, scores of entities, and errors of numbers, in numpy.
+"""Accuracy, precision, recall, F1, ROC and PR curves, entity scores, and errors of numbers, in NumPy.
 
-Classes are the integers 0 … C-1. The values are scikit-learn's and seqeval's (tests compare them), with one convention
-throughout: a ratio whose denominator is zero is 0.
+Classes are the integers 0 … C-1. The values equal scikit-learn's and seqeval's (tests compare them), with one
+convention throughout: a ratio whose denominator is zero is 0.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-MANY = 30  # classes, above which pictures and tables show the commonest ones alone
+MANY = 30  # with more classes than this, pictures and tables show only the commonest ones
 
 
 class Scores(NamedTuple):
-    """Of one class or entity type, or of all entities together. support: how many there are in truth."""
+    """The scores of one class or entity type, or of all entities together. support: how many there are in truth."""
 
     precision: float
     recall: float
@@ -35,7 +35,7 @@ def accuracy(truth, predicted) -> float:
 
 
 def per_class(truth, predicted, classes: int) -> list[Scores]:
-    """Precision, recall and F1 of each class, from counts: thousands of classes need no matrix."""
+    """Precision, recall and F1 of each class, from counts, so that thousands of classes need no matrix."""
     truth, predicted = np.asarray(truth, np.int64), np.asarray(predicted, np.int64)
     groups = truth[truth == predicted], predicted, truth
     return [_scores(*counts) for counts in zip(*(np.bincount(group, minlength=classes) for group in groups))]
@@ -56,7 +56,7 @@ def of_sets(truth: np.ndarray, predicted: np.ndarray) -> tuple[Scores, list[Scor
 def roc_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:
     """(false positive rate, true positive rate) at each threshold, the highest first, from (0, 0) to (1, 1).
 
-    positive: (N,) bool; score: (N,), equal scores share one point. A rate of no examples at all is NaN.
+    positive: (N,) bool; score: (N,), equal scores share one point. A rate is NaN if no example can count for it.
     """
     hits, taken = _cumulated(positive, score)
     hits, taken = np.concatenate([[0], hits]), np.concatenate([[0], taken])
@@ -75,8 +75,8 @@ def pr_curve(positive, score) -> tuple[np.ndarray, np.ndarray]:
 def roc_auc(truth, probabilities) -> float:
     """The area under the ROC curve, one class against the rest, averaged over the classes.
 
-    truth: (N,) int; probabilities: (N, C). Of two classes it is that of the second. Classes with no example, or with
-    no other, have no curve and are left out; NaN where none is left.
+    truth: (N,) int; probabilities: (N, C). With two classes, it is the area of the second. A class that no example has,
+    or all have, has no curve and is left out; NaN if none is left.
     """
     truth, probabilities = np.asarray(truth), np.asarray(probabilities)
     columns = [1] if probabilities.shape[1] == 2 else range(probabilities.shape[1])
@@ -86,14 +86,14 @@ def roc_auc(truth, probabilities) -> float:
 
 
 def area(x: np.ndarray, y: np.ndarray) -> float:
-    """Under a curve through (N,) points, by trapezoids."""
+    """The area under a curve through (N,) points, by trapezoids."""
     return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2)
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first, last + 1) of every entity of one sentence of BIO tags.
+    """(type, first, last + 1) of every entity in the BIO tags of one sentence.
 
-    An I- that continues no entity of its type begins one, as in seqeval's default mode.
+    An I- that does not continue an entity of its type begins one, as in seqeval's default mode.
     """
     found, start, kind = set(), 0, None
     for i, tag in enumerate([*tags, "O"]):
@@ -107,8 +107,8 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def of_ranks(ranks: np.ndarray) -> dict[str, float]:
-    """ranks: (n,) at which each query finds its own text, from 1. recall_at_k: the share that finds it among the first
-    k. mrr: the mean of 1 / rank."""
+    """The figures of pairs. ranks: (n,) the rank at which each query finds its own text, from 1. recall_at_k: the share
+    of queries that find it among the first k. mrr: the mean of 1 / rank."""
     recalls = {f"recall_at_{k}": float((ranks <= k).mean()) for k in (1, 10, 100)}
     return {**recalls, "mrr": float((1 / ranks).mean())}
 
@@ -116,8 +116,8 @@ def of_ranks(ranks: np.ndarray) -> dict[str, float]:
 def entity_scores(
     truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> tuple[Scores, dict[str, Scores]]:
-    """Scores over all entities (micro average), and for each type that occurs. An entity counts when type and both ends
-    are right. truth, predicted: for each sentence the BIO tags of its words."""
+    """The scores of all entities together (micro average), and of each type that occurs. An entity counts if its type
+    and both its ends are right. truth, predicted: for each sentence, the BIO tags of its words."""
     assert [*map(len, truth)] == [*map(len, predicted)], "each word needs a true tag and a predicted one"
     true = {(i, *entity) for i, tags in enumerate(truth) for entity in entities(tags)}
     found = {(i, *entity) for i, tags in enumerate(predicted) for entity in entities(tags)}
@@ -129,9 +129,9 @@ def entity_scores(
 
 
 def of_numbers(truth, predicted) -> dict[str, float]:
-    """Root of the mean squared error, mean absolute error, Spearman's correlation of ranks (equal numbers share the
-    mean of theirs), and r2 = 1 - Σ (truth - predicted)² / Σ (truth - its mean)². The last two are 0 where all numbers
-    of one side are equal. truth, predicted: (N,)."""
+    """Root mean squared error, mean absolute error, Spearman's rank correlation (equal numbers share their mean rank),
+    and r2 = 1 - Σ (truth - predicted)² / Σ (truth - its mean)². If all true numbers are equal, r2 is 0; if all true or
+    all predicted numbers are, the correlation is 0. truth, predicted: (N,)."""
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     errors, spread = predicted - truth, truth - truth.mean()
     a, b = (each - each.mean() for each in (_ranks(truth), _ranks(predicted)))
@@ -150,7 +150,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _cumulated(positive, score) -> tuple[np.ndarray, np.ndarray]:
-    """For each different score, the highest first: how many examples have it or a higher one, positives and all."""
+    """For each distinct score, the highest first: how many positives, and how many examples, have that score or a
+    higher one."""
     positive, score = np.asarray(positive, bool), np.asarray(score)
     values, index = np.unique(-score, return_inverse=True)
     hits = np.bincount(index, weights=positive, minlength=len(values))

@@ -1,8 +1,8 @@
-"""Named entities in posts: the StackOverflow NER corpus (Tabassum et al. 2020), by the rules of its authors.
+"""Named entities in posts: the StackOverflow NER corpus (Tabassum et al. 2020), read by the rules of its authors.
 
-A file has a word and its BIO tag per line, separated by a tab; further columns are ignored; a line of white space ends
-a sentence. Left out are the sentences that are no text: headers with the question's id or address, and placeholders
-"(code omitted for annotation)". Some types are merged into others and some become O, which leaves 20.
+A file has one word per line, a tab, and the word's BIO tag; further columns are ignored. A line of white space ends a
+sentence. Sentences that are not text are left out: headers with the question's id or address, and placeholders such as
+"(code omitted for annotation)". Some types are merged into others and some become O, which leaves 20 types.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _HEADER = re.compile(r"Question_(?:ID|URL) :(?: (\d+)$)?")
 
 
 def read(paths: list[Path], seed: int) -> Dataset:
-    """Sentences with a tag per word; the labels are "O", then B- and I- of each type that occurs.
+    """Sentences with a tag for each word. The labels are "O", then B- and I- for each type that occurs.
 
-    An I- that continues no entity of its type is read as seqeval reads it, as a B-, and counted in the notes. Without
-    files for dev or test, whole questions are taken from train, or sentences where no header begins a question. Raises
-    ValueError for whatever is wrong with the files.
+    An I- that does not continue an entity of its type is read as a B-, as seqeval reads it, and counted in the notes.
+    If there are no files for dev or test, whole questions are taken from train; without headers, sentences are. Raises
+    ValueError if anything is wrong with the files.
     """
     files = find(paths)
     if stray := [file for file in files if file.named and file.kind != ".txt"]:
@@ -55,12 +55,12 @@ def read(paths: list[Path], seed: int) -> Dataset:
     known = {example.words for example in found.train}
     for split, part in (("dev", found.dev), ("test", found.test)):
         if repeated := sum(example.words in known for example in part):
-            notes.append(f"{repeated:,} sentences of {split} are in train too; kept")
+            notes.append(f"{repeated:,} sentences of {split} are in train too, and were kept")
     return found
 
 
 def _sentences(file: File, notes: list[str]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
-    """(question or the sentence itself, id, words, tags) of each sentence that is text; tags are merged, repaired."""
+    """(question or, if none is known, id; id; words; tags) of each sentence that is text, with repaired tags."""
     counts: Counter = Counter()
     question = ""
     for i, (words, tags) in enumerate(_blocks(file)):
@@ -108,7 +108,7 @@ def _word(line: str, where: str) -> tuple[str, str]:
 
 
 def _repair(tags: list[str]) -> tuple[tuple[str, ...], int]:
-    """(the tags with a B- where an entity begins, how many were changed)."""
+    """The tags, with a B- wherever an entity begins, and how many of them were changed."""
     starts = [tag[0] == "I" and before[2:] != tag[2:] for before, tag in zip(["O", *tags], tags)]
     return tuple(f"B{tag[1:]}" if start else tag for start, tag in zip(starts, tags)), sum(starts)
 

@@ -1,15 +1,18 @@
 """Obsolete answers: does an answer still hold?
 
-The label comes from comments (Zhang et al. 2019): an answer is obsolete when a comment on it says deprecated, outdated,
-obsolete or out of date. The comments themselves are withheld: what is read is the question's title and the answer. The
-rule knows no negation ("not outdated" counts), and the answer is as its last edit left it.
+The label comes from comments (Zhang et al. 2019): an answer is obsolete if a comment on it says deprecated, outdated,
+obsolete or out of date. The model does not see the comments; it reads the question's title and the answer. The rule
+ignores negation ("not outdated" counts), and the answer is the text after its last edit.
 
-For each obsolete answer one that no such comment stands on is drawn, by hashes of (seed, answer): of the same question,
-or, where that has none left, an answer of the same year.
+For each obsolete answer, an answer without such a comment is drawn by hashes of (seed, answer): one to the same
+question or, if that has none left, one from the same year.
 
-What is read: a dump with Comments.xml; a dump and a .csv of QuestionID, AnswerID, CommentID, CommentText, whose
-comments then make answers obsolete, and those that the dump's comments alone call so are neither; or QuestionID,
-AnswerID, Title, Body (HTML), Label, as `data.tasks` writes it.
+The data is one of
+
+- a dump with Comments.xml;
+- a dump and a .csv of QuestionID, AnswerID, CommentID, CommentText: the comments of the .csv make answers obsolete, and
+  answers that only the dump's comments call obsolete are left out;
+- a .csv of QuestionID, AnswerID, Title, Body (HTML), Label, as `data.tasks` writes it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ _YEAR = re.compile("[0-9]{4}")
 
 
 def read(paths: list[Path], seed: int) -> Dataset:
-    """See the head of this file. Raises ValueError for whatever is wrong with the files."""
+    """See the head of this file. Raises ValueError if anything is wrong with the files."""
     files = select(paths, TASK.name, LAYOUTS)
     comments = [file for file, layout in files if layout == "comments"]
     dumped = [file for file, layout in files if layout == DUMP]
@@ -64,26 +67,28 @@ def read(paths: list[Path], seed: int) -> Dataset:
 
 
 def _listed(files: list[File], notes: list[str]) -> np.ndarray:
-    """The answers that a comment in these files calls obsolete, sorted. Other comments are counted in the notes."""
+    """The ids of the answers that a comment in these files calls obsolete, sorted. Other comments are counted in the
+    notes."""
     found, others = set(), 0
     for file in files:
         for where, row in csv_rows(file):
             if (answer := dumps.number(row, "AnswerID")) is None:
-                raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is no number")
+                raise ValueError(f"{where}: the AnswerID {row['AnswerID']!r} is not a number")
             if KEYWORDS.search(row["CommentText"]):
                 found.add(answer)
             else:
                 others += 1
     if others:
-        notes.append(f"{others:,} comments left out, they have none of the words that call an answer obsolete")
+        notes.append(f"{others:,} comments left out, since they have none of the words that call an answer obsolete")
     return np.array(sorted(found), np.int64)
 
 
 def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None = None) -> list[dict[str, str]]:
-    """The rows of a set in COLUMNS, by answer. obsolete: ids of the obsolete answers, in place of those of the dump's
-    comments; what only those call obsolete is left out. notes: what was left out is appended.
+    """The rows of a set in COLUMNS, ordered by answer. obsolete: ids of the obsolete answers, if it is not the dump's
+    comments that tell; answers that only the dump's comments call obsolete are then left out. notes: what was left out
+    is appended.
 
-    Posts.xml is read twice, so that memory holds three numbers for each answer and the texts of those chosen.
+    Posts.xml is read twice, so that memory holds only three numbers for each answer and the texts of the chosen ones.
     """
     there = obsolete is None or dumps.site_of(dump).comments
     said = _said_obsolete(dump, notes) if there else np.empty(0, np.int64)
@@ -111,7 +116,7 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
         if post in chosen:
             bodies[post] = (int(row["ParentId"]), row["Body"])
     others = len(obsolete) - int(np.isin(answer, obsolete).sum())
-    dumps.note(dump, Counter({"posts called obsolete are questions, or not there": others}), notes)
+    dumps.note(dump, Counter({"posts left out that are called obsolete, but are questions or missing": others}), notes)
     return [
         dict(zip(COLUMNS, (str(bodies[post][0]), str(post), titles[bodies[post][0]], bodies[post][1], chosen[post])))
         for post in sorted(chosen)
@@ -119,10 +124,10 @@ def derive(dump: Path, seed: int, notes: list[str], obsolete: np.ndarray | None 
 
 
 def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
-    """The posts that a comment calls obsolete, sorted."""
+    """The ids of the posts that a comment calls obsolete, sorted."""
     table = dumps.site_of(dump).comments
     if not table:
-        raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells the obsolete answers")
+        raise dumps.NothingToDerive(f"{dump} holds no Comments.xml, which tells which answers are obsolete")
     found, dropped = set(), Counter()
     with table.open() as stream:
         for row in xml_rows(stream, str(table), "comments", dropped):
@@ -133,7 +138,8 @@ def _said_obsolete(dump: Path, notes: list[str]) -> np.ndarray:
 
 
 def _choose(answer: np.ndarray, question: np.ndarray, year: np.ndarray, obsolete: np.ndarray, seed: int) -> np.ndarray:
-    """The class of each answer, -1 for those that are not drawn. All (A,), int64; obsolete bool."""
+    """(A,) the class of each answer, -1 for those that are not drawn. answer, question, year: (A,) int64; obsolete:
+    (A,) bool."""
     rank = mix(key(seed, "obsoletion"), answer, answer >> 32)
     label = np.full(len(answer), -1)
 
@@ -143,7 +149,7 @@ def _choose(answer: np.ndarray, question: np.ndarray, year: np.ndarray, obsolete
 
     positives = by_rank(obsolete)[: dumps.PER_CLASS]
     label[positives] = 1
-    beside = defaultdict(list)  # question → its other answers, the first to take last
+    beside = defaultdict(list)  # question → its other answers; they are taken from the end
     for i in by_rank(~obsolete & np.isin(question, question[positives]))[::-1]:
         beside[question[i]].append(i)
     of_year: Counter = Counter()

@@ -1,13 +1,13 @@
-"""Pairs of texts that belong together, for embeddings that retrieve: a question and its answer, say.
+"""Pairs of texts that belong together, such as a question and its answer, for embeddings that retrieve.
 
     python finetune.py --task pairs --data pairs.csv --text question answer --model RUN --out results/search
     python finetune.py --task pairs --data site.7z --model RUN --out results/search
 
-- Tables (.csv, .tsv, .jsonl, .parquet) with two columns, --text FIRST SECOND: the query, and what it is to find.
-- Tables with one column, --text COLUMN: two passages of each text, which stand beside each other in it. That takes no
-  pairs, and is a first training before one on few of them (--model with the results of the first).
-- A dump: each question with the answer that was accepted, or where none was with the one of the highest score; and
-  each question that was closed as a duplicate with the question that it repeats, where the dump has PostLinks.xml.
+- Tables (.csv, .tsv, .jsonl, .parquet) with two columns, --text FIRST SECOND: the query, and the text it should find.
+- Tables with one column, --text COLUMN: two adjacent passages of each text. This needs no pairs, and serves as a first
+  training before a second one on few pairs (give the result of the first as --model).
+- A dump: each question with its accepted answer or, if it has none, with its answer of the highest score. If the dump
+  has PostLinks.xml, also each question that was closed as a duplicate, with the question that it repeats.
 
 Pairs that share a text, even by way of other pairs, are in the same split.
 """
@@ -32,14 +32,14 @@ from minisobert.tasks.files import DUMP, File, examples_of, find
 from minisobert.tasks.labels import TEXT
 from minisobert.tasks.splits import Labelled, dataset, fingerprint
 
-MOST = 200_000  # questions of a dump, and duplicates likewise: those with the smallest hashes of their ids
+MOST = 200_000  # questions of a dump, and as many duplicates: those with the smallest hashes of their ids
 DUPLICATE = "3"  # the LinkTypeId
-PASSAGE, SHORTEST = 100, 20  # words of a passage at most, and at least
+PASSAGE, SHORTEST = 100, 20  # words in a passage, at most and at least
 
 
 def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset:
-    """text: the two columns of a table, or the one that is cut. Raises ValueError for whatever is wrong with the files
-    as a whole."""
+    """The pairs of some files. text: the two columns of a table, or the one column whose texts are cut in two. Raises
+    ValueError if anything is wrong with a file as a whole."""
     files = find(paths, TABLES)
     if not files:
         raise ValueError(f"no {words(TABLES)} and no dump in {', '.join(map(str, paths))}")
@@ -66,12 +66,12 @@ def read(paths: list[Path], seed: int, *, text: tuple[str, ...] = ()) -> Dataset
     items = [Labelled(thread, file.split, example) for thread, (file, example) in zip(threads, found)]
     largest = Counter(threads).most_common(1)[0][1]
     if largest > max(10, len(items) // 20):
-        notes.append(f"{largest:,} pairs hang together by texts that they share, and are in one split")
+        notes.append(f"{largest:,} pairs are connected by texts that they share, and are in one split")
     return dataset(TASK, (), items, seed, notes, unit="text", columns=text)
 
 
 def _of_row(file: File, row: Row, columns: tuple[str, ...], seed: int) -> Example:
-    """Raises ValueError, with a reason that rows have in common, for a row that is no pair."""
+    """The pair in a row. Raises ValueError if it has none; the reason is worded so that rows have it in common."""
     texts = [text_of(row.fields, [column]) for column in columns]
     for column, text in zip(columns, texts):
         if not text.strip():
@@ -83,8 +83,8 @@ def _of_row(file: File, row: Row, columns: tuple[str, ...], seed: int) -> Exampl
 
 
 def passages(text: str, seed: int) -> tuple[str, str]:
-    """Two of PASSAGE words at most, to the left and to the right of a place drawn by (seed, text). Raises ValueError
-    for a text of fewer than twice SHORTEST words."""
+    """Two passages of at most PASSAGE words, left and right of a place that a hash of (seed, text) chooses. Raises
+    ValueError for a text of fewer than 2 · SHORTEST words."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     if len(words) < 2 * SHORTEST:
         raise ValueError(f"of fewer than {2 * SHORTEST} words, too short for two passages")
@@ -95,7 +95,8 @@ def passages(text: str, seed: int) -> tuple[str, str]:
 
 
 def _of_dump(dump: Path, seed: int, notes: list[str]) -> Iterator[Example]:
-    """Reads the posts twice: first the questions, then what belongs to them. Memory holds no more than MOST of each."""
+    """The pairs of a dump. The posts are read twice: first the questions, then their answers. At most MOST of each are
+    in memory."""
     repeats = _duplicates(dump, seed, notes)
     wanted = {post for pair in repeats for post in pair}
     linked: dict[int, str] = {}
@@ -111,7 +112,7 @@ def _of_dump(dump: Path, seed: int, notes: list[str]) -> Iterator[Example]:
             dumps.keep(drawn, entry, MOST)
     questions = {str(-post): (text, accepted) for _, post, text, accepted in drawn}
     best: dict[str, tuple[bool, int, int, str]] = {}  # question → (accepted, score, -id, text) of its answer
-    for row in dumps.posts(dump, []):  # what is wrong with them is noted above
+    for row in dumps.posts(dump, []):  # the notes above cover them
         question = questions.get(row.get("ParentId", ""))
         if row["PostTypeId"] != "2" or question is None:
             continue
@@ -147,7 +148,7 @@ def _score(row: dict[str, str]) -> int:
 
 
 def _duplicates(dump: Path, seed: int, notes: list[str]) -> list[tuple[int, int]]:
-    """(question, the one that it repeats) of at most MOST, by id."""
+    """(question, question that it repeats) for at most MOST questions, ordered by id."""
     table = dumps.links(dump)
     if table is None:
         return []
@@ -163,7 +164,7 @@ def _duplicates(dump: Path, seed: int, notes: list[str]) -> list[tuple[int, int]
 
 
 def _threads(examples: list[Example]) -> list[str]:
-    """Of each pair a name that all pairs have which hang together by equal texts."""
+    """A name for each pair. Pairs that are connected by equal texts have the same name."""
     parent: dict[str, str] = {}
 
     def root(text: str) -> str:
@@ -174,7 +175,7 @@ def _threads(examples: list[Example]) -> list[str]:
     digests = [[_digest(text) for text in (e.text, e.other)] for e in examples]
     for first, second in digests:
         a, b = sorted((root(first), root(second)))
-        parent[b] = a  # the smaller one whatever the order, so that splits do not depend on that of the files
+        parent[b] = a  # the smaller name is kept, so that the splits do not depend on the order of the files
     return [root(first) for first, _ in digests]
 
 

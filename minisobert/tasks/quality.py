@@ -1,15 +1,16 @@
 """Question quality: HQ, LQ_EDIT or LQ_CLOSE.
 
-What is read:
-- the public set of 60,000 questions: Title, Body (HTML, but Markdown in LQ_EDIT), Y and, where there, Id;
-- two columns: text (lower-cased, without punctuation, by whoever published it) and Y;
-- a dump, by the published rule: HQ has a score of 30 or more and was never edited; LQ_EDIT has a negative score, was
-  edited and is open; LQ_CLOSE is closed and was never edited. A question that two of them fit is left out. A dump
-  holds the last version only, so LQ_EDIT is the text after the edit, where the public set has the one before.
+The data is one of
 
-In the public set the *form* of a text tells its class: LQ_EDIT is Markdown with CRLF, the others are HTML with LF. By
-default texts lose their markup (see `normalise`); the two columns also lose the words that markup left behind, such as
-"pre code" and "rel noreferrer". `keep_leak` shows what that form is worth.
+- the public set of 60,000 questions: Title, Body (HTML, but Markdown in LQ_EDIT), Y and, optionally, Id;
+- two columns: text (which its publisher lower-cased and stripped of punctuation) and Y;
+- a dump, by the published rule: HQ has a score of 30 or more and was never edited; LQ_EDIT has a negative score, was
+  edited and is open; LQ_CLOSE is closed and was never edited. A question that fits two of these is left out. A dump
+  has only the last version, so an LQ_EDIT is the text after the edit; the public set has the text before it.
+
+In the public set the *form* of a text tells its class: LQ_EDIT is Markdown with CRLF, the others are HTML with LF. So
+by default the markup is removed (see `normalise`), and from the two columns also the words that markup left behind,
+such as "pre code" and "rel noreferrer". With `keep_leak` it stays, to measure how much it gives away.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ LAYOUTS = {"60k": ("Title", "Body", "Y"), "words": ("text", "Y"), DUMP: ()}
 _MARKDOWN = [
     (re.compile(r"!\[[^\[\]]*\](?:\([^()\s]*\)|\[\d+\])"), ""),  # an image
     (re.compile(r"(?<!\w)\[([^\[\]]*)\](?:\((?:https?:|/|#)[^()\s]*\)|\[\d+\])"), r"\1"),  # a link
-    (re.compile(r"(?<!\S)\[\d+\]:\s*\S+"), ""),  # where a link leads
+    (re.compile(r"(?<!\S)\[\d+\]:\s*\S+"), ""),  # the target of a link
     (re.compile(r"\*\*|`"), ""),  # bold, code
-    (re.compile(r"(?<!\S)(?:#{1,6}|>|[-*+]|\d+\.)(?!\S)"), ""),  # a heading, quotation or list; HTML lists get "- "
+    (re.compile(r"(?<!\S)(?:#{1,6}|>|[-*+]|\d+\.)(?!\S)"), ""),  # a heading, quotation or list; HTML lists become "- "
 ]
 _MARKUP_WORD = re.compile(
     r"\b(?:alt|amp|blockquote|br|code|del|em|gt|h[1-6]|hr|href|img|kbd|li|lt|nofollow|noreferrer|ol|pre|quot|rel|src|strike"
     r"|strong|sub|sup|ul)\b"
 )
-_SNIPPET = re.compile(  # what is left of a runnable snippet, of its HTML and of its Markdown
+_SNIPPET = re.compile(  # what is left of the HTML or Markdown of a runnable snippet
     r"\b(?:class snippet data lang js data hide \w+ data console \w+ data babel \w+"
     r"|class snippet code(?: (?:js|css|html))?"
     r"|begin snippet(?: js hide \w+)?(?: console \w+)?(?: babel \w+)?|end snippet|language lang \w+"
@@ -49,7 +50,7 @@ _SNIPPET = re.compile(  # what is left of a runnable snippet, of its HTML and of
 
 
 def read(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
-    """See the head of this file. Raises ValueError for whatever is wrong with the files."""
+    """See the head of this file. Raises ValueError if anything is wrong with the files."""
     items, notes = [], []
     if keep_leak:
         notes.append("line endings and markup are kept: in the public set they tell the class")
@@ -66,7 +67,7 @@ def read(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
             label = class_of(row["Y"], LABELS, where)
             text = row["text"] if layout == "words" else f"{row['Title']}\n\n{row['Body']}"
             cleaned = without_markup_words(text) if layout == "words" else normalise(text)
-            thread = fingerprint(cleaned)  # with the leak too: the splits are the same
+            thread = fingerprint(cleaned)  # with keep_leak too, so that the splits are the same
             text = text if keep_leak else cleaned
             if not text.strip():
                 lacks = "" if keep_leak else " without its markup"
@@ -79,7 +80,7 @@ def read(paths: list[Path], seed: int, *, keep_leak: bool = False) -> Dataset:
 
 
 def derive(dump: Path, seed: int, notes: list[str]) -> list[dict[str, str]]:
-    """The rows of a set in the columns of the public one, by its rule. notes: what was left out is appended."""
+    """The rows of a set, in the columns of the public set and by its rule. notes: what was left out is appended."""
     return dumps.sample(_labelled(dump, notes), dump, seed, notes)
 
 
@@ -100,13 +101,13 @@ def _labelled(dump: Path, notes: list[str]) -> Iterator[tuple[str, int, dict[str
         if sum(fits.values()) == 1 and normalise(row["Title"] + "\n\n" + row["Body"]):
             label = next(name for name, fit in fits.items() if fit)
             yield label, int(row["Id"]), {name: row.get(name, "") for name in COLUMNS} | {"Y": label}
-    dumps.note(dump, Counter({"questions left out, their score is no number": malformed}), notes)
+    dumps.note(dump, Counter({"questions left out, since their score is not a number": malformed}), notes)
 
 
 def normalise(text: str) -> str:
-    """The words of a question, be it HTML or Markdown, with nothing of either: all on one line, no tags, links by their
-    text alone. Tags inside of code go too, since those in Markdown can't be told from markup."""
-    for _ in range(2):  # the second pass is for code, whose tags are entities in HTML and plain in Markdown
+    """The words of a question in HTML or Markdown, without any markup: all on one line, without tags, and with only the
+    text of links. Tags inside code are removed too, since in Markdown they cannot be told from markup."""
+    for _ in range(2):  # the second pass is for code, in which HTML has tags as entities, and Markdown as they are
         text = html_to_text(text)
     for pattern, replacement in _MARKDOWN:
         text = pattern.sub(replacement, text)
@@ -114,7 +115,7 @@ def normalise(text: str) -> str:
 
 
 def without_markup_words(text: str) -> str:
-    """Two columns' text, without the words that markup left behind."""
+    """A text of the two-column set, without the words that markup left behind."""
     return " ".join(_MARKUP_WORD.sub("", _SNIPPET.sub("", " ".join(text.split()))).split())
 
 

@@ -1,4 +1,4 @@
-"""From labelled examples to a Dataset: splits, duplicates, and the checks that every task needs."""
+"""Makes a Dataset of labelled examples: splits them, removes duplicates, and checks what every task needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from minisobert.hashing import key
 from minisobert.tasks.dataset import Dataset, Example, Task
 from minisobert.tasks.metrics import MANY
 
-SHARE = 0.1  # of the questions, for each of dev and test where the files name none
+SHARE = 0.1  # of the questions, for dev and for test each, if no file is named so
 
 
 class Labelled(NamedTuple):
-    """An example before it is split. thread: what must not be in two splits, its question. group: its class in the
-    files, from each of which dev and test are drawn alike."""
+    """An example before the split. thread: its question, which must not be in two splits. group: its class in the
+    files; dev and test are drawn in equal shares from each."""
 
     thread: str
-    split: str | None  # that of its file, None where the file's name tells none
+    split: str | None  # that in the name of its file; None if there is none
     example: Example
     group: int = 0
 
@@ -28,20 +28,22 @@ def dataset(
     task: Task, labels: Sequence[str], items: list[Labelled], seed: int, notes: list[str], cleaning: str = "",
     unit: str = "question", columns: tuple[str, ...] = (),
 ) -> Dataset:  # fmt: skip
-    """Split by the files' own names; what they lack is taken from train by question: whole threads, class by class,
-    those with the smallest hashes of (seed, question).
+    """Splits the examples as the names of their files say. Missing splits are taken from train: whole threads, class by
+    class, those with the smallest hashes of (seed, question).
 
-    Duplicates are removed, whatever their case and white space, but not among sentences of a published task whose files
-    name a split, since some are repeated there. A question that is in two splits stays in test before dev, and in dev
-    before train.
+    Duplicates are removed, also if they differ in case and white space, except among the sentences of a published task
+    whose files name the splits, since some are repeated there. A question that is in several splits stays in the first
+    of test, dev and train.
+
     notes: what was done is appended. cleaning, columns: see Dataset. unit: what a thread is called. Raises ValueError
-    for an empty split and, where the task has classes of its own, for one that train does not hold.
+    for an empty split and, if the task defines the classes, for a class that train lacks.
     """
     own = {item.split for item in items}
     if None in own and len(own) > 1:
         names = ", ".join(sorted(own - {None}))
         raise ValueError(
-            f"{task.name}: the names of some files tell a split ({names}), those of others don't; name all or none"
+            f"{task.name}: the names of some files say which split they are ({names}), and others do not; name all or "
+            "none"
         )
     if own <= {"dev", "test"}:
         raise ValueError(f"{task.name}: nothing to train on: {' and '.join(sorted(own)) or 'no example'} was given")
@@ -62,8 +64,8 @@ def dataset(
 
 
 def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, str]:
-    """thread → split, of the threads that leave train."""
-    threads: dict[str, int] = {}  # to the highest group that a thread holds
+    """thread → split, for the threads that leave train."""
+    threads: dict[str, int] = {}  # thread → the highest group that it holds
     for item in items:
         threads[item.thread] = max(item.group, threads.get(item.thread, 0))
     of_group: dict[int, list[str]] = {}
@@ -74,7 +76,7 @@ def _carve(items: list[Labelled], missing: list[str], seed: int) -> dict[str, st
         drawn.sort(key=lambda thread: (key(seed, "split", zlib.crc32(thread.encode())), thread))
         most = (len(drawn) - 1) // max(len(missing), 1)
         count = min(most, max(1, round(SHARE * len(drawn))))
-        if len(of_group) > MANY:  # one of each would be most of what there is: a small class gives one in its turn
+        if len(of_group) > MANY:  # one of each class could be most examples, so small classes take turns to give one
             due += SHARE * len(drawn)
             count, due = min(most, int(due + 1e-9)), due - int(due + 1e-9)
         for i, split in enumerate(missing):
@@ -94,7 +96,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> di
             text += "\0" + fingerprint(item.example.other)
             label = item.example.tags or (item.example.label, item.example.value)
             if split_of.setdefault(item.thread, split) != split:
-                left_out[f"of {split}, their {unit} is in {split_of[item.thread]} too"] += 1
+                left_out[f"of {split}, since their {unit} is in {split_of[item.thread]} too"] += 1
             elif text in seen:
                 same = "the same" if seen[text] == label else "another"
                 left_out[f"of {split}, a duplicate with {same} label"] += 1
@@ -106,7 +108,7 @@ def _unique(parts: dict[str, list[Labelled]], notes: list[str], unit: str) -> di
 
 
 def fingerprint(text: str) -> str:
-    """Equal for texts that differ in case and white space only."""
+    """A string that is equal for texts that differ only in case and white space."""
     return " ".join(text.split()).casefold()
 
 

@@ -1,15 +1,16 @@
-"""Your own entities: types of your own, from columns of words and tags, or from texts with spans.
+"""Your own types of entities, from columns of words and tags, or from texts with spans.
 
     python finetune.py --task tags --data train.conll dev.conll --model runs/base --out results/parts
     python finetune.py --task tags --data spans.jsonl --model runs/base --out results/parts
 
-- CoNLL columns (.conll, .bio, .iob, .txt, .tsv): a word first and its tag last in each line, or in the column that
-  --label counts, tabs or spaces between; a blank line ends a sentence, a line of -DOCSTART- a document. Tags are BIO,
-  in either form, or BIOES with its relatives (E or L ends an entity, S or U is a whole one, M is inside).
-- .jsonl: {"text": "…", "spans": [[start, end, "Type"], …]}, in characters, which --predict --out writes too. A span is
-  widened to whole words, which are cut as in prediction (`words.py`).
+- CoNLL columns (.conll, .bio, .iob, .txt, .tsv): each line has a word first and its tag last, or in the column whose
+  number --label gives, with tabs or spaces between them. A blank line ends a sentence, and a line that begins with
+  -DOCSTART- ends a document. Tags are BIO, in either form, or BIOES and its relatives (E or L ends an entity, S or U is
+  a whole one, M is inside one).
+- .jsonl: {"text": "…", "spans": [[start, end, "Type"], …]}, in characters, as --predict --out writes it. A span is
+  widened to whole words; texts are cut into words as in prediction (`words.py`).
 
-What cannot be used is left out, and counted.
+What cannot be used is left out and counted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from minisobert.tasks.splits import Labelled, dataset, fingerprint
 from minisobert.tasks.words import word_spans
 
 COLUMNS = (".conll", ".bio", ".iob", ".txt", ".tsv")
-DOCUMENTS = 20  # from which on dev and test are drawn by document; of fewer, by sentence
+DOCUMENTS = 20  # with this many or more, dev and test are drawn by document; with fewer, by sentence
 _BEGINS, _INSIDE, _ENDS, _SINGLE = "B", "IM", "EL", "SU"
 
 
@@ -40,9 +41,9 @@ class Sentence(NamedTuple):
 
 
 def read(paths: list[Path], seed: int, *, label: str = "") -> Dataset:
-    """The labels are "O", then B- and I- of each type, the commonest first. label: the number of the tags' column, from
-    1, which is the word's; by default it is the last. Raises ValueError for whatever is wrong with the
-    files as a whole."""
+    """Sentences with a tag for each word. The labels are "O", then B- and I- for each type, the commonest first. label:
+    the number of the column with the tags, where 1 is the column of the words (default: the last column). Raises
+    ValueError if anything is wrong with a file as a whole."""
     files = find(paths, (*COLUMNS, ".jsonl"))
     if not files or any(file.kind == DUMP for file in files):
         raise ValueError(
@@ -82,7 +83,7 @@ def _sentences(file: File, column: int, notes: list[str]) -> Iterator[Sentence]:
 def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
     for document, line, block in _blocks(file, column):
         kept = [(word, tag) for word, tag in block if word.strip()]
-        counts["words left out, they are white space"] += len(block) - len(kept)
+        counts["words left out, since they are white space"] += len(block) - len(kept)
         if not kept:
             continue
         words, given = zip(*kept)
@@ -90,7 +91,7 @@ def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
         id = f"{file.stem}:{line}"
         if None in tags:
             wrong = given[tags.index(None)]
-            counts[f"sentences left out, {wrong!r} is no tag (O, or B-, I-, E- or S- with a type)"] += 1
+            counts[f"sentences left out, since {wrong!r} is not a tag (O, or B-, I-, E- or S- with a type)"] += 1
         else:
             bio, repaired = to_bio(tags)
             counts["tags that continued no entity of their type, read as its beginning"] += repaired
@@ -98,9 +99,9 @@ def _of_columns(file: File, column: int, counts: Counter) -> Iterator[Sentence]:
 
 
 def _blocks(file: File, column: int) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
-    """(document, counted from 1, or 0 where none are marked; the line on which it begins; words and tags) of each
-    sentence. column: of the tags, from 1, or 0 for the last; a line that is too short for it has the tag "", which is
-    none."""
+    """(document, line, words and tags) of each sentence. Documents are counted from 1, and 0 if none are marked; the
+    line is that on which the sentence begins. column: that of the tags, from 1, or 0 for the last. A line that is too
+    short for it has the tag "", which is not a tag."""
     block: list[tuple[str, str]] = []
     document = 0
     with file.text(newline=None) as stream:
@@ -118,7 +119,7 @@ def _blocks(file: File, column: int) -> Iterator[tuple[int, int, list[tuple[str,
 
 
 def _split(tag: str) -> tuple[str, str] | None:
-    """("B", "Type") or ("O", ""); None where it is no tag."""
+    """A tag as ("B", "Type") or ("O", ""); None if it is not a tag."""
     if tag == "O":
         return "O", ""
     prefix, _, kind = tag.partition("-")
@@ -127,9 +128,9 @@ def _split(tag: str) -> tuple[str, str] | None:
 
 
 def to_bio(tags: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], int]:
-    """The tags of a sentence, from any of the schemes, as BIO; and how many that are not its beginning continued no
-    entity of their type, which makes them its beginning."""
-    found, repaired, going_on = [], 0, ""  # the type of the entity that the word before has left open
+    """The tags of a sentence, in any of the schemes, as BIO. A tag inside an entity that continues none of its type
+    begins one; the second result is the number of such tags."""
+    found, repaired, going_on = [], 0, ""  # going_on: the type of the entity that the previous word has left open
     for prefix, kind in tags:
         if prefix == "O":
             found.append("O")
@@ -151,8 +152,8 @@ def _of_spans(file: File, counts: Counter) -> Iterator[Sentence]:
                 raise ValueError(row.problem)
             if not isinstance(row.fields.get("text"), str):
                 raise ValueError("without a text")
-            text_of(row.fields, ["text"])  # or half a surrogate pair would stop training
-            text = row.fields["text"]  # whose offsets line ends and all belong to
+            text_of(row.fields, ["text"])  # raises for half a surrogate pair, which would stop training
+            text = row.fields["text"]  # as it is, since the offsets count its line ends too
             spans = _spans(row.fields, len(text))
         except ValueError as error:
             counts[f"rows left out, {error}"] += 1
@@ -167,7 +168,7 @@ def _of_spans(file: File, counts: Counter) -> Iterator[Sentence]:
 
 
 def _spans(fields: dict, length: int) -> list[tuple[int, int, str]]:
-    """Raises ValueError where they are not as the head of this file has them."""
+    """The (start, end, type) of each span. Raises ValueError if they are not as the head of this file describes."""
     given = fields.get("spans")
     if not isinstance(given, list):
         raise ValueError('without "spans", a list of [start, end, "Type"]')
@@ -185,18 +186,18 @@ def _spans(fields: dict, length: int) -> list[tuple[int, int, str]]:
 
 
 def tag(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, str]], counts: Counter) -> tuple[str, ...]:
-    """The BIO tags of the words at these places. Of spans that overlap the longest stays; what was left out or widened
-    is counted."""
+    """The BIO tags of the words at these places. Of overlapping spans, the longest stays. Spans that were left out or
+    widened are counted."""
     tags = ["O"] * len(places)
     for start, end, kind in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
         inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
         if not inside:
-            counts["spans left out, they hold no word"] += 1
+            counts["spans left out, since they hold no word"] += 1
         elif any(tags[i] != "O" for i in inside):
-            counts["spans left out, they share words with a longer one"] += 1
+            counts["spans left out, since they share words with a longer one"] += 1
         else:
             first, last = inside[0], inside[-1]
-            counts["spans widened, they began or ended inside a word"] += (
+            counts["spans widened, since they began or ended inside a word"] += (
                 places[first][0] < start or places[last][1] > end
             )
             tags[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]

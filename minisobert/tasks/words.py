@@ -1,13 +1,13 @@
-"""How a text is cut into the words that a token task tags, in training on spans and in prediction alike."""
+"""Cuts a text into the words that a token task tags, both in training on spans and in prediction."""
 
 from __future__ import annotations
 
 import re
 
-# a word of letters, digits and the signs of names (node.js, C++, scikit-learn), or one other sign: as ner's corpus cuts
+# As in ner's corpus: a word of letters, digits and signs inside names (node.js, C++, scikit-learn), or one other sign
 WORD = re.compile(r"\w[^\s,;:!?()\"']*[\w+#]|\w|[^\w\s]")
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """From where to where in the text each word goes."""
+    """(begin, end) of each word in the text."""
     return [match.span() for match in WORD.finditer(text)]

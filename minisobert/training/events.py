@@ -57,7 +57,7 @@ class Events:
             self._write(Event(wall_time=time.time() - ago, step=step, summary=Summary(value=values)))
         except OSError as error:
             print(
-                f"{self.path}: {error.strerror}; training goes on without it, and the next start writes it again",
+                f"{self.path}: {error.strerror}; training continues without it, and the next start writes it again",
                 file=sys.stderr,
             )
             self.close()

@@ -125,7 +125,7 @@ def _report(optimizer: Optimizer, progress: Progress, step: Step) -> str:
     """The message: which ranks' gradients were not finite, and of which parameter first. Called by all ranks."""
     found = [f"rank {rank}: {name}" for rank, name in enumerate(optimizer.not_finite()) if name]
     return (
-        f"the gradient of {progress.skipped_in_a_row} steps in a row was not finite, the last of them step "
+        f"the gradients of {progress.skipped_in_a_row} steps in a row were not finite; the last was step "
         f"{progress.step} with rows {step.first_row:,} to {step.first_row + step.rows - 1:,}, loss {progress.loss}; "
         "where it began: " + ("; ".join(found) or "in no rank's own gradient, but in their sum")
     )
@@ -190,9 +190,9 @@ def train(
 
     def lost() -> str:
         saved = checkpoint.steps(saver.folder)
-        return f"what came after {saved[-1]} is lost" if saved else "nothing had been saved"
+        return f"all steps after {saved[-1]} are lost" if saved else "nothing had been saved"
 
-    stop.promise = "will save after this step, and leave; Ctrl-C again leaves at once"
+    stop.promise = "will save and exit after this step; Ctrl-C again exits at once"
     stop.lost = lost
     with bar:
         for step in steps:
@@ -242,7 +242,7 @@ def train(
             if stopped:
                 break
     micro_batches.close()
-    stop.promise = "the last checkpoint is being saved; Ctrl-C again leaves at once"
+    stop.promise = "the last checkpoint is being saved; Ctrl-C again exits at once"
     saver.wait()
     if stopped and mesh.is_first:
         print(f"stopped after step {progress.step:,}; repeat the command to resume from {saver.last}", file=sys.stderr)
@@ -292,7 +292,7 @@ class StopSignals:
         # a terminal sends Ctrl-C to all processes, and torchrun, which is one of them, forwards it to its own
         elif not self.received or time.monotonic() > self._since + 1:
             try:
-                self._say(f"left at once; {self.lost()}")
+                self._say(f"exited at once; {self.lost()}")
             finally:
                 os._exit(128 + number)
 

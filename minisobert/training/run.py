@@ -117,7 +117,7 @@ class Run:
         otherwise = "choose another --out, or --fresh to discard that run"
         for name, value in self.identity["train"].items():
             if (old := before["train"][name]) != value:
-                raise ValueError(f"{here} with {flag(name)} {old}, given is {value}; give the same, {otherwise}")
+                raise ValueError(f"{here} with {flag(name)} {old}, not {value}; give the same, {otherwise}")
         if before.get("init") != self.identity.get("init"):
             raise ValueError(f"{here} that began with other weights than those of --init; give the same, {otherwise}")
         if before.get("masks") != self.identity.get("masks"):
@@ -240,7 +240,7 @@ class Run:
         except OSError as error:
             if not failed_before:
                 print(
-                    f"{self.folder / 'metrics.jsonl'}: {error.strerror}; training goes on, and the lines from step "
+                    f"{self.folder / 'metrics.jsonl'}: {error.strerror}; training continues, and the lines from step "
                     f"{line['step']:,} on will be written when that is possible",
                     file=sys.stderr,
                 )
@@ -277,7 +277,7 @@ def _check_writable(folder: Path) -> None:
     """Raises ValueError if the folder cannot be created, or cannot be written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.exists():
-        raise ValueError(f"--out: {there} is a link to {there.readlink()}, which is not there; choose another")
+        raise ValueError(f"--out: {there} is a link to {there.readlink()}, which does not exist; choose another")
     if not there.is_dir():
         raise ValueError(f"--out: {there} is a file; choose a folder")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -306,7 +306,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; figures that were not finite are None. Raises ValueError if it has none."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of a train.py")
+        raise ValueError(f"{run} holds no run (no metrics.jsonl); give the --out of train.py")
     lines = read_json_lines(path, METRICS)
     if not lines:
         raise ValueError(f"{path} is empty: the run has made no step yet")
@@ -333,7 +333,7 @@ def checkpoint_of(run: str | Path, which: str = "last") -> Path:
     folder = Path(run) / "checkpoints"
     saved = checkpoint.steps(folder)
     if not saved:
-        raise ValueError(f"{run} holds no checkpoint; give the --out of a train.py that has saved one")
+        raise ValueError(f"{run} holds no checkpoint; give the --out of a run of train.py that has saved one")
     named = {f"step-{checkpoint.step_of(path)}": path for path in saved} | {"last": saved[-1]}
     if best := checkpoint.best(folder):
         named["best"] = best
@@ -356,7 +356,7 @@ def open_run(run: str | Path, path: Path | None = None) -> Trained:
         raise ValueError(f"{run / 'config.json'} is damaged ({reason(error)}); train.py writes it again") from None
     tokenizer = tokenizer_files(run)[0]
     if sha256(tokenizer) != checksum:
-        raise ValueError(f"{tokenizer} is another model's; put the one of the run's --data there")
+        raise ValueError(f"{tokenizer} is the tokenizer of another model; put that of the run's --data there")
     model = MaskedLM(model_config)
     checkpoint.verify(path)
     model.load_state_dict(read_safetensors(path / "model.safetensors"))

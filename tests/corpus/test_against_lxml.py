@@ -1,4 +1,4 @@
-"""What lxml (libxml2, which reads HTML as browsers do) finds in a post, html_to_text and xml_rows find too."""
+"""html_to_text and xml_rows read a post as lxml does (with libxml2, which reads HTML as browsers do)."""
 
 import html
 import io
@@ -22,12 +22,12 @@ CELLS = CELL.split("|")
 
 
 def words(text: str) -> list[str]:
-    """Cut at HTML's own white space."""
+    """The text, cut at HTML's own white space."""
     return re.findall(r"[^ \t\n\r\f]+", text)
 
 
 def reading(source: str, links: bool) -> tuple[list[str], list[str]]:
-    """(the words of a page; the text of each <pre>), by lxml's tree and what html_to_text says that it adds to it."""
+    """(the words of a page; the text of each <pre>), by lxml's tree and by what html_to_text is documented to add."""
     parts, pres = [], []
 
     def walk(element, in_pre: bool) -> None:
@@ -55,7 +55,7 @@ def reading(source: str, links: bool) -> tuple[list[str], list[str]]:
     return words("".join(parts)), pres
 
 
-# As people and programs write a character. Every reference ends with a semicolon, or where a browser ends it.
+# The ways in which people and programs write a character. A reference ends at a semicolon, or where browsers end it.
 CHARACTERS = st.characters(exclude_categories=("Cc", "Cs", "Cn")) | st.sampled_from("<>&\"'\n\t -|[]#;x1")
 ENCODED = [
     html.escape,
@@ -141,7 +141,7 @@ def test_html_says_what_lxml_reads(links):
     check()
 
 
-# Of these, the first year of Stack Overflow has the most varied HTML.
+# The first year of Stack Overflow has the most varied HTML of the dumps at hand.
 REAL = ("2008-sample.stackoverflow.com", "conlang.meta.stackexchange.com")
 
 
@@ -172,7 +172,7 @@ DAMAGE = st.sampled_from([b"<", b">", b'"', b"/>", b"&", b"&#1;", b"\0", b"\xff"
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ATTRIBUTES, min_size=1, max_size=5), st.integers(0), st.integers(0), st.none() | DAMAGE)
 def test_xml_rows_reads_what_lxml_reads_and_damage_costs_no_sound_row(attributes, number, place, damage):
-    """Of a damaged row lxml, told to recover, keeps what it can; we count it, since nothing tells what it had held."""
+    """lxml, told to recover, keeps what it can of a damaged row. We count the row, since its content is unknown."""
     rows = [{"Id": str(n), **found} for n, found in enumerate(attributes)]
     lines = [b"  " + lxml_etree.tostring(lxml_etree.Element("row", row), encoding="utf-8") + b"\n" for row in rows]
     if damage is not None:

@@ -1,4 +1,4 @@
-"""Every layout in which a dump comes is found and joined; what cannot be read is named for what it is."""
+"""Dumps are found and joined in every layout in which they come, and errors say what is wrong with a file."""
 
 import lzma
 import random
@@ -29,7 +29,7 @@ def pack(path: Path, *members: tuple[str, bytes | Path], **options) -> Path:
 
 
 def tables(site: str) -> dict[str, bytes]:
-    """The files of a site with two posts and a comment, which hold its name. All sites have the same Ids."""
+    """The files of a site with two posts and a comment, which contain its name. All sites have the same Ids."""
     content = (HEAD + GOOD.format(1) + GOOD.format(2)).replace("&gt;b", f"&gt;{site}")
     return {
         "Posts.xml": f"{content}</posts>".encode(),
@@ -143,7 +143,7 @@ def test_posts_are_joined_with_their_comments_in_every_layout(tmp_path, layout):
     assert second.body == f"<p>{comment}2</p>"
     assert not +dropped
     assert len(notes) == 1
-    assert re.fullmatch(r"left out, as neither posts nor comments: \S*users\.(xml|7z)", notes[0], re.I)
+    assert re.fullmatch(r"left out, since they are neither posts nor comments: \S*users\.(xml|7z)", notes[0], re.I)
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
@@ -208,7 +208,7 @@ def test_a_dump_without_comments_is_read_and_says_so(tmp_path):
     ):
         (site,), notes = sites([path])
         assert len(list(posts(site, tmp_path, Counter()))) == 2
-        assert notes == ["no Comments.xml for a.com: the posts come without comments"]
+        assert notes == ["no Comments.xml for a.com: the posts are read without comments"]
 
 
 def test_all_that_is_left_out_is_named_in_one_line(tmp_path):
@@ -217,7 +217,7 @@ def test_all_that_is_left_out_is_named_in_one_line(tmp_path):
     pack(tmp_path / "dump/y/so.7z", ("license.txt", b""))
     _, (note,) = sites([tmp_path / "dump"])
     left_out = "Posts.xml.bak, Users.xml (2 times), readme.txt, .DS_Store, license.txt, so.7z.001"
-    assert note == f"left out, as neither posts nor comments: {left_out}"
+    assert note == f"left out, since they are neither posts nor comments: {left_out}"
     for number in range(12):
         (tmp_path / f"dump/x/{number}.csv").touch()
     _, (note,) = sites([tmp_path / "dump"])
@@ -225,10 +225,10 @@ def test_all_that_is_left_out_is_named_in_one_line(tmp_path):
 
 
 REFUSED = [
-    (lambda d: per_table(d, "so")[2:], "Comments.xml has no posts to go with; {d}/so-Posts.7z is missing"),
-    (lambda d: [*per_table(d, "a")[:2], *per_table(d, "b")[2:]], "no posts to go with; {d}/b-Posts.7z is missing"),
-    (lambda d: [write(d, {"comments.xml": b"x"})], "comments.xml has no posts to go with; {d}/posts.xml is missing"),
-    (lambda d: [pack(d / "a.7z", ("Comments.xml", b"x"))], "to go with; Posts.xml in {d}/a.7z is missing"),
+    (lambda d: per_table(d, "so")[2:], "Comments.xml comes without its posts; {d}/so-Posts.7z is missing"),
+    (lambda d: [*per_table(d, "a")[:2], *per_table(d, "b")[2:]], "comes without its posts; {d}/b-Posts.7z is missing"),
+    (lambda d: [write(d, {"comments.xml": b"x"})], "comments.xml comes without its posts; {d}/posts.xml is missing"),
+    (lambda d: [pack(d / "a.7z", ("Comments.xml", b"x"))], "comes without its posts; Posts.xml in {d}/a.7z is missing"),
     (lambda d: per_table(d, "so")[1:2], "so-Users.7z holds no Posts.xml, but so-Users.7z"),
     (lambda d: [*per_table(d, "a")[1:2], *per_table(d, "b")[1:2]], "no Posts.xml, but a-Users.7z, b-Users.7z"),
     (lambda d: [pack(d / "a.7z", ("a.csv", b"x"))], "a.7z holds no Posts.xml, but a.csv"),
@@ -308,7 +308,7 @@ def test_a_symlink_in_the_place_of_a_table_is_named(tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         sites([path])
     _, notes = sites([tmp_path / "readme.7z"])
-    assert "left out, as neither posts nor comments: readme" in notes
+    assert "left out, since they are neither posts nor comments: readme" in notes
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -319,7 +319,8 @@ def test_an_archive_that_would_unpack_to_far_more_than_its_size_is_refused(tmp_p
     assert path.stat().st_size < 1_000_000 / archives.RATIO
     monkeypatch.setattr(archives, "BOMB", 999_999)
     message = (
-        "says that it unpacks to 1,000,000 bytes, over 200 times its size, as no dump does; if it is sound, unpack it"
+        "says that it unpacks to 1,000,000 bytes, over 200 times its size, which no dump does; if it is sound, unpack "
+        "it"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         sites([path])
@@ -365,7 +366,7 @@ def test_an_encrypted_archive_is_named(tmp_path, options):
 
 
 def with_method(path: Path, old: bytes, new: bytes) -> Path:
-    """Write an archive with a method that py7zr cannot write: another method's id in the header."""
+    """Gives an archive a method that py7zr cannot write, by changing the method's id in the header."""
     py7zr = pytest.importorskip("py7zr")
     with py7zr.SevenZipFile(path, "w") as file:
         file.set_encoded_header_mode(False)
@@ -374,7 +375,7 @@ def with_method(path: Path, old: bytes, new: bytes) -> Path:
 
 
 def with_header(path: Path, old: bytes, new: bytes) -> Path:
-    """Other bytes in the header of an archive, and its checksums."""
+    """Replaces bytes in the header of an archive, and its checksums."""
     content = path.read_bytes()
     start, size = struct.unpack("<QQ", content[12:28])
     body, header = content[32 : 32 + start], content[32 + start : 32 + start + size]
@@ -406,14 +407,14 @@ NO_ARCHIVES = [b"", b"7z", b"PK\3\4" + b"x" * 10_000, b"<html>", b"7z\xbc\xaf'\x
 @pytest.mark.parametrize("content", NO_ARCHIVES)
 def test_what_is_no_archive_is_one_short_line(tmp_path, content):
     (tmp_path / "a.7z").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.7z is truncated or no \.7z archive") as error:
+    with pytest.raises(ValueError, match=r"a\.7z is truncated or not a \.7z archive") as error:
         sites([tmp_path / "a.7z"])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 200 + len(str(tmp_path))
 
 
-def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monkeypatch):
-    badges = random.Random(0).randbytes(3_000_000)  # they stand before the posts
+def test_a_thread_that_is_no_longer_needed_reads_no_further(tmp_path, monkeypatch):
+    badges = random.Random(0).randbytes(3_000_000)  # they come before the posts in the archive
     (site,), _ = sites([pack(tmp_path / "a.7z", ("Badges.xml", badges), *tables("a").items(), filters=METHODS["Copy"])])
     read, after = archives._File.readinto, []
 
@@ -429,7 +430,7 @@ def test_a_thread_that_nobody_waits_for_passes_over_nothing_more(tmp_path, monke
     assert after == []
 
 
-def test_nor_does_one_in_an_archive_in_an_archive(tmp_path):
+def test_nor_does_one_in_a_nested_archive(tmp_path):
     inner = pack(tmp_path / "a.7z", ("Badges.xml", random.Random(0).randbytes(3_000_000)), filters=METHODS["Copy"])
     outer = pack(tmp_path / "b.7z", ("a.7z", inner), filters=METHODS["Copy"])
     stopped = threading.Event()

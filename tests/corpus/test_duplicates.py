@@ -1,4 +1,4 @@
-"""Near duplicates, against sets of tuples of words and a comparison of all pairs."""
+"""Near duplicates, compared with sets of tuples of words and with a comparison of all pairs."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ BODIES = Path(__file__).resolve().parents[2] / "../shared/data/text/question_bod
 
 
 def grams(text):
-    """Written again from the definition, without numpy. ASCII alone: \\w is another set beyond it."""
+    """Shingles by their definition, without NumPy. For ASCII only, since beyond it \\w is another set."""
     words = re.findall(r"[\w]+|[^\w\s]", text.lower(), re.ASCII)
     return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
@@ -56,7 +56,7 @@ def test_a_text_has_the_same_shingles_in_any_company(texts):
         ("How do I use C++?", "how  do i use\nc++ ?", True),
         ("How do I use C++?", "How do I use C#?", False),
         ("a_b", "a b", False),
-        ("Größe ändern", "grÖSSE ändern", False),  # no folding of ß: it is a case of its own
+        ("Größe ändern", "grÖSSE ändern", False),  # ß is not folded to ss
         ("é", "É", True),
         ("naïve", "na ve", False),
         ("\u3000", "", True),
@@ -113,7 +113,7 @@ def found(texts, threshold, folder, run=alone, cut=7):
 
 
 def brute(texts):
-    """(D,) the highest similarity to an earlier text."""
+    """(D,) the highest similarity of each text to an earlier one."""
     written = list(map(grams, texts))
     return np.array([max((jaccard(a, b) for b in written[:i]), default=0) for i, a in enumerate(written)])
 
@@ -133,8 +133,8 @@ def real_texts(rng):
 
 
 def variants(texts, count, rng):
-    """Texts of 150 words, each with copies in which more and more words in a row are others: J = 0.93, 0.90, 0.80, 0.62
-    with the original, more where the change is near an end and less between two copies."""
+    """Texts of 150 words, each with copies in which more and more consecutive words are replaced. Their similarities to
+    the original are 0.93, 0.90, 0.80 and 0.62, higher if the change is near an end and lower between two copies."""
     result = []
     for words in itertools.islice(texts, count):
         result.append(" ".join(words))
@@ -153,15 +153,15 @@ def test_what_is_found_is_near_and_nearly_all_that_is_near_is_found(tmp_path, th
     rng = random.Random(1)
     texts = variants(texts(rng), 40, rng)
     is_near, left_out = brute(texts) >= threshold, found(texts, threshold, tmp_path)
-    assert 40 < is_near.sum() < 220  # of 240: there are some of either
-    assert not (left_out & ~is_near).any()  # precision 1: by the true similarity
-    # Each that is near is missed with a probability of at most MISSED: three standard deviations above the mean
+    assert 40 < is_near.sum() < 220  # of 240: both kinds occur
+    assert not (left_out & ~is_near).any()  # precision is 1, by the true similarity
+    # each near text is missed with probability MISSED at most; allowed are three standard deviations above the mean
     missed, most = int((is_near & ~left_out).sum()), is_near.sum() * MISSED
     assert missed <= most + 3 * math.sqrt(most)
 
 
 def test_how_often_two_texts_share_a_band_is_what_theory_says():
-    """In 1,000 pairs of 60 words, each with 8 words in a row of its own: 48 of 64 runs are the same."""
+    """1,000 pairs of texts of 60 words that differ in 8 consecutive words: 48 of 64 runs are the same."""
     b, r = shape(0.8)
     pairs = [([f"a{i}x{k}" for k in range(60)], i) for i in range(1_000)]
     one = bands([" ".join(words) for words, _ in pairs], 0.8)
@@ -169,7 +169,7 @@ def test_how_often_two_texts_share_a_band_is_what_theory_says():
     expected = 1 - (1 - (48 / 64) ** r) ** b
     share = (one == other).any(axis=0).mean()
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 1_000)
-    alike = (one == other).mean()  # every band by itself: r of r hashes with the chance J
+    alike = (one == other).mean()  # by band: all of its r hashes agree with probability J^r
     assert abs(alike - (48 / 64) ** r) < 4 * math.sqrt(0.25 / 12_000) * 2
 
 
@@ -194,7 +194,7 @@ def in_one_bucket(texts, threshold):
 
 
 def test_within_a_bucket_all_that_is_near_an_earlier_document_is_found(tmp_path, monkeypatch):
-    """Also what is far from the first of the bucket, or near one that was itself left out."""
+    """Including texts that are far from the first one in the bucket, or near one that was itself left out."""
     monkeypatch.setattr(duplicates, "bands", in_one_bucket)
     rng = random.Random(3)
     texts = variants(random_texts(rng), 16, rng)

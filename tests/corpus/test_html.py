@@ -1,4 +1,4 @@
-"""What a reader sees of a post is what its text holds, whatever the markup."""
+"""The text of a post holds what a reader of the page sees, whatever the markup."""
 
 import html
 import time
@@ -40,7 +40,7 @@ def test_code_keeps_its_newlines_and_indentation():
 
 
 def test_a_line_break_in_code_is_one():
-    """As in the first years' posts: 122 of the first 1,000 rows have code whose lines end so, and not otherwise."""
+    """Posts of the first years have such code: in 122 of the first 1,000 rows, lines of code end only so."""
     source = "<pre><code>int a;<br>int b;<br />  int c;<BR></code></pre>"
     assert html_to_text(source) == "int a;\nint b;\n  int c;"
 
@@ -59,7 +59,7 @@ def test_what_is_no_tag_of_the_site_stays_text():
 @pytest.mark.parametrize(
     "source, text",
     [
-        ("&#11<code>1</code>", "1"),  # U+000B is no character of HTML
+        ("&#11<code>1</code>", "1"),  # U+000B is not a character of HTML
         ("&#65<b>9</b> &#x41<i>1</i> &#<b>49;</b> &#x<b>49;</b>", "A9 A1 &#49; &#x49;"),
         ("&l<b></b>t; &<i>amp;</i> &am<!-- -->p; &<!-- -->lt;", "&lt; &amp; &amp; &lt;"),
         ("&copy<b>x</b>; &lt<b>p&gt</b> &ampx<b>;</b>", "\u00a9x; <p> &x;"),
@@ -74,7 +74,7 @@ def test_taking_a_tag_out_joins_nothing_to_markup_or_references(source, text):
 
 
 def tag_ends(source: str, at: int) -> int:
-    """Where a tag of the site that begins here ends; 0 where none begins. Character by character, unlike html.py."""
+    """The end of the tag of the site that begins here, or 0 if none does. Read by character, unlike in html.py."""
     name, i = "", at + 1 + source.startswith("/", at + 1)
     while i < len(source) and source[i].isalnum():
         name, i = name + source[i].lower(), i + 1
@@ -96,7 +96,7 @@ def tag_ends(source: str, at: int) -> int:
 
 
 def shown(source: str) -> str:
-    """What a reader sees, without spaces: what lies between tags and comments, each part decoded by itself."""
+    """What a reader sees, without spaces: the text between tags and comments, with each part decoded by itself."""
     found, text, at = "", "", 0
     while at < len(source):
         comment = source.startswith("<!--", at) and source.find("-->", at + 2) + 3
@@ -155,7 +155,7 @@ SOUP = [
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(SOUP), st.text(max_size=2)), max_size=40).map("".join))
 def test_no_character_is_invented_or_lost(source):
-    marks = str.maketrans("", "", "-|")  # of list items and of cells
+    marks = str.maketrans("", "", "-|")  # those of list items and cells
     assert "".join(html_to_text(source).split()).translate(marks) == shown(source).translate(marks)
 
 
@@ -168,7 +168,7 @@ def test_no_character_is_invented_or_lost(source):
         ("<code>Map<i></code>", "Map<i>"),
         ("in back-ticks `<b>x</b>` it is code, <b>here</b> not", "in back-ticks `<b>x</b>` it is code, here not"),
         ("<dependency><version>3</version></dependency>", "<dependency><version>3</version></dependency>"),
-        ("AT&amp;T &lt; 3", "AT&amp;T &lt; 3"),  # the dump has decoded it already
+        ("AT&amp;T &lt; 3", "AT&amp;T &lt; 3"),  # already decoded in the dump
         (" a\r\nb ", "a\nb"),
         ("spring-boot-star\u200c\u200bter", "spring-boot-starter"),
     ],
@@ -217,7 +217,7 @@ def test_a_nasty_megabyte_takes_little_time(unit):
     for source in (long, "<p " + half, "&#" + half):
         html_to_text(source)
     comment_to_text(long)
-    assert time.process_time() - start < 10  # about one second; a quadratic expression takes minutes
+    assert time.process_time() - start < 10  # about one second; a quadratic expression would take minutes
 
 
 @settings(deadline=None, derandomize=True)

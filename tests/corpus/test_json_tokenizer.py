@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face behind our interface: with special ids first, as BERT has them, or last, as ModernBERT."""
+"""Hugging Face's tokenizers behind our interface, with special ids first, as in BERT, or last, as in ModernBERT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 
 @cache  # training is not deterministic
 def wordpiece() -> str:
-    """[PAD] 0, then the others, then words, which are lower-cased."""
+    """[PAD] has id 0, then come the other special tokens, then lower-cased words."""
     made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     made.normalizer = tokenizers.normalizers.BertNormalizer()
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -40,7 +40,7 @@ def wordpiece() -> str:
 
 @cache
 def byte_level(texts: tuple[str, ...] = (*TEXTS,) * 5, size: int = 300) -> str:
-    """Bytes and what was learnt, and the special ones behind them."""
+    """Bytes come first, then learnt pieces, then the special tokens."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -117,9 +117,9 @@ def test_a_tokenizer_of_ours_for_another_corpus(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("{}", "no tokenizer.json"),
+    ("{}", "not a valid tokenizer.json"),
     (tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str(), "none of the tokens [PAD] or <pad>"),
-    ("", "no SentencePiece model"),
+    ("", "not a SentencePiece model"),
 ])  # fmt: skip
 def test_what_cannot_be_used(content, expected, tmp_path, capsys):
     refused(tmp_path, capsys, content, expected)
@@ -141,13 +141,13 @@ def test_two_vocabularies_at_once(tmp_path, capsys):
 
 
 def test_a_folder_with_the_tokenizer_model_of_another_library(tmp_path):
-    """As those of Gemma are: their tokenizer.json is what counts."""
+    """Gemma's folders are such; their tokenizer.json counts."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 5), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match="is no tokenizer of minisobert: its first pieces are"):
+    with pytest.raises(ValueError, match="is not a tokenizer of minisobert: its first pieces are"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(byte_level())
     assert open_tokenizer(tmp_path).vocabulary == JsonTokenizer(byte_level().encode()).vocabulary

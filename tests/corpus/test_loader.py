@@ -1,4 +1,4 @@
-"""Micro-batches hold the documents of the shards, and a row is the same for whoever asks for it."""
+"""Micro-batches hold the documents of the shards, and a row is the same whichever rank asks for it and when."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_epoch_holds_each_training_document_once(corpus, rows):
     expected = [
         corpus.tokens[start : min(start + 2_046, corpus.offsets[i + 1])].astype(np.int32).tobytes()
         for i in corpus.training_documents
-        for start in range(corpus.offsets[i], corpus.offsets[i + 1], 2_046)  # chunks of a document that is longer
+        for start in range(corpus.offsets[i], corpus.offsets[i + 1], 2_046)  # chunks of a longer document
     ]
     assert len(expected) > len(corpus.training_documents)
     assert sorted(seen) == sorted(expected)
@@ -71,7 +71,7 @@ def same(a, b) -> bool:
 
 def test_a_row_is_the_same_in_any_company_and_after_any_restart(corpus, rows):
     together = rows.micro_batch(0, 8)
-    again = Rows(corpus, corpus.training_documents, 3, ROW)  # one that never saw the rows before
+    again = Rows(corpus, corpus.training_documents, 3, ROW)  # has never made the rows before
     for row in (7, 2):
         alone = again.micro_batch(row, 1)
         part = slice(row * ROW, (row + 1) * ROW)
@@ -91,7 +91,7 @@ def test_the_next_epoch_has_other_rows_and_other_masks_and_a_batch_may_span_both
 
 
 def test_weighted_rows_are_the_same_for_any_split_and_after_any_restart(corpus):
-    """Over the ends of several epochs, which do not have the same number of rows."""
+    """Across the ends of several epochs, which differ in their number of rows."""
     half = len(corpus.training_documents) // 2
     weights = [(range(half), 0.1), (range(half, 2 * half), 0.3)]
 
@@ -107,7 +107,7 @@ def test_weighted_rows_are_the_same_for_any_split_and_after_any_restart(corpus):
         parts = [other.micro_batch(first, min(width, 90 - first)) for first in range(0, 90, width)]
         assert torch.equal(torch.cat([part.tokens for part in parts]), together.tokens)
         assert torch.equal(torch.cat([part.targets for part in parts]), together.targets)
-    assert same(weighted().micro_batch(80, 9), rows.micro_batch(80, 9))  # one that never saw the epochs before
+    assert same(weighted().micro_batch(80, 9), rows.micro_batch(80, 9))  # has never made the epochs before
 
 
 def test_training_and_validation_are_masked_apart(corpus):
@@ -144,9 +144,9 @@ def test_the_example_of_micro_batch_is_what_it_makes():
     tokens[[70, 71, 72, 20, 21]] = ids
     shards = SimpleNamespace(offsets=np.array([20, 22, 70, 73]), tokens=tokens, vocabulary=our_vocabulary(50))
     rows = Rows(shards, range(3), 1, 10)
-    two = rows.packing.chunk_start != 22  # the two documents of the example, without what lies between them
+    two = rows.packing.chunk_start != 22  # the two documents of the example, without the one between them
     rows.packing.chunk_start, rows.packing.chunk_length = rows.packing.chunk_start[two], rows.packing.chunk_length[two]
-    rows.packing._starts, rows.packing._slots = np.array([0, 2]), np.array([1, 0])  # the longer one first
+    rows.packing._starts, rows.packing._slots = np.array([0, 2]), np.array([1, 0])  # the longer document first
     batch = rows.micro_batch(0, 1, mask_rate=0.0)
     assert batch.tokens.tolist() == [CLS, a, b, c, SEP, CLS, d, e, SEP, PAD]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0]

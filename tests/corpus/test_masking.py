@@ -1,4 +1,4 @@
-"""Masking: the rates, what is never touched, and that it is a pure function of the row's key."""
+"""Masking: its rates, what it never touches, and that it is a pure function of the row's key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keys(count=400, first=0) -> np.ndarray:
 
 
 def within(share: float, expected: float, n: int) -> bool:
-    """4.5 standard errors."""
+    """Whether a share of n draws is within 4.5 standard errors of what is expected."""
     return abs(share - expected) < 4.5 * math.sqrt(expected * (1 - expected) / n)
 
 
@@ -38,7 +38,7 @@ def test_the_rates_are_the_one_given_and_80_10_10(rate):
     assert (targets == original.ravel()[where]).all()
     became = tokens.ravel()[where]
     assert within((became == MASK).mean(), 0.8, len(where))
-    assert within((became == targets).mean(), 0.1, len(where))  # a random piece is the same once in 50,000
+    assert within((became == targets).mean(), 0.1, len(where))  # a random piece equals the original once in 50,000
     random = became[(became != MASK) & (became != targets)]
     assert within(len(random) / len(where), 0.1, len(where))
     assert random.min() >= FIRST_ORDINARY_ID and random.max() < VOCAB_SIZE
@@ -104,7 +104,7 @@ def test_a_vocabulary_of_specials_alone_is_refused():
 
 
 def test_the_ids_of_a_vocabulary_whose_special_ones_come_last():
-    """As those of ModernBERT do: none of them is chosen or drawn, and the mask is its own."""
+    """As in ModernBERT: no special piece is chosen or drawn, and the vocabulary's own [MASK] is used."""
     theirs = Vocabulary(500, pad=490, cls=491, sep=492, mask=493, first=0, stop=490)
     tokens = np.random.default_rng(0).integers(0, 490, (200, 256)).astype(np.int32)
     tokens[:, 0], tokens[:, 100], tokens[:, 250:] = theirs.cls, theirs.sep, theirs.pad

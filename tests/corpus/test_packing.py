@@ -28,7 +28,7 @@ def pack(lengths, seed=1, row_tokens=ROW, weights=()) -> Packing:
 
 
 def rows_of(packing: Packing, epoch: int) -> list[list[int]]:
-    """The chunks of every row, by the public way to ask for them."""
+    """The chunks of every row, from the public method."""
     view = packing.epoch(epoch)
     chunks, counts = packing.chunks(view, np.arange(len(view.rows)))
     return [row.tolist() for row in np.split(chunks, np.cumsum(counts)[:-1])]
@@ -60,7 +60,7 @@ def test_a_piece_never_spans_two_documents_and_is_whole_where_the_document_fits(
 
 
 def test_epochs_have_the_same_number_of_rows_and_other_neighbours():
-    # many documents of each length: who is alone with its length has the same neighbours in every epoch
+    # many documents of each length, since a document with a length of its own has the same neighbours in every epoch
     lengths = np.random.default_rng(0).integers(1, 20, 3_000) * 20
     packing = pack(lengths)
     first, second, again = rows_of(packing, 0), rows_of(packing, 1), rows_of(packing, 0)
@@ -72,12 +72,12 @@ def test_epochs_have_the_same_number_of_rows_and_other_neighbours():
 
 
 def test_the_order_of_documents_of_one_length_is_a_fair_shuffle():
-    # 200 documents of one length, a row each: over many epochs every document comes early as often as late
+    # 200 documents of one length, one per row: over many epochs, every document comes early as often as late
     packing = pack([2_000] * 200)
     places = np.zeros((200, 400))
     for epoch in range(400):
         places[np.concatenate(rows_of(packing, epoch)), epoch] = np.arange(200)
-    # the mean of 400 places uniform on 0 … 199 has the standard error 57.7 / 20
+    # the mean of 400 places, uniform on 0 … 199, has a standard error of 57.7 / 20
     assert np.abs(places.mean(1) - 99.5).max() < 4.5 * 57.7 / 20
     consecutive = np.corrcoef(places[:, :-1].ravel(), places[:, 1:].ravel())[0, 1]
     assert abs(consecutive) < 4.5 / np.sqrt(200 * 399)
@@ -116,7 +116,7 @@ def ranges_of(sources) -> list[tuple[range, float]]:
 
 
 def documents_of(packing: Packing, lengths, epoch: int) -> Counter:
-    """How often an epoch holds each document, which must be all of it each time."""
+    """How often an epoch holds each document. Asserts that it always holds the whole document."""
     chunks = Counter(chain(*rows_of(packing, epoch))) if len(packing) else Counter()
     found, offsets = Counter(), offsets_of(lengths)
     for document, (start, stop) in enumerate(pairwise(offsets.tolist())):
@@ -141,7 +141,7 @@ def test_every_epoch_holds_as_many_documents_of_a_source_as_its_weight_says(sour
             assert abs(sum(copies) - Fraction(weight) * len(documents)) <= Fraction(1, 2)
             assert not copies or max(copies) - min(copies) <= 1
         total += found
-        for documents, _ in ranges:  # nobody is left behind, whatever the number of epochs
+        for documents, _ in ranges:  # no document falls behind, whatever the number of epochs
             copies = [total[document] for document in documents]
             assert not copies or max(copies) - min(copies) <= 1
 
@@ -152,8 +152,8 @@ def test_after_a_few_epochs_every_document_came_up_equally_often(weight, epochs,
     packing = pack(lengths, 3, 64, [(range(20, 120), weight)])
     whole = sum((documents_of(packing, lengths, epoch) for epoch in range(epochs)), Counter())
     assert {whole[document] for document in range(20, 120)} == {each}
-    assert {whole[document] for document in range(20)} == {epochs}  # not in a range: a weight of 1
-    first = documents_of(packing, lengths, 0)  # whose turn it is does not follow from the order on disk
+    assert {whole[document] for document in range(20)} == {epochs}  # documents outside all ranges have a weight of 1
+    first = documents_of(packing, lengths, 0)  # the order of turns is not the order on disk
     turn = [document for document in range(20, 120) if first[document] == math.ceil(weight)]
     assert turn != [*range(turn[0], turn[0] + len(turn))]
 
@@ -170,19 +170,19 @@ def test_a_row_lies_in_the_epoch_that_counting_from_the_first_one_finds(sources,
     while len(counted) <= max(asked):
         counted += [(epoch, place) for place in range(len(packing.epoch(epoch).rows))]
         epoch += 1
-    other = pack(lengths, seed, 33, ranges)  # is asked in another order
+    other = pack(lengths, seed, 33, ranges)  # is asked for rows in another order
     for row in asked:
         at = [(int(e), int(p)) for e, p in zip(*other.locate(np.array([row, row + 1])))]
         assert at[0] == counted[row]
     together = packing.locate(np.array(asked))
     assert [*zip(*(each.tolist() for each in together))] == [counted[row] for row in asked]
-    if all(weight == int(weight) for _, weight in ranges):  # the number of rows never changes
+    if all(weight == int(weight) for _, weight in ranges):  # the number of rows is the same in every epoch
         assert {len(packing.epoch(epoch).rows) for epoch in range(4)} == {len(packing)}
     assert packing.tokens == sum(sum(packing.chunk_length[row] + SPECIALS) for row in rows_of(packing, 0))
 
 
 def test_with_a_fraction_the_rows_of_epochs_differ_in_number():
-    """Or the test above would not have shown anything."""
+    """Otherwise the test above would show nothing."""
     lengths = np.random.default_rng(1).integers(1, 60, 300)
     packing = pack(lengths, 1, 64, [(range(300), 0.3)])
     assert len({len(packing.epoch(epoch).rows) for epoch in range(5)}) > 1

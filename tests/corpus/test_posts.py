@@ -1,4 +1,4 @@
-"""A dump is read to its end whatever single rows hold, and refused where it cannot be trusted."""
+"""A dump is read to its end, whatever single rows hold; one that cannot be trusted is refused."""
 
 import io
 import sys
@@ -20,7 +20,7 @@ GOOD = '  <row Id="{0}" PostTypeId="1" Score="3" Title="t{0}" Body="&lt;p&gt;b{0
 
 
 def dump(folder: Path, content: str | bytes, comments: str | None = None) -> Path:
-    """A dump of these rows (or, given bytes, of this Posts.xml) in `folder`."""
+    """Writes a dump into `folder`, with these rows or, given bytes, with this Posts.xml."""
     folder.mkdir(exist_ok=True)
     content = content if isinstance(content, bytes) else f"{HEAD}{content}</posts>".encode()
     (folder / "Posts.xml").write_bytes(content)
@@ -140,7 +140,7 @@ def test_damage_in_one_row_leaves_every_other_as_it_is(number, edits, block):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("minisobert.corpus.rows.BLOCK", block)
         found = iter(list(xml_rows(stream, "Posts.xml", "posts", Counter())))
-    assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in their order
+    assert all(row in found for row in whole[:number] + whole[number + 1 :])  # in the same order
 
 
 INSERTED = [b"<", b">", b'"', b"/", b"&", b"\0", b"<r\n", b"<row ", b"/>", b"</row>", b"</posts>", b"<posts>", b"<!--",
@@ -196,7 +196,7 @@ def test_a_row_of_50_mb_costs_at_most_itself(unit, times, kept, counted):
 def test_a_file_that_is_cut_anywhere_is_refused():
     content = (HEAD + "".join(map(GOOD.format, range(3))) + "</posts>").encode()
     for size in range(len(content)):
-        with pytest.raises(ValueError, match=r"is (truncated|empty|no XML dump)"):
+        with pytest.raises(ValueError, match=r"is (truncated|empty|not an XML dump)"):
             list(xml_rows(io.BytesIO(content[:size]), "Posts.xml", "posts", Counter()))
 
 
@@ -212,13 +212,13 @@ def test_a_character_that_xml_forbids_costs_itself_alone(tmp_path, forbidden):
     comments = f'<row Id="1" PostId="2" Text="{forbidden}why?" />\n<row Id="2" PostId="1" Text="ok" />\n'
     found, dropped = read(dump(tmp_path / "d", GOOD.format(1) + row + GOOD.format(3), comments), tmp_path)
     assert [(post.title, post.comments) for post in found] == [("t1", ["ok"]), ("t2", ["why?"]), ("t3", [])]
-    assert found[1].body == "press ⌘-1😀\n&#x0E;"  # the last is HTML, which knows such references
+    assert found[1].body == "press ⌘-1😀\n&#x0E;"  # the last is HTML, which allows such references
     assert dropped == {"control characters left out": 2}
 
 
 @pytest.mark.parametrize("code", [0x9, 0xD, 0x20, 0x7F, 0x85, 0xD7FF, 0xE000, 0xFFFD, 0x10FFFF])
 def test_a_character_that_xml_allows_is_kept(tmp_path, code):
-    for beside in ("", "&#x1F;"):  # also where the row is mended
+    for beside in ("", "&#x1F;"):  # also in a row that is mended
         row = f'<row Id="2" PostTypeId="1" Title="t" Body="a&#x{code:X};{beside}b" />\n'
         (post,), _ = read(dump(tmp_path / "d", row), tmp_path)
         assert post.body == f"a{chr(code)}b"
@@ -237,7 +237,7 @@ def test_comments_of_a_row_that_cannot_be_read_are_not_without_their_post(tmp_pa
     found, dropped = read(dump(tmp_path / "d", GOOD.format(1) + row + GOOD.format(3), comments), tmp_path)
     assert [post.comments for post in found] == [["c"], []]
     expected = {"malformed rows": 1, "comments of dropped posts": 2, "comments without their post": 1}
-    if ' Id="2"' not in row:  # there is nothing to tell them by
+    if ' Id="2"' not in row:  # without an Id, nothing tells which they are
         expected = {"malformed rows": 1, "comments without their post": 3}
     assert dropped == expected
 
@@ -325,7 +325,7 @@ def test_what_genuine_dumps_look_like_is_read(tmp_path, content):
         ("\n", "is empty"),
         ('<?xml version="1.0"?>\n', "is empty"),
         (HEAD + "</posts>", "holds no posts"),
-        ("no XML at all", "is no XML dump"),
+        ("no XML at all", "is not an XML dump"),
         ("<html></html>", "the root element is <html>, not <posts>"),
         ('<!DOCTYPE p [<!ENTITY a "x">]>\n' + HEAD[39:] + GOOD.format(1) + "</posts>", "declares an XML entity"),
         ('<!DOCTYPE p [<!ENTITY % a SYSTEM "file:///etc/passwd"> %a;]>\n<posts></posts>', "declares an XML entity"),
@@ -368,7 +368,7 @@ def test_nothing_of_an_archive_lands_on_disk(tmp_path, monkeypatch):
 def test_a_truncated_archive_is_refused(tmp_path, share):
     content = archive(tmp_path / "site.7z", dump(tmp_path / "d", "".join(map(GOOD.format, range(3_000))))).read_bytes()
     (tmp_path / "cut.7z").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"cut\.7z is truncated or no \.7z archive") as error:
+    with pytest.raises(ValueError, match=r"cut\.7z is truncated or not a \.7z archive") as error:
         read(tmp_path / "cut.7z", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -413,4 +413,4 @@ def test_real_dumps_give_all_their_posts_and_comments(tmp_path, site):
     found, dropped = read(path, tmp_path)
     assert (len(found), sum(len(post.comments) for post in found)) == REAL[site]
     assert set(dropped) <= {"neither question nor answer"}
-    assert sum(not post.text() for post in found) <= 1  # German Meta holds one that is an image
+    assert sum(not post.text() for post in found) <= 1  # in German Meta, one post is only an image

@@ -1,4 +1,4 @@
-"""A corpus on disk opens as it was written, and whatever is wrong with it is said in one line."""
+"""A corpus on disk opens as it was written, and anything wrong with it is a message of one line."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def refused(folder, message, **settings):
         open_shards(folder, **settings)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
-    assert "prepare" in str(error.value)  # what to do
+    assert "prepare" in str(error.value)  # says what to do
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
@@ -206,7 +206,7 @@ def test_verify_finds_every_damaged_byte_of_every_file(folder, name):
 def test_a_folder_of_before_meta_had_a_checksum_opens_and_verify_says_so(folder, capsys):
     meta = json.loads((folder / "meta.json").read_text())
     checksum = meta.pop("sha256")
-    (folder / "meta.json").write_text(text := json.dumps(meta, indent=1, ensure_ascii=False) + "\n")  # as it was
+    (folder / "meta.json").write_text(text := json.dumps(meta, indent=1, ensure_ascii=False) + "\n")  # as it was then
     assert hashlib.sha256(text.encode()).hexdigest() == checksum
     open_shards(folder)
     assert capsys.readouterr().err == ""
@@ -221,7 +221,7 @@ def test_a_folder_of_before_meta_had_a_checksum_opens_and_verify_says_so(folder,
 def test_whole_threads_are_held_out():
     thread = np.arange(3_000) // 3
     chosen = held_out(np.zeros(3_000, np.int64), thread, seed=0)
-    assert chosen.sum() == 150  # 5 % of 1,000 threads of 3 posts
+    assert chosen.sum() == 150  # 5 % of 1,000 threads, with 3 posts each
     assert len(np.unique(thread[chosen])) == 50
 
 

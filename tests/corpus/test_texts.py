@@ -1,4 +1,4 @@
-"""Files of text as people have them: what becomes a document, what is left out and said, what is refused."""
+"""Text files as people have them: what becomes a document, what is left out with a note, and what is refused."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", "text ½\n".encode("utf-16-le"), "no text in UTF-8: it holds NUL bytes; where it is UTF-16, convert it"),
+    ("a.txt", "text ½\n".encode("utf-16-le"), "not UTF-8 text: it holds NUL bytes; if it is UTF-16, convert it"),
     ("a.txt", b"PAR1" + bytes(100), "it is a .parquet file; name it so"),
     ("a.md", b"PK\x03\x04" + bytes(100), "it is a .zip, or a file of an office program"),
     ("a.txt", "caf\xe9\n".encode("latin-1") * 9, r"a.txt:1: not UTF-8; convert the file, e.g. with iconv \(9 of "),
@@ -133,21 +133,21 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
     ("a.json", '[{"text": "caf\xe9"}]\n'.encode("latin-1"), "a.json:1: not UTF-8"),
     ("a.txt", "abc".encode("utf-16") + b"x", "is not UTF-16 .truncated data"),
     ("a.csv", b"id,body\n1,x\n", "has no column 'text'; its columns are id, body; name yours with --text-key"),
-    ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: a quote is missing or too many in its header"),
-    ("a.csv", b'"text\n1\n', "a.csv: a quote is missing or too many in its header"),
-    ("a.jsonl", b'{"id": 1, "body": "x"}\n', "a.jsonl:1: it has no 'text', its keys are id, body; name yours with --t"),
+    ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: its header has a quote too few or too many"),
+    ("a.csv", b'"text\n1\n', "a.csv: its header has a quote too few or too many"),
+    ("a.jsonl", b'{"id": 1, "body": "x"}\n', "a.jsonl:1: it has no 'text'; its keys are id, body; name yours with --t"),
     ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1: text is a number, not text"),
-    ("a.json", b'[{"text": "a"}, {"text": ', "a.json: value 2 is no JSON"),
+    ("a.json", b'[{"text": "a"}, {"text": ', "a.json: value 2 is not JSON"),
     ("a.json", b'[{"text": "a"}', "truncated: its array never ends"),
-    ("a.json", b'[{"text": "a"} {"te', "value 2 is no JSON"),
+    ("a.json", b'[{"text": "a"} {"te', "value 2 is not JSON"),
     ("a.json", b'[[{"text": "a"}]]', "a.json:1: no JSON object"),
-    ("a.parquet", b"x" * 50, "no readable .parquet file"),
-    ("a.parquet", b"", "no readable .parquet file"),
+    ("a.parquet", b"x" * 50, "cannot be read as .parquet"),
+    ("a.parquet", b"", "cannot be read as .parquet"),
     ("a.txt.bz2", bz2.compress(b"text " * 9_000)[:-10], "truncated or damaged"),
     ("a.txt.bz2", b"no bzip2", "truncated or damaged"),
     ("a.txt.zst", b"no zstandard", "truncated or damaged"),
-    ("a.zip", b"PK\x03\x04", "truncated or no .zip archive"),
-    ("a.gz", gzip.compress(b"text"), "of no known kind"),
+    ("a.zip", b"PK\x03\x04", "truncated or not a .zip archive"),
+    ("a.gz", gzip.compress(b"text"), "of an unknown kind"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_one_line_that_says_what_to_do(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -169,7 +169,7 @@ def test_one_unreadable_line_in_a_hundred_is_said_and_more_are_refused(tmp_path,
     assert len(read(path, unreadable=1)) == 99
     assert "\x1b" not in capsys.readouterr().err
     path.write_text("{\n" * 5_000 + "\n".join(good * 10_000))
-    with pytest.raises(ValueError, match="1,000 of the first 1,000"):  # before the end of what may be terabytes
+    with pytest.raises(ValueError, match="1,000 of the first 1,000"):  # not at the end, terabytes later
         read(path)
 
 
@@ -195,7 +195,7 @@ def test_several_keys_are_joined_by_a_blank_line(tmp_path, kind):
         ValueError, match="no column 'descripton'; its columns are id, subject, description; name yours"
     ):
         read(tmp_path / f"a{kind}", keys=("subject", "descripton"))
-    if kind in tables.OBJECTS:  # in which what is empty is often not there at all
+    if kind in tables.OBJECTS:  # in which an empty field is often missing
         rows = [{key: value for key, value in row.items() if value.strip()} for row in rows[:3]]
         (tmp_path / f"a{kind}").write_bytes(WRITE[kind]([*rows, {"subject": None, "description": "none"}]))
         assert read(tmp_path / f"a{kind}", keys=keys) == ["Printer\n\nIt is\non fire.", "Empty", "alone", "none"]
@@ -207,7 +207,7 @@ def test_a_json_may_hold_lines_or_objects_in_a_row(tmp_path):
         for indent in (None, 2):
             path.write_text(joint.join(json.dumps({"text": text}, indent=indent) for text in TEXTS))
             assert read(path) == TEXTS
-    path.write_bytes(as_lines(ROWS) * 40 + b"{\n" + as_lines(ROWS))  # a damaged line costs no other
+    path.write_bytes(as_lines(ROWS) * 40 + b"{\n" + as_lines(ROWS))  # the damaged line costs no other
     assert read(path) == TEXTS * 41
     path.write_text("")
     assert read(path) == []
@@ -220,7 +220,7 @@ def test_a_json_array_is_the_same_wherever_it_is_cut_into_pieces(tmp_path, monke
     path = tmp_path / "a.json"
     for indent in (None, 1):
         path.write_text(json.dumps(values, indent=indent))
-        monkeypatch.setattr(tables, "LONGEST", 3_000)  # more than a value has, less than the array
+        monkeypatch.setattr(tables, "LONGEST", 3_000)  # longer than a value, shorter than the array
         for piece in (1, 2, 7, 64):
             monkeypatch.setattr(tables, "HEAD", piece)
             assert read(path) == [value["text"].strip("\n") for value in values]
@@ -231,7 +231,7 @@ def test_a_json_array_is_the_same_wherever_it_is_cut_into_pieces(tmp_path, monke
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    draw = random.Random(0)  # what does not shrink when it is packed
+    draw = random.Random(0)  # text that compression does not shrink
     rows = [{"text": f"{draw.getrandbits(2_000):x}"} for _ in range(20_000)]
     content = {**WRITE, ".txt": lambda rows: "".join(row["text"] + "\n" for row in rows).encode()}[kind](rows)
     path = tmp_path / f"a{kind}.gz"
@@ -257,7 +257,7 @@ def test_a_document_without_end_is_refused(tmp_path, monkeypatch, document):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A folder as it lies on a disk."""
+    """A folder with files of many kinds, as on a real disk."""
     folder = tmp_path / "mine"
     (folder / "sub").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -311,7 +311,7 @@ def test_the_bytes_to_read_are_known_where_nothing_is_packed(mixed, tmp_path):
 def test_a_folder_with_a_dump_is_a_dump(mixed):
     (mixed / "sub/Posts.xml").write_text("<posts>\n</posts>")
     (found,), _, notes = inputs.check([mixed])
-    assert isinstance(found, Site) and any("left out, as neither posts nor comments" in note for note in notes)
+    assert isinstance(found, Site) and any("since they are neither posts nor comments" in note for note in notes)
 
 
 def test_a_zip_with_a_dump_says_to_unpack_it(tmp_path):
@@ -338,7 +338,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
 
 def test_a_folder_of_nothing_that_can_be_read_says_what_it_holds(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"holds a.docx, which is of no known kind; give a .7z, .*.parquet"):
+    with pytest.raises(ValueError, match=r"holds a.docx, which is of an unknown kind; give a .7z, .*.parquet"):
         inputs.check([tmp_path])
 
 
@@ -350,11 +350,11 @@ def test_what_is_there_twice_is_refused(mixed):
 def test_files_that_are_no_text_can_be_left_out(mixed, capsys):
     (mixed / "bad.txt").write_bytes(b"\0")
     (mixed / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"bad.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text"):
         read(mixed)
     dropped = Counter()
     assert len(read(mixed, dropped, unreadable=1)) == 12 and dropped == {"unreadable files": 2}
-    assert re.search("note: .*bad.txt is no text.*note: .*other.csv has no column", capsys.readouterr().err, re.S)
+    assert re.search("note: .*bad.txt is not UTF-8.*note: .*other.csv has no column", capsys.readouterr().err, re.S)
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -373,7 +373,7 @@ def test_standard_input_is_text_where_documents_are_asked_for(monkeypatch):
 
 
 def test_half_of_a_pair_costs_its_line_alone(tmp_path):
-    """In UTF-16, which can hold it, as UTF-8 cannot."""
+    """In UTF-16, which can hold half a surrogate pair; UTF-8 cannot."""
     lines = [*map(str, range(100)), "half \ud83d", "after"]
     (tmp_path / "a.txt").write_bytes(("\ufeff" + "\n".join(lines)).encode("utf-16-le", "surrogatepass"))
     dropped = Counter()
@@ -404,12 +404,12 @@ def test_parquet_reads_the_columns_of_the_text_alone_and_says_what_is_no_text(tm
 
 
 def test_a_window_of_two_gibibytes_is_unpacked(tmp_path):
-    """As `zstd --long=31` makes them, by which large archives are published."""
+    """`zstd --long=31` makes such files, and large archives are published so."""
     zstd = pytest.importorskip("backports.zstd")
     options = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.enable_long_distance_matching: 1}
     compressor = zstd.ZstdCompressor(options=options)
     packed = compressor.compress(as_lines(ROWS)) + compressor.flush()
-    (tmp_path / "a.jsonl.zst").write_bytes(packed + zst(as_lines(ROWS)))  # and a second frame
+    (tmp_path / "a.jsonl.zst").write_bytes(packed + zst(as_lines(ROWS)))  # with a second frame
     assert read(tmp_path / "a.jsonl.zst") == TEXTS * 2
 
 

@@ -14,7 +14,7 @@ from minisobert.corpus.tokenizer import FIRST_ORDINARY_ID, MASK, PAD, SPECIAL_PI
 
 CODE = "\n".join(Path(path).read_text(encoding="utf-8") for path in (string.__file__, os.__file__))
 FRENCH = "« Où est-ce ? » Ça dépend : l’été, à Noël… " * 20
-steady = settings(deadline=None, derandomize=True)  # the first call builds the table of chunks
+steady = settings(deadline=None, derandomize=True)  # no deadline, since the first call builds the table of chunks
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_training_text_may_have_no_spaces_or_one_long_line():
     long = "ab" * 100_000
     trained = Tokenizer(train([long, "x y\n" * 60_000], 300))
     assert trained.decode(trained.encode(long)) == long
-    assert len(trained.encode("abab")) < 4  # the long line was learnt from, not left out
+    assert len(trained.encode("abab")) < 4  # the long line was used for training, not left out
 
 
 def test_too_small_a_vocabulary_is_refused_with_the_least():
@@ -107,7 +107,7 @@ def test_no_text_is_refused():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "t.model").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"t\.model is no SentencePiece model"):
+    with pytest.raises(ValueError, match=r"t\.model is not a SentencePiece model"):
         Tokenizer(tmp_path / "t.model")
 
 

@@ -1,4 +1,4 @@
-"""A task that this file alone defines: its record in TASKS is all that makes it a task everywhere."""
+"""A task that is defined in this file: its record in TASKS is enough to make it a task everywhere."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def shouting(monkeypatch):
 
 @pytest.fixture
 def site(tmp_path) -> Path:
-    """A dump in which every second answer shouts."""
+    """A dump in which every second answer is in capitals."""
     (tmp_path / "site").mkdir()
     verbs = [f"{a} and {b} or {c}" for a in VERBS for b in VERBS for c in VERBS]
     posts = (f'<row Id="{i}" PostTypeId="2" ParentId="1" Body="{text}, {("please", "now!")[i % 2]}" />'
@@ -69,7 +69,7 @@ def site(tmp_path) -> Path:
 
 @pytest.fixture
 def texts(site, tmp_path) -> Path:
-    """What data.tasks makes of the dump."""
+    """The task set that data.tasks makes from the dump."""
     derived.derive(site, tmp_path / "texts")
     return tmp_path / "texts"
 
@@ -92,7 +92,7 @@ def test_it_is_derived_from_a_dump_learnt_and_compared(texts, tmp_path):
     assert [path.name for path in texts.iterdir()] == ["shouting.csv"]
     found = fine_tune(texts, tmp_path / "out", "tfidf", "--whole")
     assert found["mean"]["accuracy"] == 1 and found["notes"][0] == "whole: True"
-    assert "dev_accuracy" in found["seeds"][0]  # its main figure
+    assert "dev_accuracy" in found["seeds"][0]  # the task's main figure
     header, _, ours, *theirs = compare.lines([tmp_path / "out"])
     assert header.endswith("| shouting: macro-F1 / accuracy |")
     assert ours.startswith("| tfidf --whole |") and ours.endswith(" 100.0 / 100.0 (n 22) |")
@@ -142,7 +142,7 @@ def test_a_chat_model_is_told_what_it_is_about(texts, tmp_path, monkeypatch):
 def test_its_option_is_for_it_alone(capsys):
     with pytest.raises(SystemExit, match="2"):
         finetune.main(["--task", "ner", "--model", "tfidf", "--data", "x", "--out", "y", "--whole"])
-    assert capsys.readouterr().err == "finetune.py: --whole is for --task shouting, given is ner\n"
+    assert capsys.readouterr().err == "finetune.py: --whole is for --task shouting, and --task is ner; leave it out\n"
 
 
 def test_its_texts_are_kept_out_of_a_corpus(texts):

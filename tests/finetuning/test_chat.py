@@ -1,4 +1,4 @@
-"""finetuning.chat against a server on loopback that speaks the chat-completions protocol, and breaks it."""
+"""finetuning.chat with a local server that follows the chat-completions protocol, and sometimes breaks it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ner(paths, seed) -> Dataset:
 
 
 class Server:
-    """answer: from the messages to the text of the reply. failures: what the next requests get instead, in order."""
+    """A server. answer: messages → text of the reply. failures: what the next requests get instead, in order."""
 
     def __init__(self):
         self.requests: list[dict] = []
@@ -87,7 +87,7 @@ def failing(status: int, **headers) -> Callable:
 
 
 def late(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.6)  # past the --timeout of the test
+    time.sleep(0.6)  # longer than the test's --timeout
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_entities_are_found_again_in_their_sentence(server):
 
 
 def test_the_figures_of_entities_are_those_of_finetune(server):
-    """One is right, one has the wrong end, one is in no sentence; those of the unparsable answer are missed."""
+    """One entity is right, one has a wrong end, one is in no sentence; those of the unparsable answer are missed."""
     wrong = [("numpy", "Library"), ("Python", "Language"), ("scipy", "Library")]
     text = json.dumps([{"text": name, "type": kind} for name, kind in wrong])
     entities(server, {"I": f"```json\n{text}\n```", "numpy": "numpy is a library"})
@@ -287,11 +287,11 @@ def test_what_is_no_list_of_entities_is_unparsable(text):
 @pytest.mark.parametrize(("texts", "tags"), [
     (["a b"], "B I O O"),
     (["ab"], "B I O O"),
-    (["c", "a"], "O O B B"),  # in order, where that can be
+    (["c", "a"], "O O B B"),  # in order, if possible
     (["c", "b"], "O B B O"),
     (["a", "a"], "B O O B"),
-    (["a", "a", "a"], "B O O B B"),  # one more than there are
-    (["a b", "b"], "B I O O B"),  # the word is taken
+    (["a", "a", "a"], "B O O B B"),  # one more than the sentence has
+    (["a b", "b"], "B I O O B"),  # the second word is taken
     (["x"], "O O O O B"),
 ])  # fmt: skip
 def test_alignment(texts, tags):
@@ -310,7 +310,7 @@ def test_entities_after_a_sentence_are_apart_from_it():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"shots": 31}, "--shots is 31; train has 30 examples"),
+    ({"shots": 31}, "--shots is 31, but train has only 30 examples; choose fewer"),
     ({"shots": -1}, "--shots is -1; it must be at least 0"),
     ({"limit": 0}, "--limit is 0; it must be at least 1"),
     ({"timeout": "nan"}, "--timeout is nan; it must be more than 0"),

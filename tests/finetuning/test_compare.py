@@ -1,4 +1,4 @@
-"""finetuning.compare: the table of results beside what was published."""
+"""finetuning.compare: the table of results, beside published figures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_results_of_other_options_and_sizes_are_told_apart(tmp_path):
 
 
 def test_the_difference_of_two_models_is_measured_in_its_standard_error(tmp_path):
-    """That of Welch's test, from scipy."""
+    """The standard error is that of Welch's test, from scipy."""
     one = folder(tmp_path / "a", "ner", "runs/base", {"f1": 0.61}, {"f1": 0.007})
     other = folder(tmp_path / "b", "ner", "random:base", {"f1": 0.58}, {"f1": 0.013})
     stats = pytest.importorskip("scipy.stats")
@@ -86,7 +86,9 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         return capsys.readouterr().err
 
     one, two = (folder(tmp_path / n, "ner", "m", {"f1": 0.5}) for n in "ab")
-    assert refused(one, two) == f"minisobert.finetuning.compare: {one} and {two} both hold m on ner; name one of them\n"
+    assert refused(one, two) == (
+        f"minisobert.finetuning.compare: {one} and {two} both hold results of m on ner; give one of them\n"
+    )
     (two / "metrics.json").write_text("[]")
     assert "metrics.json is not what finetune.py or finetuning.chat writes" in refused(two)
     assert "No such file or directory; give the --out of" in refused(tmp_path / "c")

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def sequence_task(paths, seed, **options) -> Dataset:
-    """HQ or LQ: whether a post says "please"."""
+    """HQ or LQ: does a post say "please"?"""
     draw = random.Random(seed)
 
     def split(name: str, n: int) -> list[Example]:
@@ -55,7 +55,7 @@ def sequence_task(paths, seed, **options) -> Dataset:
 
 
 def token_task(paths, seed) -> Dataset:
-    """Words in ba and du are a Library, which "dot" goes on with, words in fi a Class."""
+    """Words in "ba" and "du" begin a Library, which "dot" continues; words in "fi" are a Class."""
     draw = random.Random(seed)
     labels = ("O", "B-Library", "I-Library", "B-Class")
 
@@ -81,7 +81,7 @@ def pieces(tmp_path_factory) -> Path:
 
 
 def read_toys(patch: pytest.MonkeyPatch) -> None:
-    """The toys in place of the tasks' files."""
+    """Reads the toy tasks in place of the real ones."""
     for name, read in {"quality": sequence_task, "closed": sequence_task, "ner": token_task}.items():
         patch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], read=read))
 
@@ -90,7 +90,7 @@ def read_toys(patch: pytest.MonkeyPatch) -> None:
 def toys(monkeypatch):
     read_toys(monkeypatch)
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import alone
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is only read at import
     torch.set_num_threads(1)
 
 
@@ -322,7 +322,7 @@ def test_class_weights_make_a_rare_class_likelier(pieces):
 
 
 def test_one_step_trains_something(pieces):
-    """The last step, here the only one, has a rate."""
+    """The last step, here the only one, has a learning rate above 0."""
     ours, data = network(pieces, "sequence"), sequence_task([], 0)
     before = ours.module.classifier.weight.clone()
     config = FineTuneConfig("quality", "random:tiny", ("toy",), "out", epochs=1, tokens_per_batch=100_000)
@@ -358,7 +358,7 @@ def test_parameters_in_bf16_learn_and_are_saved_as_they_are(pieces, tmp_path):
     ("modernbert", "sequence", "mean"),
 ])  # fmt: skip
 def test_logits_are_those_of_transformers(format, kind, pooling, pieces):
-    """Of modernbert with the head of pre-training, which its classes there have too before the classifier."""
+    """A modernbert has the head of pre-training before the classifier, as its classes in transformers have."""
     pytest.importorskip("transformers")
     architecture = "modernbert" if format == "modernbert" else "megatron-bert"
     ours = network(pieces, kind, architecture=architecture, pooling=pooling)
@@ -371,8 +371,8 @@ def test_logits_are_those_of_transformers(format, kind, pooling, pieces):
         expected = [theirs.eval()(torch.from_numpy(item.ids)[None]).logits[0] for item in items]
         expected = [x[None] if kind == "sequence" else x[item.places] for x, item in zip(expected, items)]
         logits = ours.logits(items, None)
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-6)  # fp32, two orders of addition
-    assert logits.std(0).min() > 1e-4  # texts, or words, are told apart
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-6)  # fp32, in two orders of addition
+    assert logits.std(0).min() > 1e-4  # the logits do depend on the text or word
 
 
 def test_an_option_reaches_its_task_alone(tmp_path):
@@ -432,7 +432,7 @@ def test_a_modern_run_is_fine_tuned_saved_and_applied(task, pooling, corpus, tmp
 
 
 def test_fine_tuning_begins_with_the_head_that_pre_training_has_made(corpus, tmp_path, monkeypatch):
-    """Before its first step, with a classifier of its own seed."""
+    """Compared before the first step; the classifier depends on the seed."""
     begun = trained(tmp_path, corpus, preset="modern-tiny", optimizer="adamw")
     config = FineTuneConfig("quality", str(begun), ("toy",), "out")
     seen = []
@@ -460,19 +460,19 @@ def test_a_random_model_of_the_size_of_a_run(corpus, tmp_path, monkeypatch):
 
 
 def test_a_run_with_the_tokenizer_of_another_is_refused(from_a_run, tmp_path, capsys):
-    """Even one of as many pieces."""
+    """Even if it has the same number of pieces."""
     other = shutil.copytree(from_a_run, tmp_path / "other")
     size = tokenizer.Tokenizer(other / "tokenizer.model").vocab_size
     letters = [chr(c) for c in range(0x4E00, 0x4E00 + size - 261)]  # all pieces but 5 and the bytes
     (other / "tokenizer.model").write_bytes(tokenizer.train(["".join(letters)], vocab_size=size, coverage=1))
     assert tokenizer.Tokenizer(other / "tokenizer.model").vocab_size == size
-    refused(capsys, "tokenizer.model is another model's", model=str(other), out=str(tmp_path / "out"))
+    refused(capsys, "tokenizer.model is the tokenizer of another model", model=str(other), out=str(tmp_path / "out"))
     (other / "tokenizer.model").unlink()
     refused(capsys, "holds no tokenizer.model", model=str(other), out=str(tmp_path / "out"))
 
 
 def refused(capsys, expected: str, **options) -> None:
-    """One line that says so, exit status 2, nothing written."""
+    """Asserts that the command prints one line that says so, exits with 2, and writes nothing."""
     options = {"task": "quality", "data": "toy", **options}
     words = [word for name, value in options.items() if value for word in ("--" + name.replace("_", "-"), value)]
     with pytest.raises(SystemExit) as left:
@@ -488,15 +488,15 @@ def refused(capsys, expected: str, **options) -> None:
     ("--out is missing", {"model": "tfidf"}),
     ("folder of a train.py run, for a model as large as that run's, or random:tiny", {"model": "random:huge"}),
     ("needs --tokenizer", {"model": "random:tiny"}),
-    ("no folder", {"model": "nowhere"}),
+    ("which is not a folder; give a run", {"model": "nowhere"}),
     ("holds no checkpoint", {"model": "EMPTY"}),
     ("choose a run", {"model": "tfidf", "task": "ner"}),
     ("--binary is for --task closed", {"model": "tfidf", "binary": "yes"}),
-    ("no model that transformers can load", {"model": "hf:nowhere/at-all"}),
+    ("transformers cannot load", {"model": "hf:nowhere/at-all"}),
     ("No such file", {"model": "random:tiny", "tokenizer": "nowhere"}),
     ("give --model", {"model": "tfidf", "predict": "-"}),
     ("must be at least 1", {"model": "tfidf", "seeds": "0"}),
-    ("no SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
+    ("not a SentencePiece model", {"model": "random:tiny", "tokenizer": __file__}),
     ("which a megatron-bert does not", {"model": "random:tiny", "tokenizer": "PIECES", "pooling": "mean"}),
     ("--pooling mean is for modern models of minisobert", {"model": "tfidf", "pooling": "mean"}),
     ("choose a lower one", {"model": "random:tiny", "tokenizer": "PIECES", "learning_rate": "1e30"}),
@@ -535,7 +535,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, capsys):
 
 
 def tiny_of_hugging_face(kind: str, folder: Path) -> Path:
-    """A randomly initialised BERT or RoBERTa, with a tokenizer of the toys' words."""
+    """A randomly initialised BERT or RoBERTa, with a tokenizer for the words of the toy tasks."""
     transformers = pytest.importorskip("transformers")
     words = [*WORDS, "please", "import", "class", "of", "dot"]
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -568,7 +568,7 @@ def test_weights_that_an_encoder_lacks_are_not_made_up(tmp_path, capsys):
         refused(capsys, "lacks", model=f"hf:{folder}", out=str(tmp_path / "out"))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    refused(capsys, "no model that transformers can load", model=f"hf:{folder}", out=str(tmp_path / "out"))
+    refused(capsys, "transformers cannot load", model=f"hf:{folder}", out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -1,4 +1,4 @@
-"""finetune.py on tables with classes of one's own: trained, reported, loaded, exported, and applied to files."""
+"""finetune.py on tables with one's own classes: trained, reported, loaded, exported, and applied to files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minisobert.hub.__main__ import main as hub
 from minisobert.tasks import TASKS, labels, metrics
 from minisobert.tasks.dataset import Dataset, Example
 
-TEAMS = ("Größe & Farbe", "Ops|Infra", r"$\x$ und $y$")  # the last one is no formula
+TEAMS = ("Größe & Farbe", "Ops|Infra", r"$\x$ und $y$")  # the last one must not become a formula
 WORDS = [a + b for a in ("ba", "du", "fi", "ko", "ze") for b in ("n", "r", "st", "m")]
 ESCAPE = "\x1b]0;owned\x07 \x9b31m red"
 
@@ -36,7 +36,7 @@ def small(monkeypatch):
 
 
 def table(path: Path, classes: int = 3, n: int = 120) -> Path:
-    """The first words of a body tell its class."""
+    """A table in which the first words of a body tell its class."""
     draw = random.Random(0)
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         rows = csv.writer(file)
@@ -56,7 +56,7 @@ def fine_tune(data: Path, out: Path, *options: str) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """The folders "net" and "tfidf"."""
+    """A folder with the results "net" and "tfidf"."""
     folder = tmp_path_factory.mktemp("labels")
     with pytest.MonkeyPatch.context() as patch:
         small.__wrapped__(patch)
@@ -163,7 +163,7 @@ def test_a_report_of_many_classes_shows_the_commonest(tmp_path, capsys):
     (tmp_path / "new.txt").write_text("ban ban\n\n")
     model = ("--model", str(tmp_path / "out"))
     told, _ = predict(capsys, str(tmp_path / "new.txt"), *model)
-    assert told.count("class ") == 1 + 10  # the likeliest, and the ten likeliest with their shares
+    assert told.count("class ") == 1 + 10  # the likeliest class, and the ten likeliest with their probabilities
     predict(capsys, str(tmp_path / "new.txt"), *model, "--out", str(tmp_path / "new.jsonl"))
     row = json.loads((tmp_path / "new.jsonl").read_text().splitlines()[0])
     assert len(row["probabilities"]) == 10 and next(iter(row["probabilities"])) == row["label"]
@@ -251,7 +251,7 @@ def test_several_classes_a_text(model, results, tmp_path, capsys):
         theirs = {each["label"]: each["score"] for each in pipe(texts)[0]}
         np.testing.assert_allclose([theirs[name] for name in loaded.labels], shares[0], atol=1e-5)
     if model == "tfidf":
-        assert (shares[:, 0] == 1).all()  # of the class that every text has
+        assert (shares[:, 0] == 1).all()  # the class that every text has
         with pytest.raises(SystemExit):
             finetune.main([*task, "--out", str(tmp_path / "b"), "--model", "tfidf", "--class-weights"])
         assert "--class-weights is for texts of one class" in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_what_is_written(model, kind, posts, results, tmp_path, capsys):
     told, errors = predict(capsys, str(posts), "--model", str(results / model), "--out", str(out))
     assert told == f"{out}: 2 texts\n"
     assert errors == [
-        f"{posts}:4: 1 fields, the header has 3; is a quote missing?",
+        f"{posts}:4: 1 fields, but the header has 3; is a quote missing?",
         f"{posts}:6: not UTF-8; convert the file, e.g. with iconv",
         f"{posts}:7: a quote is missing or too many (unexpected end of data)",
         f"3 of 5 rows of {posts} were left out",
@@ -354,7 +354,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(results, posts, tmp_path, caps
         told, errors = predict(capsys, str(source), "--model", str(results / "tfidf"))
         assert len(errors) == 3 + (source == posts) and printable(told + "".join(errors)) == told + "".join(errors)
         assert "\N{REPLACEMENT CHARACTER}" in told
-    # nor is it in a report, nor in a marked text
+    # reports and marked texts have no escape either
     assert "\x1b" not in printable(ESCAPE) and len(printable(ESCAPE)) == len(ESCAPE)
     task, post = {"kind": "token", "labels": ["O", f"B-A{ESCAPE}"]}, apply.Post(1, "", "ban \x1b[2J\r dun")
     line = apply._line(task, post, [(0, 3)], np.array([[0.0, 1.0]]))
@@ -413,8 +413,8 @@ def test_memory_does_not_grow_with_the_file(results, tmp_path, capsys, monkeypat
 
 
 def test_an_option_of_columns_is_for_its_task_or_for_prediction():
-    with pytest.raises(ValueError, match="--text is for --task labels or pairs, given is quality"):
+    with pytest.raises(ValueError, match="--text is for --task labels or pairs, and --task is quality"):
         config_class()(task="quality", model="tfidf", data=("x",), out="y", text=("a",))
     assert config_class()(predict="x", model="y", text=("a",), out="z.csv").text == ("a",)
-    with pytest.raises(ValueError, match="--label is for --task labels or tags, given is none"):
+    with pytest.raises(ValueError, match="--label is for --task labels or tags, and --task is none"):
         config_class()(predict="x", model="y", label="a")

@@ -1,4 +1,4 @@
-"""finetune.py --number: learnt, reported, saved, loaded, exported and applied, always as the number itself."""
+"""finetune.py --number: numbers are learnt, reported, saved, loaded, exported and predicted, always as themselves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small(monkeypatch):
 
 
 def table(path: Path, n: int = 240) -> Path:
-    """A year, which the share of words in "ba" and "du" tells; two rows have none."""
+    """A table with years, which the share of words in "ba" and "du" tells; two rows have none."""
     draw = random.Random(0)
     texts = [draw.choices(WORDS, k=6) for _ in range(n)]
     rows = [(" ".join([*t, str(i)]), 2000 + 4 * sum(w[:2] in ("ba", "du") for w in t)) for i, t in enumerate(texts)]
@@ -55,7 +55,7 @@ MADE = ["--epochs", "6", "--dropout", "0", "--learning-rate", "5e-3", "--tokens-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """The folders "tiny", "old", "tfidf" and "hf", which goes on from an export of "tiny"."""
+    """A folder with the results "tiny", "old", "tfidf" and "hf"; the last continues from an export of "tiny"."""
     folder = tmp_path_factory.mktemp("numbers")
     with pytest.MonkeyPatch.context() as patch:
         small.__wrapped__(patch)
@@ -67,7 +67,7 @@ def results(tmp_path_factory) -> Path:
         fine_tune(folder, folder / "tfidf", "--model", "tfidf", "--seeds", "2")
         hub(["export", str(folder / "tiny"), "--out", str(folder / "tiny-exported")])
         described = json.loads((folder / "tiny-exported/config.json").read_text())
-        assert described.pop("problem_type") == "regression"  # as in the folders of people who did not say so
+        assert described.pop("problem_type") == "regression"  # as in folders of other people, who left it out
         (folder / "tiny-exported/config.json").write_text(json.dumps(described))
         fine_tune(folder, folder / "hf", "--model", f"hf:{folder / 'tiny-exported'}", *MADE[2:], "--epochs", "1")
     return folder
@@ -93,7 +93,7 @@ def test_it_is_learnt_and_what_was_kept_gives_the_number_itself(model, results, 
     error = numbers - [e.value for e in data.test]
     assert found["mean"]["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
     assert loaded.numbers([]).shape == (0,)
-    with pytest.raises(ValueError, match=r"predicts a number, year, and no classes; call numbers\(texts\)"):
+    with pytest.raises(ValueError, match=r"predicts a number, year, not classes; call numbers\(texts\)"):
         loaded.classify(["a"])
     assert {p.name for p in (results / model).iterdir()} == {
         "metrics.json", "model", "predictions.csv", "report.md", "scatter.png",
@@ -118,7 +118,7 @@ def test_the_report_tells_errors_beside_those_of_the_mean(results):
     mean = found["beside"]["always the mean of train"]
     assert f"| always the mean of train | {mean['rmse']:.4g} | {mean['mae']:.4g} |" in report
     assert "![true and predicted numbers]" in report
-    assert "row left out, year is no number like -1234.5 or 1e3, it has a comma (first: line 242)" in report
+    assert "row left out, year is not a number like -1234.5 or 1e3: it has a comma (first: line 242)" in report
     for absent in ("confusion", "curves.png", "## Classes", "accuracy"):
         assert absent not in report
     rows = predictions(results / "tfidf")
@@ -162,7 +162,7 @@ def test_a_model_of_transformers_is_kept_as_one_of_regression(results):
 
 
 def test_standard_scores_are_exported_within_1e_5(results, tmp_path):
-    """The same without the large mean, whose last digit is 1e-4."""
+    """The same without the mean of 2010, at which the last digit of fp32 is 1e-4."""
     transformers = pytest.importorskip("transformers")
     network, _, _ = apply.open_fine_tuned(results / "old")
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_standard_scores_are_exported_within_1e_5(results, tmp_path):
 
 
 def test_a_network_in_bf16_gives_years_and_not_decades(results, monkeypatch):
-    """As on a GPU, where parameters are kept in 8 bits: 2010 would be 2016."""
+    """As on a GPU, where parameters have the 8 significant bits of bf16: 2010 would become 2016."""
     made = encoder.Network.__init__
 
     def in_bf16(self, *arguments, **options):
@@ -201,7 +201,7 @@ def test_a_network_in_bf16_gives_years_and_not_decades(results, monkeypatch):
 
 
 def test_learning_does_not_depend_on_the_unit(results):
-    """Metres or miles, from 0 or from sea level: the same network but for its last layer."""
+    """Metres or miles, from 0 or from sea level: the networks differ only in their last layer."""
     found = []
     for scale, shift in ((1.0, 0.0), (1e3, -5e4)):
         draw = random.Random(1)
@@ -234,7 +234,7 @@ class Odd(torch.nn.Module):
 
 def test_a_network_whose_last_layer_cannot_take_the_mean_over_is_refused():
     values, x = np.array([1.0, 5.0, 9.0]), torch.randn(8, 4)
-    with pytest.raises(ValueError, match="no linear layer with a bias"):
+    with pytest.raises(ValueError, match="does not end in a linear layer with a bias"):
         standard.Standard(Odd(bias=False), values)
     for after, fits in ((lambda x: x, True), (torch.tanh, False)):
         module = Odd(bias=True, after=after)
@@ -244,7 +244,7 @@ def test_a_network_whose_last_layer_cannot_take_the_mean_over_is_refused():
             scale.fold(lambda: [module(x)])  # noqa: B023
             np.testing.assert_allclose(module(x), before, rtol=1e-6)
         else:
-            with pytest.raises(ValueError, match="does something with what its last layer gives"):
+            with pytest.raises(ValueError, match="changes the output of its last layer"):
                 scale.fold(lambda: [module(x)])  # noqa: B023
 
 
@@ -274,7 +274,7 @@ def test_results_of_numbers_are_compared_by_what_has_no_unit(results):
 @pytest.mark.parametrize(
     ("options", "error"),
     [(["--class-weights"], "--class-weights is for texts of one class; with --number leave it out"),
-     (["--several"], "--several is for texts of several classes, --number for those of one number; leave one out")],
+     (["--several"], "--several is for texts with several classes, --number for texts with a number; leave one out")],
 )  # fmt: skip
 def test_options_of_classes_are_refused(options, error, results, tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -286,4 +286,4 @@ def test_chat_models_are_asked_for_classes_alone(results, tmp_path, capsys):
     with pytest.raises(SystemExit):
         chat.main(["--task", "labels", "--data", str(results / "t.csv"), "--label", "year", "--number", "--model", "m",
                    "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c.jsonl")])  # fmt: skip
-    assert "a chat model is asked for one class a text; leave out --number" in capsys.readouterr().err
+    assert "a chat model is asked for one class per text; leave out --number" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Embeddings trained on pairs: the loss, the cache of gradients, the ranks, and a model from training to its users."""
+"""Embeddings trained on pairs: the loss, the gradient cache, the ranks, and a model from training to use."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_belongs_together_is_no_negative():
     queries, others, together = unit(3, 8), unit(3, 8, seed=1), torch.zeros(3, 3, dtype=torch.bool)
     together[0, 1] = True
     similarities = (queries @ others.T / retrieval.TEMPERATURE).tolist()
-    terms = [(0, [0, 2]), (1, [0, 1, 2]), (2, [0, 1, 2])]  # of each query, the texts that it is told from
+    terms = [(0, [0, 2]), (1, [0, 1, 2]), (2, [0, 1, 2])]  # for each query, its own text and those it is told from
     rows = sum(np.logaddexp.reduce([similarities[i][j] for j in js]) - similarities[i][i] for i, js in terms)
     terms = [(0, [0, 1, 2]), (1, [1, 2]), (2, [0, 1, 2])]
     columns = sum(np.logaddexp.reduce([similarities[i][j] for i in js]) - similarities[j][j] for j, js in terms)
@@ -79,7 +79,7 @@ def test_training_reads_the_first_tokens_of_a_text(results):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradients_in_parts_are_those_of_the_whole(dropout, ours):
-    """In parts of a text or two: their sum is what autograd finds through all the vectors at once."""
+    """With parts of one or two texts, the sum is the gradient that autograd finds through all vectors at once."""
     model = Embedder(ModelConfig(**SIZES, architecture="modernbert")).initialise(0)
     network = retrieval.Network(model, ours, dropout)
     queries = network.encode([" ".join(QUERIES[i : i + 1 + i % 3]) for i in range(5)])
@@ -101,7 +101,7 @@ def test_gradients_in_parts_are_those_of_the_whole(dropout, ours):
     assert loss == pytest.approx(float(whole.detach()), rel=1e-6)
     for mine, parameter in zip(found, model.parameters()):
         assert torch.allclose(mine, parameter.grad, atol=1e-6, rtol=1e-4)
-    if not dropout:  # with it, one part drops other units than several
+    if not dropout:  # with dropout, one part drops other units than several parts
         model.zero_grad()
         assert network.backward(queries, others, none, 10_000, 3) == pytest.approx(loss, rel=1e-6)
         for mine, parameter in zip(found, model.parameters()):
@@ -130,19 +130,19 @@ def test_vectors_that_are_all_the_same_find_nothing():
 
 
 def test_other_right_texts_neither_help_nor_hurt():
-    """A query with two texts, of which the other one is nearer; and the same text is a candidate once."""
+    """A query has two texts, and the other one is nearer. A repeated text is only one candidate."""
     examples = [Example("0", "q", other="a"), Example("1", "Q", other="b"), Example("2", "r", other="A ")]
     task = retrieval.search(examples, [Example("3", "s", other="c"), Example("4", "t", other="d")], most=3)
     assert task.candidates == ["a", "b", "c"] and task.targets.tolist() == [0, 1, 0]
     vectors = {"a": [0.8, 0.6], "b": [1.0, 0.0], "c": [0.9, 0.1]}
     results = retrieval.found(task, np.array([[1.0, 0.0]] * 3), np.array([vectors[c] for c in task.candidates]))
-    # the first query has c before its a, and b is none of its rivals; the third has both before it
+    # for the first query, c comes before its a, and b does not count; for the third, both come before its text
     assert [rank for rank, _ in results] == [2, 1, 3]
     assert [task.candidates[first] for _, first in results] == ["c", "b", "b"]
 
 
 def table(path: Path, n: int = 240) -> Path:
-    """A question's words in another language make its answer: no word in common, so that TF-IDF is lost."""
+    """An answer is its question in another language: they share no word, so that TF-IDF finds nothing."""
     draw = random.Random(0)
     chosen = [draw.sample(range(20), 3) for _ in range(n)]
     rows = [(" ".join(QUERIES[j] for j in each), " ".join(OTHERS[j] for j in sorted(each))) for each in chosen]
@@ -151,7 +151,7 @@ def table(path: Path, n: int = 240) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, ours) -> Path:
-    """The folders of each architecture, and of tfidf."""
+    """A folder with the results of each architecture and of tfidf."""
     folder = tmp_path_factory.mktemp("pairs")
     (folder / "tokenizer.model").write_bytes(ours.content)
     data = ["--task", "pairs", "--data", str(table(folder / "pairs.csv")), "--text", "question", "answer"]
@@ -196,7 +196,7 @@ def test_the_loaded_model_gives_the_ranks_of_the_report(results):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_export_gives_the_same_vectors_in_transformers(format, results, tmp_path):
-    """As sentence-transformers has it: the mean of AutoModel's final states. Version 6.2.0 was seen to do so."""
+    """The mean of AutoModel's final states, as in sentence-transformers (checked once, with version 6.2.0)."""
     transformers = pytest.importorskip("transformers")
     source = results / ("modern-tiny" if format == "modernbert" else "tiny")
     hub(["export", str(source), "--out", str(tmp_path / "out"), "--as", format])
@@ -212,7 +212,7 @@ def test_the_export_gives_the_same_vectors_in_transformers(format, results, tmp_
     expected = ((states * mask).sum(1) / mask.sum(1)).numpy()
     for folder in (source, tmp_path / "out"):
         assert np.abs(minisobert.load(folder).embed(texts) - expected).max() < 1e-5
-    # what transformers saves comes back in
+    # what transformers saves can be imported
     model.save_pretrained(tmp_path / "saved")
     theirs.save_pretrained(tmp_path / "saved")
     assert np.abs(minisobert.load(tmp_path / "saved").embed(texts) - expected).max() < 1e-5
@@ -245,7 +245,7 @@ def test_a_model_of_pairs_predicts_nothing_and_is_no_run(results, tmp_path, caps
     with pytest.raises(SystemExit):
         hub(["import", str(tmp_path / "exported"), "--out", str(tmp_path / "run")])
     predicted, imported = capsys.readouterr().err.splitlines()
-    assert "was trained on pairs, and makes vectors" in predicted and "holds an encoder without its head" in imported
+    assert "was trained on pairs and makes vectors" in predicted and "holds an encoder without its head" in imported
 
 
 def test_training_goes_on_from_pairs(results, tmp_path, capsys):

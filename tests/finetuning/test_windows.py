@@ -1,4 +1,4 @@
-"""Texts longer than the model reads, in overlapping windows: nothing of them is lost, and a short text is as before."""
+"""Texts longer than the model reads, in overlapping windows: nothing of them is lost, and short texts do not change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def network(pieces, kind: str, pooling: str = "", long: str = "windows", archite
 
 
 def by_itself(model: Classifier, ids: np.ndarray, place: int, special) -> np.ndarray:
-    """Logits of one window, without any of fine-tuning's code."""
+    """The logits of one window, without any code of fine-tuning."""
     tokens = torch.tensor([special.cls, *ids.tolist(), special.sep])
     documents = Documents.from_bounds([0, len(tokens)])
     with torch.no_grad():
@@ -63,18 +63,18 @@ def test_windows_hold_every_token_and_overlap(longest):
         assert starts[0] == 0 and spans[-1][1] == n and all(stop - start == longest for start, stop in spans)
         apart = np.diff(starts)
         assert apart.max() <= longest - int(longest * encoder.OVERLAP) and apart.max() - apart.min() <= 1
-        # no fewer windows would do
+        # fewer windows would not be enough
         assert longest + (len(spans) - 2) * (longest - int(longest * encoder.OVERLAP)) < n
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_word_stands_in_the_window_where_it_is_furthest_from_an_edge(seed):
     draw = np.random.default_rng(seed)
-    lengths = draw.integers(1, [3, 6, 40][seed % 3], 40)  # of the last kind some are longer than a window
+    lengths = draw.integers(1, [3, 6, 40][seed % 3], 40)  # with 40, some words are longer than a window
     stop = np.cumsum(lengths)
     first, n = stop - lengths, int(stop[-1])
     spans = encoder.window_spans(n, LONGEST)
-    row = np.concatenate([[-1, *range(*span), -1] for span in spans])  # the token of the text that is there
+    row = np.concatenate([[-1, *range(*span), -1] for span in spans])  # which token of the text is at each place
     places = encoder.places_in_windows(first, stop, spans)
     assert (row[places] == first).all() and (np.diff(places) > 0).all()
     for begin, end, place in zip(first, stop, places):
@@ -119,10 +119,10 @@ def test_logits_of_a_document_are_the_mean_of_its_windows(architecture, pooling,
     pack, seen = encoder.packed, []
     monkeypatch.setattr(encoder, "packed", lambda windows, device: seen.append(len(windows)) or pack(windows, device))
     net.logits(items, None)
-    monkeypatch.setattr(encoder, "EVAL_TOKENS", 2 * (LONGEST + 2))  # the windows of a text in several parts
+    monkeypatch.setattr(encoder, "EVAL_TOKENS", 2 * (LONGEST + 2))  # the windows of a text go in several parts
     np.testing.assert_allclose(net.logits(items, None).detach(), expected, atol=1e-6)
     net.logits(items, 0)
-    assert seen == [10, 2, 2, 2, 2, 2, 10]  # of which those with gradients are always together
+    assert seen == [10, 2, 2, 2, 2, 2, 10]  # with gradients, they always go together
     order = [3, 0, 2, 1]
     np.testing.assert_allclose(
         net.logits([items[i] for i in order], None).detach(), np.array(expected)[order], atol=1e-6
@@ -164,7 +164,7 @@ MADE = ["--epochs", "6", "--dropout", "0", "--learning-rate", "5e-3", "--tokens-
 
 @pytest.fixture(scope="module")
 def folder(pieces, tmp_path_factory):
-    """Texts whose class or entity is told by their last words alone: data, and the results "labels" and "tags"."""
+    """A folder with texts whose last words alone tell the class or entity, and with the results "labels" and "tags"."""
     folder = tmp_path_factory.mktemp("windows")
     (folder / "tokenizer.model").write_bytes(pieces.content)
     with open(folder / "labels.jsonl", "w") as file:

@@ -124,7 +124,7 @@ def test_what_surrounds_attention_in_a_block(d, p, window, has_rotation, dtype):
 
 
 def test_tiles_beyond_the_window_are_not_visited():
-    """NaN times a probability of 0 is NaN: no such tile may be loaded, forward or backward."""
+    """NaN times a probability of 0 is NaN, so no such tile may be loaded, forward or backward."""
     (parts, documents), window, most = qkv([0, 1_000], 2, 64, torch.bfloat16, "cuda"), 64, 128
     for x in parts:
         x[:300] = x[700:] = torch.nan
@@ -145,7 +145,7 @@ def test_attention_over_a_million_tokens():
     upstream = torch.randn_like(out)
     out.backward(upstream)
 
-    first = tokens - 2_581  # three documents from here on
+    first = tokens - 2_581  # the last three documents begin here
     exact = qkv.detach()[first:].double().requires_grad_()
     last = Documents.from_bounds([0, 1_000, 2_000, 2_001, 2_581])
     expected = ops.attention_reference(*exact.unbind(2), last, replace(dropout, token_offset=first))

@@ -1,4 +1,4 @@
-"""The exported folder in the hands of transformers: every class and pipeline that it is for, without a complaint."""
+"""transformers loads an exported folder in every class and pipeline that it is for, without a warning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory) -> dict[str, Path]:
-    """A run of each architecture, long enough for guesses that differ, with three checkpoints."""
+    """A run of each architecture, long enough for its guesses to differ, with three checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch.setitem)
@@ -70,7 +70,7 @@ def run_of(runs, format: str) -> Path:
 
 
 def states(folder: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What our own model makes of a text: final states and logits of [CLS], its pieces and [SEP]."""
+    """The final states and the logits that our own model gives for a text: [CLS], its pieces and [SEP]."""
     trained = open_run(folder)
     tokens = torch.tensor([CLS, *trained.tokenizer.encode(text).tolist(), SEP])
     places, documents = torch.arange(len(tokens)), Documents.from_bounds([0, len(tokens)])
@@ -80,7 +80,8 @@ def states(folder: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loaded(kind: str, folder: Path, capfd, expected: tuple[set, set] = (set(), set()), **options):
-    """AutoModelForKIND, with just these missing and unexpected weights, and nothing said where there are none."""
+    """AutoModelForKIND. Asserts that just these weights are missing and unexpected, and that nothing is printed if none
+    are."""
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -101,10 +102,10 @@ def test_a_run_is_loaded_whole_and_computes_the_same(format, runs, exported, cap
         with torch.no_grad():
             found = model(**inputs).logits[0, : len(logits)]
         assert (found[:, : logits.shape[1]] - logits).abs().max() < 1e-5 * logits.abs().max()
-        assert (found[:, logits.shape[1] :] < -1_000).all()  # rows that no piece has
+        assert (found[:, logits.shape[1] :] < -1_000).all()  # rows without a piece
     assert logits.std() > 0.1
     with safetensors.safe_open(exported[format] / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # which older versions ask for
+        assert file.metadata() == {"format": "pt"}  # older versions ask for it
 
     pooler = set() if format == "modernbert" else {"pooler.dense.weight", "pooler.dense.bias"}
     head = {"modernbert": ("head.", "decoder."), "megatron-bert": ("cls.",), "xlm-roberta-xl": ("lm_head.",)}[format]
@@ -145,7 +146,7 @@ def test_the_tokenizer_is_the_runs_also_when_saved_again(runs, exported, tmp_pat
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_sentence_transformers_finds_mean_pooling(format, exported):
-    """It is no dependency; version 6.2.0 was seen to give the mean of the final states, in all three formats."""
+    """It is not a dependency; version 6.2.0 was once seen to give the mean of the final states, in all formats."""
     folder = exported[format]
     types = [each["type"].rpartition(".")[2] for each in json.loads((folder / "modules.json").read_text())]
     pooling = json.loads((folder / "1_Pooling/config.json").read_text())
@@ -154,7 +155,7 @@ def test_sentence_transformers_finds_mean_pooling(format, exported):
     options = json.loads((folder / "sentence_bert_config.json").read_text())
     assert options["max_seq_length"] == (ROW if format == "modernbert" else SMALL.positions)
     model = transformers.AutoModel.from_pretrained(folder, **options.get("model_args", {}))
-    assert getattr(model, "pooler", None) is None  # which would be random
+    assert getattr(model, "pooler", None) is None  # it would be random
 
 
 def test_the_best_and_any_other_checkpoint_can_be_exported(runs, tmp_path):
@@ -169,7 +170,7 @@ def test_the_best_and_any_other_checkpoint_can_be_exported(runs, tmp_path):
         expected = read_safetensors(paths[step])
         found = to_ours(read_safetensors(out / "model.safetensors"), config, "modernbert")
         differ = [name for name, p in expected.items() if not torch.equal(p, found[name])]
-        assert differ == ["mlm_head.decoder.bias"]  # of the rows that no piece has
+        assert differ == ["mlm_head.decoder.bias"]  # in the rows without a piece
         assert f"| steps | {step} |" in (out / "README.md").read_text()
 
 
@@ -246,7 +247,7 @@ def test_a_fine_tuned_classifier_gives_the_probabilities_of_predict(format, fine
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_fine_tuned_tagger_finds_the_entities_of_predict(format, fine_tuned, tmp_path, capfd):
-    """As its card says to use it: words with one space between them."""
+    """Used as its card says, on words with one space between them."""
     source = fine_tuned["modernbert" if format == "modernbert" else "megatron-bert", "ner"]
     main(["export", str(source), "--out", str(tmp_path / "out"), "--as", format])
     text = "import ban, class fin of dust dot; import dur dot\nclass(zen)"
@@ -288,7 +289,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(runs, fine_tuned
     (theirs / "model").mkdir(parents=True)
     (theirs / "model/task.json").write_text('{"format": "transformers"}')
     for argv, out, said in (
-        ([str(tmp_path / "nothing")], "out", "holds no checkpoint; give the --out of a train.py that has saved one"),
+        ([str(tmp_path / "nothing")], "out", "holds no checkpoint; give the --out of a run of train.py that has saved"),
         ([run, "--as", "modernbert"], "out", "choose megatron-bert or xlm-roberta-xl"),
         ([run, "--as", "bert"], "out", "invalid choice: 'bert'"),
         ([run, "--checkpoint", "step-3"], "out", "no checkpoint 'step-3'; choose step-2, step-4, step-6, last or best"),

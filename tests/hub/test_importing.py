@@ -1,4 +1,4 @@
-"""Models that transformers made, with random weights, read by us: the same logits, and a run that goes on from them."""
+"""Models that transformers made, with random weights: we read the same logits, and a run can continue from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_thread():
 
 
 def saved(folder: Path, kind: str, **changes) -> Path:
-    """A model of transformers with random weights, large enough to matter, and that tokenizer."""
+    """A model of transformers, with random weights large enough to matter, and a tokenizer."""
     torch.manual_seed(0)
     made = tokenizers.Tokenizer.from_str(byte_level(tuple(sentences(200, seed=0)), 395))
     fast = transformers.PreTrainedTokenizerFast(
@@ -67,7 +67,7 @@ def logits(model, ids: np.ndarray) -> torch.Tensor:
 
 
 def like_transformers(folder: Path) -> float:
-    """The largest difference of logits, as a share of the largest logit."""
+    """The largest difference between our logits and theirs, as a share of the largest logit."""
     imported = importing.read(folder)
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     special = imported.tokenizer.vocabulary
@@ -107,7 +107,7 @@ def test_the_config_of_transformers_4(tmp_path):
 
 
 def test_half_precision_in_a_pickle_and_shards(tmp_path):
-    """As the released SOBert is, and as large models are."""
+    """A pickle, as the released SOBert is, and several files, as large models have."""
     folder = saved(tmp_path / "theirs", "MegatronBert")
     whole = importing.read(folder).model
     tensors = importing.read_weights(folder)
@@ -152,7 +152,7 @@ def changed(folder: Path, **changes) -> None:
     ({"layer_types": ["full_attention"] + ["sliding_attention"] * 2 + ["full_attention"] * 1 + ["x"]}, "every n-th"),
     ({"layer_types": ["sliding_attention"] * 4}, "layer_types are llll"),
     ({"hidden_activation": "silu"}, "activation is 'silu'"),
-    ({"classifier_activation": "gelu_new"}, "activation of the layers is 'gelu', of the head 'gelu_new'"),
+    ({"classifier_activation": "gelu_new"}, "activation of the layers is 'gelu', and that of the head 'gelu_new'"),
     ({"hidden_size": 128}, "of another shape"),
     ({"num_hidden_layers": 5, "layer_types": None}, "missing (model.layers.4.attn"),
     ({"num_hidden_layers": 3, "layer_types": None}, "unexpected (model.layers.3."),
@@ -176,7 +176,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no model.safetensors and no pytorch_model.bin"):
         importing.read(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="no model in Hugging Face's format"):
+    with pytest.raises(ValueError, match="is not a model in Hugging Face's format"):
         importing.read(folder)
 
 
@@ -187,7 +187,7 @@ def theirs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, theirs):
-    """The toy language in the ids of that model."""
+    """The toy language, encoded by the tokenizer of that model."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "toy.txt").write_text("\n".join(s.replace("\n", " ") for s in sentences(1_300, seed=0)))
     prepare([folder / "toy.txt"], folder / "shards", workers=1, tokenizer=theirs)
@@ -216,7 +216,7 @@ def continued(corpus, out, init, **options) -> Path:
 
 
 def test_training_goes_on_from_a_model_of_theirs(corpus, theirs, tmp_path):
-    """From its weights; the same on other layouts; a run that was interrupted resumes; its history is kept."""
+    """It begins with the same weights on any layout, an interrupted run resumes, and the history is kept."""
     importing.import_run(theirs, tmp_path / "imported")
     whole = continued(corpus, tmp_path / "whole", tmp_path / "imported", checkpoint_every_tokens=4 * 4 * 512)
     first = metrics(whole)[0]["loss"]
@@ -250,7 +250,7 @@ def test_training_goes_on_from_a_model_of_theirs(corpus, theirs, tmp_path):
 @pytest.mark.parametrize(("expected", "options"), [
     ("--layers cannot be changed in the model of --init", {"layers": 3}),
     ("was not encoded by the tokenizer of", {"data": "OTHER"}),
-    ("is no folder", {"init": "nowhere"}),
+    ("is not a folder", {"init": "nowhere"}),
     ("holds no checkpoint", {"init": "EMPTY"}),
     ("holds an imported model; give it as --init", {"out": "IMPORTED"}),
     ("has a table of 96 positions", {"init": "MEGATRON"}),
@@ -272,7 +272,7 @@ def test_a_mistake_is_one_line(expected, options, corpus, theirs, tmp_path, requ
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> Path:
-    """A corpus in ids of its own."""
+    """A corpus with another tokenizer."""
     folder = tmp_path_factory.mktemp("other")
     (folder / "toy.txt").write_text("\n".join(s.replace("\n", " ") for s in sentences(300, seed=1)))
     prepare([folder / "toy.txt"], folder / "shards", vocab_size=330, workers=1)
@@ -287,7 +287,7 @@ def test_the_plan_is_of_that_model(theirs, capsys):
 
 @pytest.mark.parametrize("kind", ["ModernBert", "MegatronBert", "XLMRobertaXL"])
 def test_out_and_in_and_out_again_changes_no_byte(kind, tmp_path):
-    """Of a model of theirs, whose first export is not what transformers wrote, and then of ours."""
+    """For a model of theirs, from its first export on, which differs from what transformers wrote; and for ours."""
     theirs = saved(tmp_path / "theirs", kind, **({"max_position_embeddings": 500} if kind == "XLMRobertaXL" else {}))
     folder = theirs
     for turn in ("a", "b"):
@@ -298,7 +298,7 @@ def test_out_and_in_and_out_again_changes_no_byte(kind, tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(map(str, files))
     for file in files:
-        if file.name != "README.md":  # which says from which folder it was imported
+        if file.name != "README.md":  # it names the folder from which it was imported
             assert (tmp_path / "a/model" / file).read_bytes() == (folder / file).read_bytes(), file
     assert like_transformers(folder) < 1e-5
     assert "Imported, and not trained since:" in (folder / "README.md").read_text()
@@ -307,7 +307,7 @@ def test_out_and_in_and_out_again_changes_no_byte(kind, tmp_path):
 
 
 def test_a_model_of_ours_comes_back_from_transformers(corpus, theirs, tmp_path):
-    """What save_pretrained wrote of an export: the same weights, and our own tokenizer where its file is kept."""
+    """What save_pretrained writes of an export has the same weights, and our tokenizer if its file is kept."""
     run = continued(corpus, tmp_path / "run", theirs, steps=2)
     hub(["export", str(run), "--out", str(tmp_path / "exported")])
     for auto in (transformers.AutoModelForMaskedLM, transformers.AutoTokenizer):

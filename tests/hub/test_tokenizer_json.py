@@ -1,4 +1,4 @@
-"""Our ids and those of `tokenizers`: on real posts, and on text that nobody would write."""
+"""Our ids are those of `tokenizers`, on real posts and on text that nobody would write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids(theirs, text: str) -> list[int]:
     return theirs.encode(text, add_special_tokens=False).ids
 
 
-# few different characters make long runs and many ways to merge them; one draw in two has any characters at all
+# few different characters make long runs and many ways to merge them; half of the draws have arbitrary characters
 RUNS = st.text(st.sampled_from("ab  \n\r\t.,;()=«é”…1_²Ωж中한\u0301\u200d😀👩\ufeff\0"), max_size=80)
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=80)
 
@@ -44,7 +44,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u258
 @example(" ")
 @example("")
 def test_any_text_gives_the_same_ids_and_comes_back(both, text):
-    assume(not re.search(r"\[(PAD|UNK|CLS|SEP|MASK)]", text))  # theirs reads the name of a special token as that token
+    assume(not re.search(r"\[(PAD|UNK|CLS|SEP|MASK)]", text))  # theirs reads such a name as the special token
     ours, theirs = both
     assert ids(theirs, text) == ours.encode(text).tolist()
     assert theirs.decode(ours.encode(text).tolist()) == text
@@ -57,7 +57,7 @@ def test_code_and_french_give_the_same_ids(both):
 
 
 def test_real_posts_give_the_same_ids(tmp_path):
-    """German and invented languages, with code and links, by pieces learnt from another dump."""
+    """German and invented languages, with code and links, and pieces that were learnt from another dump."""
     paths = [DUMPS / f"{site}.7z" for site in ("conlang.meta.stackexchange.com", "german.meta.stackexchange.com")]
     if not all(path.exists() for path in paths):
         pytest.skip("the real dumps are not beside this checkout (../shared/data)")

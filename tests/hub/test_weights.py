@@ -1,4 +1,4 @@
-"""One table, two directions: what goes out comes back, and whatever does not fit is named."""
+"""One table for both directions: what is exported comes back, and what does not fit is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config_for(format: str, **sizes) -> ModelConfig:
 
 
 def models(format: str):
-    """(kind of AutoModel, model) of each model that a format holds."""
+    """(kind of AutoModel, model) for each kind of model that a format can hold."""
     config = config_for(format)
     yield "MaskedLM", MaskedLM(config)
     yield "SequenceClassification", Classifier(config, 3, "cls")
@@ -34,7 +34,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_transformers_loads_and_saves_comes_back_bit_for_bit(format):
-    """Their state dict has the tied copies too."""
+    """Their state dict includes the copies of tied tensors."""
     pytest.importorskip("transformers")
     for kind, model in models(format):
         ours = weights(with_signal_everywhere(model))
@@ -54,7 +54,7 @@ def test_copies_buffers_and_poolers_are_passed_over_and_other_tensors_named(form
     if format == "megatron-bert":
         theirs["bert.pooler.dense.weight"] = theirs["cls.seq_relationship.weight"] = torch.ones(2, 64)
         theirs["bert.embeddings.position_ids"] = torch.arange(32)
-        theirs["cls.predictions.decoder.bias"] = theirs.pop("cls.predictions.bias")  # there under this name alone
+        theirs["cls.predictions.decoder.bias"] = theirs.pop("cls.predictions.bias")  # only this name
     found = to_ours(theirs, model.config, format)
     assert all(torch.equal(p, found[name]) for name, p in weights(model).items())
 
@@ -76,7 +76,7 @@ def test_copies_buffers_and_poolers_are_passed_over_and_other_tensors_named(form
 
 def test_a_format_of_another_architecture_is_refused_with_those_that_fit():
     model = MaskedLM(config_for("modernbert"))
-    with pytest.raises(ValueError, match="is no megatron-bert of transformers; choose modernbert"):
+    with pytest.raises(ValueError, match="is not a megatron-bert of transformers; choose modernbert"):
         to_theirs(weights(model), model.config, "megatron-bert")
     model = MaskedLM(config_for("megatron-bert"))
     with pytest.raises(ValueError, match="choose megatron-bert or xlm-roberta-xl"):
@@ -88,7 +88,7 @@ def test_a_format_of_another_architecture_is_refused_with_those_that_fit():
     [("large", "megatron-bert", "eager"), ("large", "xlm-roberta-xl", "sdpa"), ("modern-large", "modernbert", "sdpa")],
 )
 def test_outputs_and_gradients_at_the_widths_of_the_large_presets(preset, format, attention):
-    """fp32 sums of six thousand products: the largest of the gradient is what 1e-5 is of, and of the logits too."""
+    """The sums have six thousand products in fp32, so 1e-5 is relative to the largest logit or gradient element."""
     pytest.importorskip("transformers")
     sizes = {name: getattr(PRESETS[preset], name) for name in ("hidden", "heads", "ffn")}
     model = with_signal_everywhere(MaskedLM(config_for(format, **sizes, layers=1, positions=64)))
@@ -101,4 +101,4 @@ def test_outputs_and_gradients_at_the_widths_of_the_large_presets(preset, format
     F.cross_entropy(their_logits, targets, reduction="sum").backward()
     assert (logits - their_logits).abs().max() < 1e-5 * their_logits.abs().max()
     apart = gradients_apart(gradients_under_their_names(model, format), theirs)
-    assert {name for name in apart if not name.endswith("key.bias")} == set()  # of which the true gradient is zero
+    assert {name for name in apart if not name.endswith("key.bias")} == set()  # their true gradient is zero

@@ -16,7 +16,7 @@ P = 0.1
 
 
 def lowbias32_of_the_publication(x: int) -> int:
-    """Written anew from the article's C: uint32 arithmetic, one value."""
+    """The hash of one value, translated from the article's C, in uint32 arithmetic."""
     x ^= x >> 16
     x = x * 0x7FEB352D % 2**32
     x ^= x >> 15
@@ -25,13 +25,13 @@ def lowbias32_of_the_publication(x: int) -> int:
 
 
 def features(step=0, layer=0, site="ffn_output", seed=1, token_offset=0, shape=(512, 512)) -> np.ndarray:
-    """What a hidden-state mask drops."""
+    """Which elements of the hidden states are dropped."""
     dropout = Dropout.for_step(P, seed, step, layers=3).at(layer, site)
     return (drop(torch.ones(shape), dataclasses.replace(dropout, token_offset=token_offset)) == 0).numpy()
 
 
 def pairs(heads=4, tokens=256, **offsets) -> np.ndarray:
-    """What an attention mask drops, (heads, queries, keys)."""
+    """Which elements (heads, queries, keys) of the attention probabilities are dropped."""
     dropout = dataclasses.replace(Dropout.for_step(P, 1, 0, layers=3).at(1, "attention"), **offsets)
     return ~dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.key_hash(heads, 0, tokens)[:, None]).numpy()
 
@@ -79,7 +79,7 @@ def test_the_rate_is_p_and_the_mean_is_kept(p):
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two masks, in standard errors of what independence gives."""
+    """The correlation of two masks, in standard errors of that of independent masks."""
     expected, n = P * P, a.size
     return float(((a & b).mean() - expected) / math.sqrt(expected * (1 - expected) / n))
 
@@ -107,15 +107,15 @@ def test_masks_are_independent_along_every_coordinate():
         "other heads": (attention, pairs(head_offset=4)),
     }
     assert {name: z for name, pair in others.items() if abs(z := correlation(*pair)) > 4.5} == {}
-    # every row and every column by itself drops at the rate too: the largest of 512 deviations
+    # each row and each column drops at the rate too; this bounds the largest of 512 deviations
     for axis in (0, 1):
         z = (mask.mean(axis) - P) / math.sqrt(P * (1 - P) / 512)
         assert np.abs(z).max() < 5
 
 
 def structure(dropped: np.ndarray, p: float) -> dict[str, float]:
-    """Of an (n, n) mask, in standard errors: rates of rows and columns, correlations of all pairs of rows, of columns
-    and of the corners of rectangles; and its largest singular value over that of independent elements."""
+    """Measures of an (n, n) mask, in standard errors: rates of rows and columns, correlations of all pairs of rows, of
+    columns and of the corners of rectangles; and its largest singular value over that of independent elements."""
     n, generator = len(dropped), np.random.default_rng(0)
     z = (dropped - p) / math.sqrt(p * (1 - p))
     rows, columns = z @ z.T / math.sqrt(n), z.T @ z / math.sqrt(n)
@@ -135,7 +135,8 @@ def structure(dropped: np.ndarray, p: float) -> dict[str, float]:
     }
 
 
-# the largest of a million pairs, of which those of small rates have long tails; what hashing once less gives is above
+# bounds for the largest of a million pairs, whose distribution has long tails at small rates; with one hash less, the
+# measures exceed them
 ALLOWED = {
     "rate of a row": 5, "rate of a column": 5, "spread of pairs of rows": 1.01, "spread of pairs of columns": 1.01,
     "pair of rows": 7.5, "pair of columns": 7.5, "rectangles": 4.5, "singular value": 1.03,
@@ -151,7 +152,7 @@ def test_a_mask_has_no_more_structure_than_independent_draws(p):
     for step, head in ((0, 0), (1, 5), (77, 11)):
         found = structure(mask(step, head), p)
         assert {name: value for name, value in found.items() if not value < ALLOWED[name]} == {}
-    # two masks that are too simple: a sum in place of the product, and factors that are no hashes
+    # two masks that are too simple: with a sum instead of the product, and with factors that are not hashes
     n = np.arange(1_024, dtype=np.uint32)
     hashes = lowbias32(n), lowbias32(n + np.uint32(1 << 24))
     for bits in (hashes[0][:, None] + hashes[1], (2 * n[:, None] + 1) * (hashes[1] | np.uint32(1))):

@@ -1,4 +1,4 @@
-"""Each reference against float64 autograd or a naive formula, and the arguments that the public functions refuse."""
+"""Each reference is compared with fp64 autograd or a naive formula; public functions refuse wrong arguments."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_attention_document_by_document_and_in_windows_equals_one_masked_matrix(
 
 
 def test_self_attention_turns_and_gives_a_bias_that_is_in_qkv_its_gradient():
-    """Beside a bias that is added here, by plain autograd; and the result is that of the three ops one by one."""
+    """Compared with plain autograd and a bias that is added here; and with the three ops one by one."""
     x, bias, turning = random(13, 2, 3, 8), random(48, seed=1), rotation(torch.arange(13) % 7, 8, 100.0)
     into = random(13, 2, 8, seed=2).detach()
     held = x + bias.detach().view(2, 3, 8)
@@ -66,7 +66,7 @@ def test_self_attention_turns_and_gives_a_bias_that_is_in_qkv_its_gradient():
 
 
 class Largest(TorchDispatchMode):
-    """Inside, `elements` becomes the number of them in the largest tensor that any operation makes."""
+    """A context; `elements` becomes the size of the largest tensor that any operation in it makes."""
 
     elements = 0
 
@@ -78,7 +78,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_attention_never_makes_a_matrix_of_all_tokens():
-    # 40,000 tokens squared are 6.4 GB a head in fp32; document by document it is nothing
+    # 40,000 tokens squared are 6.4 GB per head in fp32; document by document, it is very little
     documents = Documents.from_bounds(range(0, 40_001, 100))
     q = torch.randn(40_000, 1, 32)
     dropout = Dropout.for_step(0.1, seed=0, step=0, layers=1).at(0, "attention")
@@ -90,7 +90,7 @@ def test_attention_in_windows_never_makes_a_matrix_of_one_long_document(dropout)
     q, k, v = torch.randn(3, 40_000, 1, 32, requires_grad=True).unbind()
     with Largest() as largest:
         attention(q, k, v, Documents.from_bounds([0, 40_000]), dropout, 64).sum().backward()
-    assert 40_000 * 64 < largest.elements <= 40_000 * 3 * 64  # of each query the keys in three blocks of 64
+    assert 40_000 * 64 < largest.elements <= 40_000 * 3 * 64  # for each query, the keys in three blocks of 64
 
 
 @pytest.mark.parametrize("dropout", [None, DROPOUT], ids=["no dropout", "dropout"])
@@ -192,13 +192,13 @@ def test_gradients_of_rotary_and_gated_gelu_are_those_of_finite_differences():
 
 
 def test_rotary_multiplies_each_pair_as_a_complex_number():
-    """The two halves of a head are real and imaginary parts: position t multiplies pair i by exp(i t base^(-2i/d))."""
+    """The halves of a head are real and imaginary parts: position t multiplies pair n by exp(i t base^(-2n/d))."""
     qkv = random(9, 2, 3, 8).detach()
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 500, 501, 2_047])
     turned = rotary(qkv, rotation(positions, 8, 10_000.0))
     angles = positions.double()[:, None] * 10_000.0 ** -(torch.arange(4).double() / 4)
     pairs = torch.complex(*qkv[:, :, :2].chunk(2, -1)) * torch.polar(torch.ones(9, 4).double(), angles)[:, None, None]
-    # cos and sin are fp32, and so are the angles: half an eps of 2,047 is 6e-5
+    # cos, sin and the angles are fp32, and half an eps of 2,047 is 6e-5
     torch.testing.assert_close(turned[:, :, :2], torch.cat([pairs.real, pairs.imag], -1), rtol=0, atol=5e-4)
     assert torch.equal(turned[:, :, 2], qkv[:, :, 2])
 

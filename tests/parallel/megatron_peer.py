@@ -1,11 +1,11 @@
-"""Megatron-LM itself (megatron-core), a few steps of its BERT on CPUs: the peer of the parity test.
+"""Trains Megatron-LM's own BERT (megatron-core) for a few steps on CPUs: the peer in the parity test.
 
 Model, data parallelism, schedule of micro-batches, clipping, optimizer and learning rate are all Megatron's own code:
-`BertModel` of its local layers, `DistributedDataParallel`, `get_forward_backward_func` with `finalize_model_grads`,
-`get_megatron_optimizer` (torch's AdamW where apex is missing) and `OptimizerParamScheduler`. What is ours is the
-description of the model, the names of its weights, and `on_cpu`.
+`BertModel` with its local layers, `DistributedDataParallel`, `get_forward_backward_func` with `finalize_model_grads`,
+`get_megatron_optimizer` (torch's AdamW if apex is missing) and `OptimizerParamScheduler`. Only the description of the
+model, the names of its weights and `on_cpu` are ours.
 
-    b sequences of a micro-batch   s positions, the tail of each sequence padding
+    b sequences of a micro-batch   s positions, with padding at the end of each sequence
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from minisobert.config import ModelConfig
 
-# Ours → Megatron's, part by part. Our (heads, 3, d) order of a qkv's outputs is Megatron's own.
+# Ours → Megatron's, for the parts of a name. The (heads, 3, d) order of qkv's outputs is the same on both sides.
 NAMES = {
     "encoder.embeddings.word.": "embedding.word_embeddings.",
     "encoder.embeddings.position.": "embedding.position_embeddings.",
@@ -49,16 +49,16 @@ class MicroBatch(NamedTuple):
     """One document per sequence."""
 
     tokens: Tensor  # (b, s) int64
-    lengths: Tensor  # (b,): what lies behind is padding
-    labels: Tensor  # (b, s) int64: what is to be guessed where masked, any id elsewhere
+    lengths: Tensor  # (b,): padding follows after them
+    labels: Tensor  # (b, s) int64: the targets where masked, any id elsewhere
     masked: Tensor  # (b, s) fp32: 1 where the loss is counted, 0 elsewhere
 
 
 @dataclass(frozen=True)
 class Recipe:
     peak: float
-    warmup_steps: float  # from a rate of 0, which Megatron's first step has
-    decay_steps: int  # to final_fraction · peak, after which the rate stays
+    warmup_steps: float  # from a rate of 0, that of Megatron's first step
+    decay_steps: int  # to final_fraction · peak, where the rate stays
     final_fraction: float = 0.1
     clip: float = 1.0
     weight_decay: float = 0.01
@@ -69,45 +69,45 @@ class Recipe:
 class Trained(NamedTuple):
     losses: list[float]  # of each step, before its update
     norms: list[float]  # of each step's gradient, before clipping
-    rates: list[float]  # learning rates that the steps were made with
+    rates: list[float]  # each step's learning rate
     weights: dict[str, Tensor]  # whole, under our names, after the last step
 
 
 class _NoCuda(TorchFunctionMode):
-    """Every call of a torch function passes here, Megatron's literals for its GPU among their arguments."""
+    """Intercepts all calls of torch functions, in whose arguments Megatron has literals for its GPU."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = dict(keywords or {})
-        if keywords.get("device") == "cuda":  # norms, counters and flags are made there
+        if keywords.get("device") == "cuda":  # for norms, counters and flags
             keywords["device"] = "cpu"
         result = function(*arguments, **keywords)
-        if function is Tensor.type and result == "torch.FloatTensor":  # clipping asserts that gradients lie on a GPU
+        if function is Tensor.type and result == "torch.FloatTensor":  # clipping asserts that gradients are on a GPU
             return "torch.cuda.FloatTensor"
         return result
 
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Lets megatron-core do on a CPU what it does on a GPU. For a process of its own: what it patches is global."""
+    """Lets megatron-core do on a CPU what it does on a GPU. It patches globals, so use it in a process of its own."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    # where most tensors are made
+    # the device on which most tensors are made
     device = mock.patch("torch.cuda.current_device", lambda: torch.device("cpu"))
-    # a tensor rank's own generator, of initial weights, which are loaded over, and of dropout, which is 0
+    # a tensor rank's own generator, for initial weights, which are overwritten, and for dropout, which is 0
     fork = mock.patch.object(CudaRNGStatesTracker, "fork", lambda self, name=None: nullcontext())
     with _NoCuda(), device, fork:
         yield
 
 
 def bert(config: ModelConfig) -> nn.Module:
-    """Megatron's model of this config, this tensor rank's slices of it, with initial weights that mean nothing."""
+    """Megatron's model with this config, sliced for this tensor rank; its initial weights have no meaning."""
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.parallel_state import get_tensor_model_parallel_world_size
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    assert config.gelu == "erf"  # the masked-LM head of BertModel knows no other
-    # its defaults are pre-LN, biases everywhere and no fused kernel
+    assert config.gelu == "erf"  # the only one in the masked-LM head of BertModel
+    # its defaults are pre-LN, biases everywhere and no fused kernels
     transformer = TransformerConfig(
         num_layers=config.layers, hidden_size=config.hidden, num_attention_heads=config.heads,
         ffn_hidden_size=config.ffn, layernorm_epsilon=config.norm_eps, activation_func=F.gelu,
@@ -120,7 +120,8 @@ def bert(config: ModelConfig) -> nn.Module:
 
 
 def pairs(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
-    """Our name, whole tensor and Megatron's parameter, each parameter once; otherwise raises RuntimeError."""
+    """(our name, whole tensor, Megatron's parameter) for each parameter, once. Raises RuntimeError if they do not
+    match."""
     parameters = dict(model.named_parameters())
     for name, whole in weights.items():
         theirs = name
@@ -135,7 +136,7 @@ def pairs(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, T
 
 @torch.no_grad()
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """weights: whole, fp32, under our names. Each parameter takes its tensor rank's slice."""
+    """Loads weights: whole, fp32, under our names. Each parameter gets its tensor rank's slice."""
     from megatron.core.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     for name, whole, parameter in pairs(model, weights):
@@ -148,9 +149,9 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def gathered(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's weights now, whole and under the names of `weights`, on every rank.
+    """The model's present weights, whole and under the names of `weights`, on every rank.
 
-    Raises RuntimeError where the ranks of a tensor group differ in what is whole on each.
+    Raises RuntimeError if a parameter that every tensor rank holds whole differs between them.
     """
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -168,14 +169,15 @@ def gathered(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def forward_step(batches: Iterator[MicroBatch], model: nn.Module):
-    """What Megatron's schedule calls per micro-batch: per-token losses (b, s), and what makes one loss of them."""
+    """Called by Megatron's schedule for each micro-batch: returns per-token losses (b, s), and a function that reduces
+    them to one loss."""
     batch = next(batches)
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]  # (b, s)
     losses, _ = model(batch.tokens, real.long(), tokentype_ids=torch.zeros_like(batch.tokens), lm_labels=batch.labels)
 
     def mean(losses: Tensor) -> tuple[Tensor, Tensor]:
         loss = (losses * batch.masked).sum() / batch.masked.sum()
-        return loss, loss.detach().clone()  # the first is divided, in place, by the number of micro-batches
+        return loss, loss.detach().clone()  # the first will be divided in place by the number of micro-batches
 
     return losses, mean
 
@@ -187,9 +189,9 @@ def train(
     recipe: Recipe,
     tensor_parallel: int,
 ) -> Trained:
-    """One step per list of `batches`, of all micro-batches in it; the data-parallel ranks take turns at these.
+    """Makes a step for each list of micro-batches in `batches`; the data-parallel ranks take the micro-batches in turn.
 
-    torch.distributed must have been initialised (gloo); all its ranks call this with the same arguments.
+    torch.distributed must be initialised (gloo), and all its ranks must call this with the same arguments.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -240,9 +242,9 @@ def train(
 
 
 def spawn(world: int, tensor_parallel: list[int], folder: Path, *arguments) -> list[Trained]:
-    """`train(*arguments, n)` for each n of tensor_parallel in turn, in `world` new processes.
+    """Calls `train(*arguments, n)` for each n of tensor_parallel in turn, in `world` new processes.
 
-    folder: empty, for what the processes have to tell each other and this one.
+    folder: an empty one, through which the processes communicate with each other and with this one.
     """
     torch.multiprocessing.spawn(_work, (world, tensor_parallel, folder, arguments), nprocs=world)
     return torch.load(folder / "trained.pt", weights_only=False)
@@ -250,7 +252,7 @@ def spawn(world: int, tensor_parallel: list[int], folder: Path, *arguments) -> l
 
 def _work(rank: int, world: int, tensor_parallel: list[int], folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # a page of them, about apex and Transformer Engine
+    warnings.simplefilter("ignore")  # there are many, about apex and Transformer Engine
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
     with on_cpu():
         trained = [train(*arguments, n) for n in tensor_parallel]

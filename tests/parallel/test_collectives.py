@@ -1,4 +1,4 @@
-"""What runs between ranks: each collective against the formula of one process, and how many there are in a step."""
+"""Communication between ranks: collectives are compared with formulas on one process, and those of a step counted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from minisobert.training import loop
 
 
 def on_ranks(check, log: Path, ranks: int, *arguments) -> None:
-    """check(mesh, *arguments) on every rank; an assertion that fails on one of them fails here."""
+    """Calls check(mesh, *arguments) on every rank. An assertion that fails on one of them fails here."""
     status = finish(launch([partial(_checked, check, *arguments)], log, ranks))
     assert status == [0] * ranks, log.read_text()
 
@@ -57,11 +57,11 @@ def part(rank: int, rows: int = 6) -> torch.Tensor:
 def each_pair(mesh: Mesh) -> None:
     ranks = range(mesh.tensor_parallel)
     parts, upstream = [part(rank) for rank in ranks], [part(10 + rank) for rank in ranks]
-    # a loss that every rank has the same of: what follows the two is computed by all alike
+    # every rank has the same loss, since all ranks compute alike what follows the two
     common = part(99)
 
     x = parts[mesh.tensor_rank].clone().requires_grad_()
-    y = reduce_from_tensor_parallel(x * 1, mesh)  # which it overwrites
+    y = reduce_from_tensor_parallel(x * 1, mesh)  # a copy, since it is overwritten
     y.backward(common)
     torch.testing.assert_close(y, sum(parts))
     torch.testing.assert_close(x.grad, common)
@@ -98,12 +98,13 @@ def batch():
 
 
 def a_model(mesh: Mesh, sequence_parallel: bool) -> None:
-    """Losses, guesses and gradients of a split model in fp64, each gradient against its slice of the whole one's."""
+    """Compares losses, guesses and gradients of a split model in fp64 with those of the whole model, or slices of
+    them."""
     from minisobert.parallel import splits
 
     *inputs, targets = batch()
     whole = MaskedLM(CONFIG).initialise(0).double()
-    with torch.no_grad():  # no zeros, no ones: every path carries signal
+    with torch.no_grad():  # no zeros and no ones, so that every path carries signal
         for p in whole.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype) * 0.1)
     logits = whole(*inputs)
@@ -116,7 +117,7 @@ def a_model(mesh: Mesh, sequence_parallel: bool) -> None:
     own = split(*inputs)
     assert own.shape == (len(targets), CONFIG.vocabulary // mesh.tensor_parallel)
     losses = tensor.cross_entropy(own, targets, mesh)
-    # its three numbers are fp32
+    # its three sums are fp32
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     assert torch.equal(tensor.guessed_right(own, targets, mesh), logits.argmax(1) == targets)
     losses.sum().backward()
@@ -138,7 +139,7 @@ NAMES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_
 
 
 class Recorded(TorchDispatchMode):
-    """Every collective that goes through torch, whoever asks for it: (operation, bytes of the whole tensor)."""
+    """Records every collective that goes through torch, whatever calls it: (operation, bytes of the whole tensor)."""
 
     def __init__(self):
         super().__init__()
@@ -219,13 +220,14 @@ def test_a_layout_that_does_not_fit_is_refused_with_those_that_do(model, world, 
 
 
 def test_ids_outside_the_vocabulary_are_refused_at_every_layout(corpus, tmp_path, capsys, monkeypatch):
-    """Before any process waits for another, so that one rank shows it. (Megatron-LM looks up zeros at tp > 1.)"""
+    """It happens before any process waits for another, so one rank is enough here. (With tp > 1, Megatron-LM looks up
+    zeros.)"""
     folder = tmp_path / "shards"
     folder.mkdir()
     for path in corpus.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     tokens = bytearray((folder / "tokens.bin").read_bytes())
-    tokens[1_000:1_002] = (511).to_bytes(2, "little")  # a row of the padded matrix, but no piece
+    tokens[1_000:1_002] = (511).to_bytes(2, "little")  # a row of the padded matrix, but not a piece
     (folder / "tokens.bin").write_bytes(tokens)
     for tensor_parallel in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,4 +1,4 @@
-"""Processes that die, hang, run out of disk or make NaNs: nothing is lost but steps, and it is said what happened."""
+"""Processes die, hang, run out of disk or make NaNs: only a few steps are lost, and messages say what happened."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERY = {"checkpoint_every_tokens": 2 * BATCH, "micro_batch_rows": 2, "learning_
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """Two data-parallel processes that nothing happens to."""
+    """An undisturbed run of two data-parallel processes."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish(start(words(corpus, out, steps=8, **EVERY), out.with_suffix(".log"), 2)) == [0, 0]
     return out
@@ -76,11 +76,11 @@ def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on(
     assert len(said) == 1 and "from the last checkpoint" in said[0]
     host = re.escape(socket.gethostname())
     assert re.search(rf"rank {lost} \(host {host}\) did not answer; rank \d on {host} ", said[0]), said[0]
-    assert ended == -signal.SIGKILL  # so that torchrun need not wait for a stopped one
+    assert ended == -signal.SIGKILL  # so that torchrun need not wait for a stopped process
     assert len(metrics(out)) < 8
     if (ranks, tensor_parallel) == (2, 1):
         assert finish(start(argv, log, ranks)) == [0] * ranks
-        assert "going on after step" in log.read_text()
+        assert "continuing after step" in log.read_text()
         assert is_the_same_as(out, whole)
 
 
@@ -103,7 +103,7 @@ def test_only_the_very_process_on_this_very_machine_is_killed():
 
 
 def sleep_in_a_step(rank: int) -> None:
-    """Rank 1 lives, but does not come to the meeting of the hosts."""
+    """Rank 1 is alive, but does not come to the meeting of the hosts."""
     step = loop.train_step
 
     def sleeping(model, optimizer, batches, step_of_run, config, mesh, progress, *rest):
@@ -142,9 +142,9 @@ sys.exit(train.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_path, whole, machines):
-    """--fresh is for the first start alone: when torchrun starts the job again, what is there is its own work.
+    """--fresh is only for the first start: when torchrun starts the job again, the folder holds the job's own work.
 
-    Of two machines one counts the restart, and the other a change of members.
+    Of two machines, one counts a restart, and the other a change of members.
     """
     out = tmp_path / "run"
     (tmp_path / "dies_once.py").write_text(DIES_ONCE)
@@ -160,7 +160,7 @@ def test_torchrun_starts_the_job_again_and_it_goes_on_bit_for_bit(corpus, tmp_pa
     agents = [subprocess.Popen(command, **pipes) for _ in range(machines)]
     said = [agent.communicate(timeout=120) for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * machines, said
-    assert (tmp_path / "died").exists() and "going on after step" in "".join(stdout for stdout, _ in said)
+    assert (tmp_path / "died").exists() and "continuing after step" in "".join(stdout for stdout, _ in said)
     assert is_the_same_as(out, whole)
 
 
@@ -219,12 +219,10 @@ def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corp
         assert time.monotonic() < until, log.read_text()
         time.sleep(0.05)
     said = log.read_text()
-    assert (
-        said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and leave") == 1
-    )
+    assert said.count(f"torchrun on {socket.gethostname()} (pid {agent.pid}) is gone; its processes save and exit") == 1
     saved = checkpoint.steps(out / "checkpoints")[-1]
     if pause == 100:
-        assert saved.name < "step-00000005" and "left without saving: --timeout 8 seconds are over" in said
+        assert saved.name < "step-00000005" and "exited without saving: --timeout 8 seconds are over" in said
     else:
         assert f"stopped after step {len(metrics(out))}; repeat the command" in said and saved.name > "step-00000002"
     assert finish(start(argv, log, ranks)) == [0] * ranks
@@ -233,7 +231,7 @@ def test_processes_whose_torchrun_is_killed_save_and_end_within_the_timeout(corp
 
 
 def make_nan(steps: range):
-    """prepare: in these steps a gradient of rank 1 is NaN."""
+    """A `prepare` that makes a gradient of rank 1 NaN in these steps."""
 
     def break_it(rank: int) -> None:
         count, begin, start = 0, Gradients.before_last_backward, Gradients._start
@@ -268,7 +266,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_is_counted(corpus, tmp_path
     ours, expected = metrics(out), metrics(whole)
     assert [line["skipped"] for line in ours] == [0, 0] + [1] * 6
     assert [line["positions"] for line in ours] == [line["positions"] for line in expected]
-    # the learning rate's counter stands still for a step, the data's does not
+    # the counter of the learning rate does not advance in this step; that of the data does
     assert ours[2]["lr"] == ours[3]["lr"] == expected[2]["lr"] and ours[7]["lr"] == expected[6]["lr"]
     assert ours[2]["loss"] == expected[2]["loss"] and ours[7]["loss"] != expected[7]["loss"]
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
@@ -280,9 +278,9 @@ def test_too_many_in_a_row_end_the_run_with_a_report_and_the_run_can_go_on(corpu
     assert finish(start(argv, log, 2, nan_for_ever)) == [1, 1]
     said = [line for line in log.read_text().splitlines() if "train.py: " in line]
     assert len(said) == 1
-    assert "the gradient of 3 steps in a row was not finite, the last of them step 6 with rows 20 to 23" in said[0]
+    assert "the gradients of 3 steps in a row were not finite; the last was step 6 with rows 20 to 23" in said[0]
     assert "where it began: rank 1: encoder.blocks.1.qkv.weight;" in said[0]
-    # its last checkpoint is of step 4, whose gradient was the first to be skipped
+    # its last checkpoint is that of step 4, whose gradient was the first to be skipped
     assert finish(start(argv, log, 2)) == [0, 0]
     assert metrics(out)[-1]["skipped"] == 1 and metrics(out)[-1]["step"] == 8
 
@@ -313,7 +311,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_nothing_saved_is_lost(corpus,
 
 
 def slow_disk(rank: int) -> None:
-    """The first process needs longer than --timeout to begin and to end the last checkpoint, rank 1 to write it."""
+    """The first process needs longer than --timeout to begin and to end the last checkpoint, and rank 1 to write it."""
     calls = dict.fromkeys(("_create", "_write", "_publish"), 0)
 
     def slowed(name: str, work: Callable, slow: int):
@@ -356,7 +354,7 @@ def test_a_process_that_dies_or_hangs_while_it_writes_is_not_waited_for(corpus, 
 
 
 def test_micro_batch_means_are_megatrons_and_another_loss(corpus, tmp_path, whole):
-    """With unequal numbers of masked tokens a mean of means is not the mean, unless a step is one micro-batch."""
+    """With unequal numbers of masked tokens, a mean of means is not the mean, unless a step has one micro-batch."""
     losses = {}
     for average in ("token", "micro-batch"):
         for rows in (1, 4):
@@ -385,7 +383,7 @@ def test_a_run_whose_batches_grow_takes_each_row_once_and_goes_on_where_it_was(c
 
 
 def a_store_that_takes_its_time() -> None:
-    """Whoever asks it something is still waiting for the answer when a short run has ended."""
+    """A thread that asks it something still waits for the answer when a short run has ended."""
     check = dist.PrefixStore.check
 
     def slowly(store, keys):
@@ -409,7 +407,7 @@ def nan_from_the_start(rank: int) -> None:
 
 
 class TakesLongToGo:
-    """As a module: they are taken down after the interpreter has stopped all threads but one."""
+    """For sys.modules, since modules are torn down after the interpreter has stopped all threads but one."""
 
     def __del__(self):
         time.sleep(1.1)
@@ -423,7 +421,7 @@ def name_of(thread: str) -> str:
 
 
 def train_and_leave(argv: list[str], prepare: Callable[[int], None] | None) -> None:
-    """Ends as a script does. The processes of multiprocessing end at once, without taking the interpreter down."""
+    """Ends as a script does. Processes of multiprocessing end at once, without tearing down the interpreter."""
     a_store_that_takes_its_time()
     if prepare:
         prepare(int(os.environ["RANK"]))
@@ -440,7 +438,7 @@ def train_and_leave(argv: list[str], prepare: Callable[[int], None] | None) -> N
     ids=["finished", "nothing left to train", "too many skipped", "disk full"],
 )  # fmt: skip
 def test_a_run_ends_with_its_own_status_however_long_the_interpreter_takes(corpus, tmp_path, prepare, before, status):
-    """A thread that comes back into an interpreter that is being taken down aborts the process."""
+    """A thread that returns into an interpreter during its teardown would abort the process."""
     log = tmp_path / "log"
     argv = words(corpus, tmp_path / "run", steps=2, micro_batch_rows=2, max_skipped=1)
     processes = launch([partial(train.main, argv)] * before + [partial(train_and_leave, argv, prepare)], log, 2)

@@ -1,7 +1,8 @@
-"""Parity with the real Megatron-LM: the same weights and batches, four steps, losses, gradient norms and weights.
+"""Parity with the real Megatron-LM: four steps from the same weights on the same batches give the same losses, gradient
+norms and weights.
 
-Ours runs its own training step with `--loss-average micro-batch` on packed documents; Megatron pads them. Megatron
-takes the learning rate of the tokens before a step, so that its first is 0; here ours is given the same.
+minisobert runs its own training step with `--loss-average micro-batch` on packed documents; Megatron pads them.
+Megatron computes the learning rate from the tokens before a step, so that its first is 0; here ours gets the same rate.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ import megatron_peer as megatron
 CONFIG = ModelConfig(layers=2, hidden=64, heads=4, ffn=128, vocabulary=256, positions=32)
 STEPS, MICRO_BATCHES, PEAK = 4, 2, 1e-3
 RECIPE = megatron.Recipe(peak=PEAK, warmup_steps=2, decay_steps=8)
-LAYOUTS = [(1, 2), (2, 1)]  # (data, tensor) parallel, of two processes
+LAYOUTS = [(1, 2), (2, 1)]  # (data, tensor) parallel, with two processes
 
 
 def initial() -> MaskedLM:
     model = MaskedLM(CONFIG).initialise(0)
-    with torch.no_grad():  # no zeros, no ones: every path carries signal
+    with torch.no_grad():  # no zeros and no ones, so that every path carries signal
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
     return model
 
 
 def batches() -> list[list[megatron.MicroBatch]]:
-    """Four documents in each; the second micro-batch of a step has more masked tokens, so that its mean weighs less."""
+    """Micro-batches of four documents. The second one of each step has more masked tokens, so that each weighs less."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(rate: float) -> megatron.MicroBatch:
@@ -68,7 +69,7 @@ def packed(batch: megatron.MicroBatch, first_row: int) -> MicroBatch:
 
 
 def ours(tensor_parallel: int, out: Path) -> int:
-    """Trains on this process's share, and writes what came of it."""
+    """Trains on this process's share, and writes the results."""
     size = MICRO_BATCHES * TrainConfig.row_tokens
     config = TrainConfig(
         tokens_per_batch=size, micro_batch_rows=1, train_tokens=RECIPE.decay_steps * size, dropout=0.0,
@@ -136,8 +137,8 @@ def test_losses_norms_and_weights_are_megatrons(minisoberts, megatrons, layout, 
     assert found.weights.keys() == expected.weights.keys() == before.keys()
     for name, w in expected.weights.items():
         delta, moved = found.weights[name] - w, w - before[name].detach()
-        if name.endswith("qkv.bias"):  # a key's has a true gradient of zero, and Adam makes steps of rounding
+        if name.endswith("qkv.bias"):  # the true gradient of a key's bias is zero, so Adam steps on rounding errors
             delta, moved = (x.unflatten(0, (CONFIG.heads, 3, -1))[:, [0, 2]] for x in (delta, moved))
-        # ten times closer than layouts of ours must be to each other, or a forgotten weight decay would pass
+        # ten times closer than our own layouts must be to each other, so that a forgotten weight decay would not pass
         assert delta.norm() <= 1e-4 * moved.norm(), name
         assert delta.abs().max() <= PEAK, name

@@ -1,4 +1,4 @@
-"""Slices of parameters, put together, are the whole, and a checkpoint's runs lie where the slices say."""
+"""Slices of parameters together are the whole, and a checkpoint's runs are at the places of the slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minisobert.model import MaskedLM
 from minisobert.parallel import splits
 
 BLOCK = "encoder.blocks.7."
-# what each kind is tried on: name → the whole's shape on n ranks, from a rank's own number of outputs and of inputs
+# A parameter of each kind: name → shape of the whole for n ranks, given the numbers of a rank's outputs and inputs
 PARAMETERS = {
     BLOCK + "qkv.weight": lambda n, outputs, inputs: (n * outputs, inputs),  # column
     BLOCK + "qkv.bias": lambda n, outputs, inputs: (n * outputs,),
@@ -57,7 +57,7 @@ def test_all_slices_together_are_the_whole(name, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_each_rank_of_a_gated_matrix_makes_the_same_features_of_both_halves(ranks):
-    """What a rank gates is what gates it: the product of its halves is its slice of the whole's product."""
+    """The product of the two halves on a rank is its slice of the whole product."""
     features, name = 8, BLOCK + "gated_ffn_input.weight"
     w, x = torch.randn(2 * features, 5), torch.randn(5)
     a, b = (w @ x).chunk(2)
@@ -73,7 +73,7 @@ def test_every_matrix_of_a_block_is_split_and_every_vector_of_tokens_is_summed(a
     unsplit = {name for name, p in parameters.items() if p.dim() == 2 and splits.split_dimension(name) is None}
     tables = {"encoder.embeddings.position.weight", "encoder.embeddings.token_type.weight"}
     assert unsplit == (tables & parameters.keys()) | {"mlm_head.dense.weight"}
-    # what lies between a row layer and the next column layer sees some tokens alone; the head sees all that are masked
+    # parameters between a row layer and the next column layer see only some tokens; the head sees all masked ones
     between = {
         name for name, p in parameters.items() if splits.split_dimension(name) is None and "mlm_head" not in name
     }

@@ -1,6 +1,6 @@
 """Ten steps with dropout on every layout: losses, gradient norms and weights are those of one process.
 
-Each world size is started once and trains its layouts one after the other, through train.py and to a checkpoint.
+The processes of each world size are started once and train its layouts in turn, with train.py, up to a checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(corpus, tmp_path_factory):
 
 
 def differences(out, oracle, small: ModelConfig = SMALL) -> dict[str, float]:
-    """How far a run is from another, each as a share of what is allowed."""
+    """Differences between two runs, each as a share of what is allowed."""
     found = {
         "loss": float((column(out) - column(oracle)).abs().max()) / 1e-5,
         "gradient norm": float((column(out, "grad_norm") / column(oracle, "grad_norm") - 1).abs().max()) / 1e-5,
@@ -75,7 +75,7 @@ def config(small: ModelConfig = SMALL) -> ModelConfig:
 
 
 def but_keys(qkv_bias: torch.Tensor) -> torch.Tensor:
-    """Without the biases of keys, whose true gradient is zero (see below): Adam makes steps of rounding there."""
+    """A qkv bias without those of keys. Their true gradient is zero (see below), so Adam steps on rounding errors."""
     return qkv_bias.detach().unflatten(0, (SMALL.heads, 3, -1))[:, [0, 2]].flatten()
 
 
@@ -86,7 +86,7 @@ def test_the_trajectory_is_that_of_one_process(run, world, name):
 
 
 def lose_a_gradient(rank: int) -> None:
-    """Of rank 1, as if it had not been added."""
+    """Zeroes a gradient of rank 1, as if it had not been added."""
 
     def start(self, bucket, whole=Gradients._start):
         if rank == 1:
@@ -97,7 +97,7 @@ def lose_a_gradient(rank: int) -> None:
 
 
 def lose_a_reduction(rank: int) -> None:
-    """One layer norm's gradient is not summed over the ranks that have other tokens."""
+    """Leaves out one layer norm when gradients are summed over the ranks that have other tokens."""
     lost = "encoder.blocks.1.ffn_norm.weight"
     summed = splits.summed_over_tokens
     splits.summed_over_tokens = lambda name: name != lost and summed(name)
@@ -116,7 +116,7 @@ def test_the_comparison_fails_where_something_is_lost(corpus, run, tmp_path, fau
 
 
 def naive(rank: int) -> None:
-    """Everything is summed after the backward pass."""
+    """Makes all sums after the backward pass, without overlap."""
     OverlappedGradients.before_last_backward = Gradients.before_last_backward
 
 
@@ -131,7 +131,7 @@ def test_overlapping_changes_no_bit(corpus, tmp_path, sharded):
 
 
 def test_a_checkpoint_of_one_layout_goes_on_in_any_other(corpus, run, tmp_path):
-    """Of (4, 1), sharded, at half time, by (1, 4), (2, 2) and (1, 1), each with options of its own."""
+    """A checkpoint of (4, 1), sharded, halfway, continued by (1, 4), (2, 2) and (1, 1), each with other options."""
     options = {"tensor_parallel": 1, **EVERYTHING, "checkpoint_every_tokens": STEPS // 2 * 8 * ROW}
     begun = tmp_path / "(4, 1)"
     assert train_all([argv(corpus, begun, **options)], tmp_path / "log", 4) == [0] * 4
@@ -146,13 +146,13 @@ def test_a_checkpoint_of_one_layout_goes_on_in_any_other(corpus, run, tmp_path):
     others = [going_on("(1, 4)", tensor_parallel=4, sequence_parallel=True), going_on("(2, 2)", tensor_parallel=2)]
     assert train_all(others, tmp_path / "log", 4) == [0] * 4
     assert train_all([going_on("(1, 1)")], tmp_path / "log", 1) == [0]
-    assert (tmp_path / "log").read_text().count("going on after step 5") == 3
+    assert (tmp_path / "log").read_text().count("continuing after step 5") == 3
     for name in ("(1, 4)", "(2, 2)", "(1, 1)"):
         found = differences(tmp_path / name, run(1, "(1, 1)"))
         assert {what: by for what, by in found.items() if not by <= 1} == {}, name
 
 
-# of the modern architecture, by optimizer; with dropout, which its recipe has not, since its masks have to be alike
+# for the modern architecture, by optimizer; with dropout, which its recipe lacks, to show that its masks agree too
 MODERN = {
     "adamw": {"preset": "modern-tiny", "optimizer": "adamw", "dropout": 0.1},
     "muon": {"preset": "modern-tiny", "optimizer": "muon", "muon_learning_rate": 1e-3, "dropout": 0.1},
@@ -161,7 +161,7 @@ MODERN = {
 
 @pytest.mark.parametrize("optimizer", MODERN)
 def test_a_modern_models_trajectory_is_that_of_one_process_too(corpus, tmp_path, optimizer):
-    """With everything in each layout, and in (2, 2) from the middle of what (2, 1) has begun."""
+    """Each layout has all options, and (2, 2) continues a run of (2, 1) from its middle."""
     half_time = {"checkpoint_every_tokens": STEPS // 2 * 8 * ROW}
 
     def job(name: str, **options) -> list[str]:
@@ -177,14 +177,14 @@ def test_a_modern_models_trajectory_is_that_of_one_process_too(corpus, tmp_path,
         if world == 2:
             begun = shutil.copytree(tmp_path / "(2, 1)", tmp_path / "(2, 2) going on")
             shutil.rmtree(checkpoint.steps(begun / "checkpoints")[-1])
-    assert (tmp_path / "log").read_text().count("going on after step 5") == 1
+    assert (tmp_path / "log").read_text().count("continuing after step 5") == 1
     for name in ("(2, 1)", "(1, 2)", "(2, 2)", "(2, 2) going on"):
         found = differences(tmp_path / name, tmp_path / "oracle", SMALL_MODERN)
         assert {what: by for what, by in found.items() if not by <= 1} == {}, name
 
 
 def test_the_gradient_of_a_keys_bias_is_zero_but_for_rounding():
-    """A constant added to all keys adds the same to all scores of a query, which the softmax does not see."""
+    """A constant added to all keys adds the same to all scores of a query, which does not change their softmax."""
     model = MaskedLM(config()).initialise(1).double()
     documents = Documents.from_bounds([0, 50, 64])
     tokens, masked = torch.arange(64) + 5, torch.arange(0, 64, 4)

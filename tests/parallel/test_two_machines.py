@@ -1,8 +1,8 @@
-"""Two machines, each with its torchrun, and between them a network that is slow, or fails for a while or for good.
+"""Two machines, each with its torchrun, and a network between them that is slow, or fails for a while or for good.
 
-The machines are network namespaces of this one with host names of their own. A cable leads from each to a switch, which
-is a bridge in a third namespace. A cable is pulled out at the switch: that machine loses the carrier, and the other one
-only hears nothing more, as with a real switch.
+The machines are network namespaces of this one, with host names of their own. Each has a cable to a switch, which is a
+bridge in a third namespace. When a cable is pulled, one machine loses its carrier, and the other only receives nothing
+more, as with a real switch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Network:
         _run("ip", "-n", self.space(place), *command)
 
     def slow_down(self) -> None:
-        """8 Mbit/s, so that a step takes half a second."""
+        """Limits the network to 8 Mbit/s, so that a step takes half a second."""
         for node in NODES:
             limit = "root tbf rate 8mbit burst 16kb latency 1s"
             _run("tc", "-n", self.space("switch"), "qdisc", "add", "dev", node, *limit.split())
@@ -73,7 +73,7 @@ class Network:
         self.ip("link", "set", node, "up")
 
     def train(self, script: Path, argv: list[str]) -> None:
-        """Starts a torchrun with one process on each machine. What they say is in NODE.log beside the script."""
+        """Starts torchrun with one process on each machine. Their output is in NODE.log beside the script."""
         hosts = script.parent / "hosts"
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address(node)} {node}\n" for node in NODES))
         for node in NODES:
@@ -88,7 +88,8 @@ class Network:
                 self.agents[node] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def inside(self, node: str) -> list[str]:
-        """With pids of its own too: processes of one machine may kill one another."""
+        """A command that runs another on a machine. The machine has pids of its own too, since its processes may kill
+        one another."""
         return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "--pid", "--fork", "--mount-proc"]
 
     def processes(self, node: str) -> list[int]:
@@ -114,7 +115,7 @@ def address(node: str) -> str:
 
 
 def _run(*command: str) -> None:
-    """Raises OSError."""
+    """Runs a command. Raises OSError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -136,7 +137,7 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """Two processes on one machine that nothing happens to."""
+    """An undisturbed run of two processes on one machine."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish(start(words(corpus, out, **OPTIONS), out.with_suffix(".log"), 2)) == [0, 0]
     return out
@@ -152,7 +153,8 @@ def said(folder: Path) -> dict[str, str]:
 
 
 def test_a_slow_network_that_fails_for_five_seconds_and_then_for_good(network, corpus, tmp_path, whole):
-    """Five seconds are waited for. For good, the run ends within --timeout, and goes on when the network is back."""
+    """The run waits when the network fails for five seconds. When it fails for good, the run ends within --timeout, and
+    continues when the network is back."""
     out, script = tmp_path / "run", tmp_path / "small.py"
     script.write_text(TRAIN)
     argv = words(corpus, out, timeout=15, **OPTIONS)
@@ -173,7 +175,7 @@ def test_a_slow_network_that_fails_for_five_seconds_and_then_for_good(network, c
         time.sleep(0.05)
 
     network.pull("node2")
-    until = time.monotonic() + 15 + 2  # the step that was under way, and a busy machine
+    until = time.monotonic() + 15 + 2  # more for the current step and a busy machine
     while not all("gave up waiting" in text for text in said(tmp_path).values()):
         assert time.monotonic() < until, said(tmp_path)
         time.sleep(0.05)
@@ -189,5 +191,5 @@ def test_a_slow_network_that_fails_for_five_seconds_and_then_for_good(network, c
 
     network.train(script, argv)
     assert [agent.wait(90) for agent in network.agents.values()] == [0, 0], said(tmp_path)
-    assert "going on after step" in said(tmp_path)["node1"]
+    assert "continuing after step" in said(tmp_path)["node1"]
     assert is_the_same_as(out, whole)

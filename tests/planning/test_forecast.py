@@ -1,4 +1,4 @@
-"""The forecast against what really happens: a sharded model, what autograd keeps, which collectives are called."""
+"""The forecast is compared with reality: a sharded model, what autograd saves, which collectives are called."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from minisobert.training.meter import CHIPS
 from minisobert.training.optimizer import Optimizer
 
 SMALL = ModelConfig(layers=2, hidden=128, heads=2, ffn=512, vocabulary=384, positions=64)
-# a global and a local layer, each with rotary positions of its own base
+# a global and a local layer, whose rotary positions have different bases
 MODERN = replace(SMALL, ffn=192, architecture="modernbert", global_every=2, window=8)
 ROW = 64
 BASE, LARGE = PRESETS["base"], PRESETS["large"]
@@ -62,7 +62,7 @@ both_models = pytest.mark.parametrize("config", [SMALL, MODERN], ids=lambda conf
 
 @pytest.fixture
 def collectives(monkeypatch) -> Counter:
-    """A tensor group of which only this rank is there: what it asks for is counted, and answered with its own data."""
+    """A tensor group in which only this rank exists. Its collectives are counted, and return its own data."""
     calls = Counter()
 
     def all_reduce(x, op=None, group=None, async_op=False):
@@ -87,7 +87,7 @@ def collectives(monkeypatch) -> Counter:
 
 
 class Step:
-    """Forward and backward passes of one rank of a layout."""
+    """Forward and backward passes of one rank in a layout."""
 
     def __init__(self, layout: Layout, p: float, config: ModelConfig = SMALL, bounds: tuple[int, ...] = (0, 50, 51)):
         generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ class Step:
 
     @property
     def inputs(self) -> list[torch.Tensor]:
-        """And all else that is there before the step."""
+        """The inputs, and all other tensors that exist before the step."""
         inputs = [self.tokens, self.positions, self.documents.start, self.documents.stop, self.masked, self.targets]
         return [*inputs, *self.model.parameters(), *(p.grad for p in self.model.parameters())]
 
@@ -122,7 +122,7 @@ class Step:
     [
         (BASE, 125_709_440),
         (LARGE, 762_396_032),
-        # transformers' ModernBertForMaskedLM of these sizes
+        # that of transformers' ModernBertForMaskedLM with these sizes
         (PRESETS["modern-base"], 149_409_152),
         (PRESETS["modern-large"], 395_553_664),
     ],
@@ -138,7 +138,7 @@ def test_parameters_are_those_of_a_sharded_model(config, total, n):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precision, ranks):
-    """SMALL's sizes and their shares come out even: no padding. A sharded optimizer where there are several ranks."""
+    """SMALL's sizes divide evenly, so there is no padding. With several ranks, the optimizer is sharded."""
     dtype, mesh = torch.bfloat16 if precision == "bf16" else torch.float32, Mesh(data_parallel=ranks)
     optimizer = Optimizer(MaskedLM(SMALL).initialise(0), dtype, (0.9, 0.999), 0.01, mesh, sharded=ranks > 1)
     state = [x for part in optimizer.parts for x in optimizer.tensors(part)]
@@ -151,7 +151,8 @@ def test_weights_gradients_and_optimizer_are_the_bytes_of_the_real_ones(precisio
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_muon_keeps_one_moment_of_its_matrices(ranks):
-    """Of a sharded optimizer the mean over the ranks: a share with more of the embeddings has more squares."""
+    """For a sharded optimizer, the mean over the ranks: a share with more of the embeddings has more of AdamW's second
+    moments."""
     held = []
     for rank in range(ranks):
         mesh = Mesh(rank=rank, data_parallel=ranks)
@@ -188,7 +189,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(config, layout, p, collec
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = step.loss()
     assert loss.requires_grad and len(kept) > config.layers
-    for reference in rotations:  # a block that is to be made again holds its arguments where no hook sees them
+    for reference in rotations:  # with recomputation, a block holds its arguments where no hook sees them
         keep(reference())
     assert len(rotations) == (2 if config.is_modern else 0)
     index = step.tokens.element_size()
@@ -196,7 +197,7 @@ def test_activations_are_the_bytes_that_autograd_keeps(config, layout, p, collec
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes that tensors made inside it hold at one time."""
+    """Records the most bytes that tensors made inside it hold at one time."""
 
     def __init__(self, outside: list[torch.Tensor]):
         super().__init__()
@@ -246,7 +247,7 @@ LONGER = replace(LAYOUTS[0], micro_batch_rows=3)  # more tokens than features
 def test_activations_and_temporary_tensors_are_the_most_that_is_ever_allocated(
     config, layout, p, collectives, monkeypatch
 ):
-    """To 1 %: statistics and gradients of single rows and columns are not counted."""
+    """To 1 %, since statistics and gradients of single rows and columns are not counted."""
     monkeypatch.setattr(dispatch, "takes_kernel", lambda x: True)
     step = Step(layout, p, config)
     gc.collect()
@@ -275,7 +276,7 @@ def test_collectives_of_forward_and_backward_are_those_that_are_called(config, l
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_a_ring_sends_a_part_in_each_of_its_rounds(n):
-    """A rank passes one n-th on in each of n - 1 rounds, and again n - 1 to hand the sums round."""
+    """A rank sends one n-th in each of n - 1 rounds, and the same again to distribute the sums."""
     size, layout = 64_000, Layout(tensor_parallel=n)
     rounds = {"reduce-scatter": n - 1, "all-gather": n - 1, "all-reduce": 2 * (n - 1)}
     for operation, count in rounds.items():
@@ -286,11 +287,11 @@ def test_a_ring_sends_a_part_in_each_of_its_rounds(n):
 
 @pytest.mark.parametrize("model", [SMALL, replace(MODERN, global_every=1)], ids=lambda model: model.architecture)
 def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(model):
-    """A row that one document fills; with recomputation the profiler sees the blocks twice."""
+    """One document fills the row. With recomputation, the profiler sees the blocks twice."""
     config = TrainConfig(train_tokens=4_000, tokens_per_batch=400, row_tokens=40, mask_rate=0.15)
     for recompute in (False, True):
         layout = Layout(recompute=recompute, row_tokens=40, mask_rate=0.15)
-        step = Step(layout, 0.1, model, bounds=(0,))  # with dropout attention is products, which the profiler knows
+        step = Step(layout, 0.1, model, bounds=(0,))  # with dropout, attention is products, which the profiler counts
         with FlopCounterMode(display=False) as counter:
             step.loss().backward()
         seconds = 3600 * planning.hours(model, config, layout, flops=1e9, mfu=0.5, length=40)
@@ -301,7 +302,7 @@ def test_hours_are_those_of_the_flops_that_the_profiler_of_torch_counts(model):
 
 
 def test_memory_follows_the_highest_mask_rate_and_time_the_mean():
-    """Of a model whose head is most of what it computes."""
+    """The model has a head that takes most of its computation."""
     model = replace(MODERN, vocabulary=8_192)
 
     def plan(**options) -> tuple[float, float]:
@@ -332,7 +333,7 @@ def test_layouts_fit_use_all_gpus_and_make_up_a_batch(gpus):
         assert layout.gpus == gpus and LARGE.heads % layout.tensor_parallel == 0
         assert config.tokens_per_batch % (layout.tokens * layout.data_parallel) == 0
         assert forecast.memory(LARGE, layout).total < memory
-    # more machinery further down, and each line of it for a larger micro-batch
+    # layouts further down need more machinery, each for a larger micro-batch
     assert found == sorted(found, key=lambda x: (x.tensor_parallel, x.recompute, x.shard_optimizer))
     for a, b in pairwise(found):
         assert a.tensor_parallel < b.tensor_parallel or a.micro_batch_rows < b.micro_batch_rows
@@ -340,11 +341,11 @@ def test_layouts_fit_use_all_gpus_and_make_up_a_batch(gpus):
 
 
 def test_the_plan_is_of_the_sizes_that_the_options_give():
-    """And not of the preset's: rows of 8,192 fit a model without a table of positions."""
+    """Not the preset's: rows of 8,192 fit a model without a table of positions."""
     config = TrainConfig(preset="modern-large", layers=2, row_tokens=8_192, gpus=1, micro_batch_rows=1)
     page = planning.report(config)
     assert f"{forecast.parameters(replace(PRESETS['modern-large'], layers=2)):,} parameters in 2 layers" in page
-    assert any(line.split()[3:5] == ["1", "64"] for line in page.splitlines())  # 524,288 of 8,192 at a time
+    assert any(line.split()[3:5] == ["1", "64"] for line in page.splitlines())  # 524,288 tokens, 8,192 at a time
 
 
 def test_the_plan_shows_what_fits_and_what_was_given():
@@ -409,7 +410,7 @@ def test_the_plan_shows_the_epochs_and_the_weights_of_the_data(corpus, tmp_path)
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gpu": "RTX 4090", "gpus": 1}, r"on 1 × 24 GB takes at least [\d.]+ GB of each; choose"),
+        ({"gpu": "RTX 4090", "gpus": 1}, r"on 1 × 24 GB takes at least [\d.]+ GB on each; choose"),
         ({"gpus": 48}, "524,288 tokens cannot be split over 48 GPUs .* choose --gpus 16, 32 or 64"),
         ({"gpu": "H1000"}, "--gpu is H1000; choose B200, .* or RTX 4090"),
         ({"mfu": 40.0}, "--mfu is 40.0; it must be"),

@@ -1,4 +1,4 @@
-"""Tables as people have them: what becomes an example of which class, what is left out and said, what is refused."""
+"""Tables as people have them: which example gets which class, what is left out with a note, and what is refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_parquet_file_gives_them_too(tmp_path):
     data = labels.read([path], 0, text=("body",), label="team")
     assert shown(data) == dict(many()) and sum("1 row left out, without a" in note for note in data.notes) == 2
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"t\.parquet is no readable \.parquet file"):
+    with pytest.raises(ValueError, match=r"t\.parquet cannot be read as \.parquet"):
         labels.read([path], 0)
 
 
@@ -95,7 +95,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_reason(tmp_path):
     assert len(everything(data)) == 40
     told = [note.partition(": ")[2] for note in data.notes if "left out" in note]
     assert told == [
-        "1 row left out, 3 fields, the header has 2; is a quote missing? (first: line 2)",
+        "1 row left out, 3 fields, but the header has 2; is a quote missing? (first: line 2)",
         "2 rows left out, without a text (first: line 3)",
         "1 row left out, a quote is missing or too many (',' expected after '\"') (first: line 5)",
         "1 row left out, without a label (first: line 6)",
@@ -121,12 +121,12 @@ def test_the_same_text_is_never_on_two_sides(tmp_path):
     sides = [{fingerprint(e.text) for e in part} for part in (data.train, data.dev, data.test)]
     assert sum(map(len, sides)) == len(set.union(*sides)) == len(everything(data)) == 150
     assert any("a duplicate with another label" in note for note in data.notes)
-    # of files with splits of their own test keeps it
+    # if files name the splits, test keeps the text
     table(tmp_path / "my_train.csv", "text,label\n" + "".join(f"t{i},{'xy'[i % 2]}\n" for i in range(40)))
     table(tmp_path / "my_test.csv", "text,label\nT1,x\nnew,x\n")
     data = labels.read([tmp_path / "my_train.csv", tmp_path / "my_test.csv"], 0)
     assert {e.text for e in data.test} == {"T1", "new"} and "t1" not in {e.text for e in data.train + data.dev}
-    assert "1 left out of train, their text is in test too" in data.notes
+    assert "1 left out of train, since their text is in test too" in data.notes
 
 
 def test_splits_by_a_column_and_drawn_class_by_class(tmp_path):
@@ -146,7 +146,8 @@ def test_other_tables_of_a_folder_are_left_out_and_said(tmp_path):
     table(tmp_path / "b.csv", "name,price\na,1\n")
     table(tmp_path / "notes.txt", "mine")
     data = labels.read([tmp_path], 0)
-    assert data.notes[0] == f"{tmp_path / 'b.csv'} left out, it has no column 'text'" and len(everything(data)) == 40
+    assert data.notes[0] == f"{tmp_path / 'b.csv'} was left out, since it has no column 'text'"
+    assert len(everything(data)) == 40
     for paths, options in (([tmp_path / "a.csv", tmp_path / "b.csv"], {}), ([tmp_path], {"text": ("body",)})):
         with pytest.raises(
             ValueError, match=r"has no column '(text|body)'; its columns are (name, price|text, label);"
@@ -167,9 +168,9 @@ def test_a_text_may_have_several_classes(tmp_path):
         assert data.several and data.labels == ("a", "b c", "d")
         found = {e.text: {data.labels[c] for c in e.tags} for e in everything(data)}
         assert found == {f"text {i}": set(given[i % 4]) for i in range(120)}
-        drawn = Counter(e.tags for e in data.test)  # by the rarest class of a text
+        drawn = Counter(e.tags for e in data.test)  # a text is drawn by its rarest class
         assert drawn[0, 1] == drawn[0, 2] == 3 and drawn[0,] + drawn[()] == 6
-        assert data.notes[-1] == "texts of no class: 30"
+        assert data.notes[-1] == "texts without a class: 30"
     table(tmp_path / "u.jsonl", "\n".join([*lists, '{"text": "a", "label": null}', '{"text": "b"}']))
     assert "2 rows left out, without a label (first: line 121)" in "".join(
         labels.read([tmp_path / "u.jsonl"], 0, several=True).notes
@@ -186,7 +187,7 @@ def test_thousands_of_classes_and_some_with_a_single_row(tmp_path):
     assert len(data.labels) == 3_000 and {e.label for e in data.train} == set(range(3_000))
     assert all(
         1_000 < len(part) < 1_200 for part in (data.dev, data.test)
-    )  # 10 %, but for what classes of one or two owe
+    )  # 10 %, except what classes with one or two rows still owe
     count = Counter(of)
     assert list(data.labels) == sorted(data.labels, key=lambda name: (-count[int(name[6:])], name))
 
@@ -210,9 +211,9 @@ def test_classes_that_train_lacks_stay_and_those_without_examples_go(tmp_path):
     ("t.csv", "text,label\n" + "".join(f"t{i},x\n" for i in range(30)), "all rows are 'x'; at least two classes"),
     ("t.csv", "text,text,label\na,b,c\n", "two columns named 'text'"),
     ("t.csv", "text,label\na,x\ncaf\udce9,x\n", ":3: not UTF-8; convert the file"),
-    ("t.csv", "t\0e\0x\0t\0,\0", "no text in UTF-8: it holds NUL bytes; where it is UTF-16, convert it"),
-    ("t.txt", "one\n", "of no known kind; give a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
-    ("t.xlsx", "PK", "of no known kind; give a folder, .7z, .csv, .tsv, .jsonl"),
+    ("t.csv", "t\0e\0x\0t\0,\0", "not UTF-8 text: it holds NUL bytes; if it is UTF-16, convert it"),
+    ("t.txt", "one\n", "of an unknown kind; give a folder, .7z, .csv, .tsv, .jsonl, .parquet"),
+    ("t.xlsx", "PK", "of an unknown kind; give a folder, .7z, .csv, .tsv, .jsonl"),
     ("t.csv", "text,label\na,x\nb,y\n", "is empty; there are too few examples"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_line(name, content, expected, tmp_path):
@@ -225,7 +226,7 @@ def test_a_file_that_cannot_be_used_is_one_line(name, content, expected, tmp_pat
 
 
 def test_rows_are_read_one_at_a_time(tmp_path):
-    """So that a file may be larger than memory: the first comes before a damaged end is met."""
+    """A file may be larger than memory: the first row comes before a damaged end is reached."""
     path = table(tmp_path / "t.jsonl.gz", "")
     path.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(200_000)))[:-4_000])
     found = rows(File(path, ".jsonl", named=True))

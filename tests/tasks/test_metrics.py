@@ -1,4 +1,4 @@
-"""The metrics are scikit-learn's and seqeval's."""
+"""The metrics equal those of scikit-learn and seqeval."""
 
 import warnings
 
@@ -45,7 +45,7 @@ def test_of_classes_without_examples():
 
 
 def drawn_scores(seed, n, classes, ties):
-    """(N,) classes, every one of them there, and (N, C) probabilities."""
+    """(N,) classes, among which each occurs, and (N, C) probabilities."""
     draw = np.random.default_rng(seed)
     truth = np.concatenate([np.arange(classes), draw.integers(0, classes, n)])
     scores = draw.integers(1, 4, (len(truth), classes)) if ties else draw.random((len(truth), classes))

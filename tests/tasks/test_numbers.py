@@ -1,4 +1,4 @@
-"""Tables whose label is a number: what is one, what is left out and said, and how the splits are drawn."""
+"""Tables whose label is a number: what counts as one, what is left out with a note, and how splits are drawn."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_what_is_a_number(given, expected):
 
 @pytest.mark.parametrize(
     ("given", "why"),
-    [("1,234", "it has a comma"), ("3,5", "it has a comma"), ("1_000", "no number like"), ("٣", "no number like"),
-     ("0x10", "no number like"), ("+-inf", "no number like"), ("five", "no number like"), ("", "without a x"),
+    [("1,234", "it has a comma"), ("3,5", "it has a comma"), ("1_000", "not a number like"), ("٣", "not a number like"),
+     ("0x10", "not a number like"), ("+-inf", "not a number like"), ("five", "not a number like"), ("", "without a x"),
      (None, "without a x"), ("nan", "not finite"), ("-Infinity", "not finite"), (float("nan"), "not finite"),
-     ("1e999", "not finite"), (10**400, "not finite"), (True, "is no number"), ([1], "is no number")],
+     ("1e999", "not finite"), (10**400, "not finite"), (True, "is not a number"), ([1], "is not a number")],
 )  # fmt: skip
-def test_what_is_none(given, why):
+def test_what_is_not_a_number(given, why):
     with pytest.raises(ValueError, match=why):
         labels.number_of({"x": given}, "x")
 
@@ -47,7 +47,7 @@ def test_rows_without_a_number_are_left_out_and_counted(tmp_path):
     assert sorted(e.value for e in everything) == [*range(40)] and data.labels == ("score",) and data.number
     left_out = [note.partition(": ")[2] for note in data.notes if "left out" in note]
     assert left_out == [
-        "2 rows left out, score is no number like -1234.5 or 1e3, it has a comma (first: line 41)",
+        "2 rows left out, score is not a number like -1234.5 or 1e3: it has a comma (first: line 41)",
         "1 row left out, without a score (first: line 43)",
         "1 row left out, score is not finite (first: line 44)",
     ]
@@ -79,8 +79,8 @@ def test_the_same_text_with_another_number_is_told_from_a_repetition(tmp_path):
 @pytest.mark.parametrize(
     ("values", "error"),
     [([5] * 30, "every score of train is 5"), (["a"] * 3, "no row has a text and a number in score"),
-     ([1e9 + i % 2 for i in range(30)], "single precision cannot tell apart"),
-     ([1e300 * (-1) ** i for i in range(30)], "or hold; subtract")],
+     ([1e9 + i % 2 for i in range(30)], "single precision cannot tell such numbers apart"),
+     ([1e300 * (-1) ** i for i in range(30)], "or cannot hold them; subtract")],
 )  # fmt: skip
 def test_numbers_that_cannot_be_learnt(values, error, tmp_path):
     with pytest.raises(ValueError, match=error):

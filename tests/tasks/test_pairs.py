@@ -1,4 +1,4 @@
-"""Pairs from tables and dumps: what becomes one, what is left out, and that no text is on two sides of a split."""
+"""Pairs from tables and dumps: what becomes a pair, what is left out, and that no text is in two splits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(*paths: Path, **options):
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=60, max_size=90, unique=True))
 def test_no_text_is_on_two_sides(tmp_path_factory, drawn):
-    """Whatever hangs together, by way of whichever pairs; in another case and with other white space too."""
+    """Texts are connected by any chain of pairs; a text is the same in another case and with other white space."""
     rows = [(f"q {a}" if b % 2 else f" Q\t{a}", f"a {b}" if a % 2 else f"A  {b}") for a, b in drawn]
     rows += [(f"alone {i}", f"its own {i}") for i in range(30)]
     path = table(tmp_path_factory.mktemp("pairs") / "rows.csv", rows)
@@ -60,8 +60,7 @@ def test_the_columns_must_be_named(text, expected, tmp_path):
 
 
 def test_two_passages_of_a_text_make_a_pair(tmp_path):
-    """They stand beside each other, each of its words and line ends is the text's, and texts that are too short are
-    counted."""
+    """The passages are adjacent, have the text's own words and line ends, and texts that are too short are counted."""
     texts = [" ".join(f"w{i}.{j}" + "\n" * (j % 7 == 0) for j in range(40 + 9 * i)) for i in range(40)]
     rows = [(text, "") for text in [*texts, "too short " * 19]]
     data = read(table(tmp_path / "rows.csv", rows), text=("question",))
@@ -78,7 +77,8 @@ def test_two_passages_of_a_text_make_a_pair(tmp_path):
 
 @pytest.fixture
 def dump(tmp_path) -> Path:
-    """Questions from 100 on: of three, one has an accepted answer that is not the best, one a best one, one none."""
+    """Questions from 100 on. Of each three, one has an accepted answer that is not the best, one only a best answer,
+    and one none."""
     posts = []
     for i in range(100, 160):
         accepted = {"AcceptedAnswerId": i * 10} if i % 3 == 0 else {}
@@ -105,7 +105,7 @@ def test_a_question_has_its_accepted_answer_or_else_the_best_one(dump):
 
 
 def test_a_duplicate_finds_the_question_that_it_repeats(dump):
-    """Not a question that is merely linked, one that is not there, or itself."""
+    """It is not paired with itself, a question that is only linked, or one that is not there."""
     before = {(e.text, e.other) for e in everything(read(dump))}
     links(dump)
     data = read(dump)
@@ -138,7 +138,7 @@ def test_only_dumps_need_no_columns(dump):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
 def test_objects_need_not_all_have_the_keys(suffix, tmp_path):
-    """The first of them neither; and where left-out rows begin is said."""
+    """Not even the first object; and the note says at which line left-out rows begin."""
     objects = [{"question": "alone"}, *({"question": f"q{i}", "answer": f"a{i}"} for i in range(30))]
     path = tmp_path / f"rows{suffix}"
     path.write_text("\n".join(map(json.dumps, objects)))

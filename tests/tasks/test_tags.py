@@ -1,4 +1,4 @@
-"""Entities of one's own types: every scheme of tags, columns and spans as people have them."""
+"""One's own types of entities: every scheme of tags, with columns and spans as people have them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from minisobert.tasks.words import word_spans
 
 
 def encoded(spans: list[tuple[int, int, str]], n: int, scheme: str) -> list[str]:
-    """The tags of n words. scheme: the letters that begin, go on, end and are a whole entity; IOB1 begins with I- but
-    after an entity of the same type."""
+    """The tags of n words. scheme: the letters for the beginning, inside and end of an entity and for a whole one; in
+    IOB1, an entity begins with B- only after one of the same type."""
     found = ["O"] * n
     for start, stop, kind in spans:
         if scheme == "IOB1":
@@ -101,9 +101,9 @@ def test_columns_with_spaces_between_and_odd_lines(tmp_path):
     assert len(found) == 42
     told = Counter(note.partition(": ")[2] for note in data.notes)
     assert told.keys() >= {
-        "words left out, they are white space: 1",
-        "sentences left out, 'B_A' is no tag (O, or B-, I-, E- or S- with a type): 1",
-        "sentences left out, '' is no tag (O, or B-, I-, E- or S- with a type): 1",
+        "words left out, since they are white space: 1",
+        "sentences left out, since 'B_A' is not a tag (O, or B-, I-, E- or S- with a type): 1",
+        "sentences left out, since '' is not a tag (O, or B-, I-, E- or S- with a type): 1",
         "tags that continued no entity of their type, read as its beginning: 1",
     }
 
@@ -153,8 +153,8 @@ def test_spans_become_the_tags_of_their_words(tmp_path):
     assert found["t7 part7"] == ["O", "B-A"] and found["t4 part4"] == ["O", "B-A"]
     told = Counter(note.partition(": ")[2] for note in data.notes)
     assert told.keys() >= {
-        "spans left out, they hold no word: 1", "spans left out, they share words with a longer one: 1",
-        "spans widened, they began or ended inside a word: 2",
+        "spans left out, since they hold no word: 1", "spans left out, since they share words with a longer one: 1",
+        "spans widened, since they began or ended inside a word: 2",
         'rows left out, without "spans", a list of [start, end, "Type"]: 1',
         "rows left out, a span is empty, or reaches beyond the text: 2",
         'rows left out, a span is not [start, end, "Type"]: 1', "rows left out, without a text: 2",
@@ -164,8 +164,8 @@ def test_spans_become_the_tags_of_their_words(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "expected"), [
     ("a.conll", "a O\nb O\n\n", "tags: no sentence has an entity"),
-    ("a.conll", "a X\n\n", "'X' is no tag"),
-    ("a.csv", "a,b\n", "of no known kind"),
+    ("a.conll", "a X\n\n", "'X' is not a tag"),
+    ("a.csv", "a,b\n", "of an unknown kind"),
     ("a.jsonl", '{"text": "a"}\n', 'without "spans"'),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_line(name, content, expected, tmp_path):

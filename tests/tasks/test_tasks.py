@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 def table(path, columns, rows):
-    """Write a .csv file (.xz by its name)."""
+    """Writes a .csv file, compressed if its name ends in .xz."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns.split(","), *rows])
     content = text.getvalue().encode()
@@ -58,7 +58,7 @@ def site(folder, posts, comments=()):
 
 @pytest.fixture
 def dump(tmp_path):
-    """12 questions of each quality, each with 2 answers, the first of which half the time is called obsolete."""
+    """12 questions of each quality, with 2 answers each; half of the first answers are called obsolete."""
     edited = {"LastEditDate": "2020-01-01"}
     shut = {"ClosedDate": "2020-01-01"}
     posts, comments = [], []
@@ -118,7 +118,7 @@ def test_duplicates_and_shared_questions_are_left_out_of_train(tmp_path):
     assert found.notes[1:] == [
         "1 left out of train, a duplicate with the same label",
         "1 left out of train, a duplicate with another label",
-        "1 left out of train, their question is in test too",
+        "1 left out of train, since their question is in test too",
     ]
 
 
@@ -168,7 +168,10 @@ def test_quality_from_a_dump_follows_the_published_rule(dump):
     assert {(e.id, quality.LABELS[e.label], e.text) for e in everything(found)} == {
         (f"site:{i}", quality.LABELS[(i - 100) % 3], f"t{i} b{i}") for i in range(100, 136)
     }
-    left_out = {"site: 1 posts without id or body left out", "site: 1 questions left out, their score is no number"}
+    left_out = {
+        "site: 1 posts without id or body left out",
+        "site: 1 questions left out, since their score is not a number",
+    }
     assert left_out < set(found.notes)
 
 
@@ -271,7 +274,7 @@ def test_ner_by_the_rules_of_its_authors(tmp_path):
         "train: 1 entities in them",
         "train: 2 I- that continued no entity of their type, read as B-",
     }
-    assert "2 sentences of test are in train too; kept" in found.notes
+    assert "2 sentences of test are in train too, and were kept" in found.notes
 
 
 def test_ner_without_splits_is_split_by_question(tmp_path):
@@ -316,7 +319,7 @@ def test_obsoletion_by_a_list_of_comments(dump, tmp_path):
     path = table(tmp_path / "comments.csv", "QuestionID,AnswerID,CommentID,CommentText", listed)
     found = everything(obsoletion.read([path, dump], 0))
     assert {e.id for e in found if e.label} == {f"site:{i * 10 + 1}" for i in range(100, 120)}
-    # 1010, 1030, … are called obsolete by the dump alone: they are neither; comments without the words tell nothing
+    # 1010, 1030, … are called obsolete only by the dump, so they have no class; comments without the words do not count
     assert not {f"site:{i * 10}" for i in range(101, 136, 2)} & {e.id for e in found}
     columns = "QuestionID,AnswerID,CommentID,CommentText"
     thanks = table(tmp_path / "thanks.csv", columns, [*listed, (100, 1000, 2, "ok")])
@@ -406,7 +409,7 @@ def refused(task, path):
             r"q.csv, line 32: unknown label 'GOOD'; the labels are HQ, LQ_EDIT, LQ_CLOSE",
         ),
         ("text,Y", [*words(), (" \r\n", "HQ")], r"the text is empty without its markup; remove the row"),
-        ("text,Y", [*words(), ("x", "HQ", "y")], r"line 32: 3 fields, the header has 2; is a quote missing\?"),
+        ("text,Y", [*words(), ("x", "HQ", "y")], r"line 32 has 3 fields, but the header has 2; is a quote missing\?"),
         ("text,Y", words()[:20], r"quality: train holds no LQ_CLOSE \(it holds 8 HQ, 8 LQ_EDIT\)"),
         ("text,Y", words(1), r"quality: test is empty"),
         ("text,Y", [], r"nothing to train on: no example was given"),
@@ -421,18 +424,18 @@ def test_bad_files_are_one_clear_line(tmp_path):
     latin.write_bytes("text,Y\ncafé,HQ\n".encode("latin-1"))
     assert "latin.csv is not UTF-8" in refused("quality", latin)
     latin.write_bytes("text,Y\ncafe,HQ\n".encode("utf-16-le"))
-    assert "latin.csv is no text in UTF-8" in refused("quality", latin)
+    assert "latin.csv is not UTF-8 text" in refused("quality", latin)
     cut = table(tmp_path / "cut.csv.xz", "text,Y", words(1_000))
     cut.write_bytes(cut.read_bytes()[:-100])
     assert "cut.csv.xz is truncated or damaged" in refused("quality", cut)
     broken = tmp_path / "broken.7z"
     broken.write_bytes(b"7z")
-    assert "broken.7z is truncated or no .7z archive" in refused("closed", broken)
+    assert "broken.7z is truncated or not a .7z archive" in refused("closed", broken)
     assert "missing does not exist" in refused("ner", tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "nothing to read in" in refused("obsoletion", tmp_path / "empty")
     (tmp_path / "a.pdf").write_text("")
-    assert "a.pdf is of no known kind" in refused("closed", tmp_path / "a.pdf")
+    assert "a.pdf is of an unknown kind" in refused("closed", tmp_path / "a.pdf")
     (tmp_path / "a.csv").write_text("")
     assert "a.csv has no columns" in refused("closed", tmp_path / "a.csv")
     (tmp_path / "a.txt").write_text("Java B-Language\n")
@@ -461,8 +464,8 @@ def test_the_ner_corpus_has_the_published_numbers_of_sentences_and_entities():
     assert {name: len(part) for name, part in parts.items()} == {"train": 9_263, "dev": 2_936, "test": 3_108}
     assert len(found.labels) == 41
     begins = {name: sum(tag % 2 for e in part for tag in e.tags) for name, part in parts.items()}
-    assert begins == {"train": 10_669, "dev": 3_423, "test": 3_679}  # what stands in these sentences
-    # the published numbers count the B- of the whole file, with the placeholders and before repair
+    assert begins == {"train": 10_669, "dev": 3_423, "test": 3_679}  # those in these sentences
+    # the published numbers count each B- in the file, with placeholders and before repair
     whole = {"train": 12_671, "dev": 4_019, "test": 4_382}
     for name in parts:
         counts = {

@@ -1,4 +1,4 @@
-"""A clock that is set back and forward in the middle of a run changes nothing: not files, nor figures, nor the bar."""
+"""Setting the clock back and forward during a run changes nothing: neither files nor figures nor the progress bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_clock_is_set_back_an_hour_and_forward_a_day(corpus, tmp_path, monke
     def stepping(*args):
         nonlocal ahead
         ahead = [0.0, -HOUR, -HOUR, DAY][args[6].step]
-        time.sleep(0.15)  # longer than the bar waits before it is drawn again
+        time.sleep(0.15)  # longer than the bar waits until it is drawn again
         return step(*args)
 
     with monkeypatch.context() as patch:
@@ -37,8 +37,8 @@ def test_the_clock_is_set_back_an_hour_and_forward_a_day(corpus, tmp_path, monke
         patch.setattr(loop, "train_step", stepping)
         assert train.main(argv) == 0
     drawn = re.findall(r"([\d.]+)/512 \[([^<]*)<([^,]*), +([^\]]*)tok/s", capsys.readouterr().err)
-    assert [float(done) for done, *_ in drawn] == [0, 128, 256, 384, 512, 512], drawn  # the last when it is closed
-    # an hour is 1:00:00
+    assert [float(done) for done, *_ in drawn] == [0, 128, 256, 384, 512, 512], drawn  # the last one when it is closed
+    # an hour would be 1:00:00
     assert all(re.fullmatch(r"\d\d:\d\d", elapsed) for _, elapsed, *_ in drawn), drawn
     assert all(re.fullmatch(r"\?|\d\d:\d\d", remaining) for _, _, remaining, _ in drawn), drawn
     assert content(out) == expected

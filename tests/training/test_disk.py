@@ -1,4 +1,4 @@
-"""A disk that is full from any moment on, or loses with its power what was not flushed: nothing else is lost, and the
+"""The disk gets full at any moment, or loses what was not flushed when its power is cut: nothing else is lost, and the
 same command ends with the same bits."""
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def minute_model(monkeypatch):
 
 
 def command(corpus, out: Path) -> list[str]:
-    """Checkpoints after steps 2 and 4, of which one is kept."""
+    """A command that makes checkpoints after steps 2 and 4, and keeps one."""
     return words(corpus, out, row_tokens=ROW, tokens_per_batch=2 * ROW, train_tokens=STEPS * 2 * ROW, eval_rows=1,
                  micro_batch_rows=2, checkpoint_every_tokens=4 * ROW, keep_checkpoints=1)  # fmt: skip
 
 
 def content(out: Path) -> dict[str, object]:
-    """All of a run's folder that does not tell the time."""
+    """The contents of a run's folder, without times."""
     lines = [{name: value for name, value in line.items() if name not in TIMED} for line in metrics(out)]
     found = {path: path.read_bytes() if path.is_file() else b"" for path in out.rglob("*")}
     (last,) = checkpoint.steps(out / "checkpoints")
@@ -46,7 +46,7 @@ def content(out: Path) -> dict[str, object]:
 
 
 def last_step(names: set[str]) -> int:
-    """That of the last checkpoint whose name was flushed: it must be found again."""
+    """The step of the last checkpoint whose name was flushed; this checkpoint must be found again."""
     return max((int(name[-8:]) for name in names if re.fullmatch(r"step-\d{8}", name)), default=0)
 
 
@@ -71,7 +71,7 @@ def test_whatever_was_not_flushed_is_lost_and_the_run_goes_on_from_its_last_chec
         restore(tmp_path / "disk", state)
         capsys.readouterr()
         assert train.main(command(corpus, out)) == 0
-        said = re.search(r"going on after step (\d)", capsys.readouterr().out)
+        said = re.search(r"continuing after step (\d)", capsys.readouterr().out)
         began[int(said[1]) if said else 0] += 1
         assert step <= (int(said[1]) if said else 0), state.keys()
         assert content(out) == expected
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_from_any_write_on_ends_the_run_and_with_room_it_goe
         disk = FullDisk(float("inf"), 0, out, patch)
         assert train.main(command(corpus, out)) == 0
     expected, kinds = content(out), disk.kinds
-    # of the many tensors in a row the first and a few more
+    # of the many tensors in a row, the first and a few others
     places = [n for n, kind in enumerate(kinds, 1) if kind != "pwrite" or kinds[n - 2] != kind or n % 29 == 0]
     assert len(places) > 30 and {kinds[n - 1] for n in places} == {"open", "pwrite", "mkdir", "replace"}
     for n in places:
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_from_any_write_on_ends_the_run_and_with_room_it_goe
 def test_a_line_that_cannot_be_written_keeps_the_checkpoint_after_it_from_being_made(
     corpus, tmp_path, monkeypatch, capsys
 ):
-    """It would never be made again."""
+    """Otherwise the line would never be written."""
     out = tmp_path / "run"
     assert train.main(command(corpus, out)) == 0
     expected = content(out)

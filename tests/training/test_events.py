@@ -1,4 +1,4 @@
-"""TensorBoard's files hold what metrics.jsonl holds, each step once, however often a run was interrupted."""
+"""TensorBoard's files hold what metrics.jsonl holds, with each step once, however often a run was interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 
 def read(folder: Path) -> list[tuple[int, dict]]:
-    """(step, {tag: value}) of all records in the folder's files, in their order; the accumulator agrees with them."""
+    """(step, {tag: value}) of all records in the folder's files, in order. Asserts that TensorBoard reads the same."""
     found = []
     for path in folder.iterdir():
         for event in LegacyEventFileLoader(str(path)).Load():
@@ -41,7 +41,7 @@ def read(folder: Path) -> list[tuple[int, dict]]:
 
 
 def check(out: Path) -> None:
-    """Steps are row positions; the figures are those of metrics.jsonl."""
+    """Asserts that steps are row positions, and that the figures are those of metrics.jsonl."""
     lines = metrics(out)
     for (step, values), line in zip(read(out / "tensorboard"), lines, strict=True):
         assert step == line["positions"]
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_and_goes_on_with_two_processes_has_each_step_once
     argv = words(corpus, out, 40, checkpoint_every_tokens=4 * BATCH, tensorboard=True, micro_batch_rows=2)
     (process,) = start(argv, log)
     until = time.monotonic() + 120
-    while not (checkpoint.steps(out / "checkpoints") and len(metrics(out)) % 4 == 3):  # steps are about to be lost
+    while not (checkpoint.steps(out / "checkpoints") and len(metrics(out)) % 4 == 3):  # some steps will be lost
         assert process.is_alive() and time.monotonic() < until, log.read_text()
         time.sleep(0.001)
     process.kill()
@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_and_goes_on_with_two_processes_has_each_step_once
     last = checkpoint.step_of(checkpoint.steps(out / "checkpoints")[-1])
     assert last < len(read(out / "tensorboard")) < 40
     assert finish(start(argv, log, ranks=2)) == [0, 0], log.read_text()
-    assert f"going on after step {last}" in log.read_text()
+    assert f"continuing after step {last}" in log.read_text()
     check(out)
     assert len(list((out / "tensorboard").iterdir())) == 1
 
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_nan_and_a_full_disk_ends_the_file_and_not_the_run
     with files_up_to(board.path.stat().st_size + 10):
         board.add({"loss": 1.0}, 20)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "File too large; training goes on without it, and the next start" in said
+    assert said.count("\n") == 1 and "File too large; training continues without it, and the next start" in said
     board.add({"loss": 2.0}, 30)
     board.close()
     ((step, values),) = read(tmp_path / "board")

@@ -1,4 +1,4 @@
-"""Muon by itself and as part of the optimizer; tests/parallel/test_trajectory.py has it on every layout."""
+"""Muon by itself and as part of the optimizer; tests/parallel/test_trajectory.py tests it on every layout."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_rows_of_qkv_are_told_apart_by_head_and_by_what_they_make():
     x = random(5, 64)
     weight = random(3 * 64, 64, seed=1)
     q, k, v = torch.nn.functional.linear(x, weight).unflatten(1, (-1, 3, config.head_width)).unbind(2)
-    made = torch.stack([q, k, v], 2).flatten(1, 2).unbind(1)  # query, key and value of the first head, then the next's
+    made = torch.stack([q, k, v], 2).flatten(1, 2).unbind(1)  # query, key and value of the first head, then of the next
     for each, matrix in zip(made, muon.matrices("encoder.blocks.0.qkv.weight", weight, config.head_width), strict=True):
         torch.testing.assert_close(each, x @ matrix)
 
 
 def test_steps_are_those_of_torchs_muon_up_to_the_rounding_of_its_bf16():
-    """torch.optim.Muon iterates in bf16, so that its direction is near to ours only."""
+    """torch.optim.Muon iterates in bf16, so its direction is only close to ours."""
     config, rate, decay = MODELS["megatron-bert"], 0.02, 0.1
     model = MaskedLM(config).initialise(0)
     name = "encoder.blocks.0.attention_output.weight"
@@ -90,7 +90,7 @@ def test_only_its_matrices_take_muons_rate_and_lose_their_second_moment():
         moments = {file_and_name[1].split(".")[0] for file_and_name in optimizer.checkpoint_names(name)[1:]}
         assert moments == ({"exp_avg"} if muon.is_matrix(name) else {"exp_avg", "exp_avg_sq"})
     steps = [(p - before[name]).square().mean().sqrt() for name, p in model.named_parameters() if muon.is_matrix(name)]
-    # as large as AdamW's: 0.2 learning rates per element, as far as singular values are 1
+    # as large as AdamW's: 0.2 learning rates per element, if all singular values were 1
     assert all(0.014 < step < 0.024 for step in steps)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what of an earlier one is believed, and what a damaged line or a full disk costs."""
+"""The folder of a run: what is accepted from an earlier run, and what a damaged line or a full disk costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_run(corpus, tmp_path):
 
 
 def save(folder: Path, identity: dict, step: int = 2) -> None:
-    """The state of a checkpoint, which is all that is looked at before it is loaded."""
+    """Writes the state of a checkpoint, which is all that is read before it is loaded."""
     path = checkpoint.path_of(folder / "checkpoints", step)
     path.mkdir(parents=True)
     state = {"progress": dataclasses.asdict(Progress(step)), "run": identity, "validation_loss": None, "sha256": {}}
@@ -38,7 +38,7 @@ def save(folder: Path, identity: dict, step: int = 2) -> None:
 
 
 def test_what_a_kill_left_beside_the_last_checkpoint_is_removed_at_the_next_start(make_run):
-    """A run that has ended makes no other checkpoint, which would remove it."""
+    """A run that has ended makes no further checkpoint, which would remove it."""
     run = make_run()
     for step in (1, 2, 3):
         save(run.folder, run.identity, step)
@@ -65,7 +65,7 @@ def test_a_run_from_before_an_option_existed_goes_on_as_with_its_default(make_ru
     model = {name: value for name, value in run.identity["model"].items() if name != "norm_eps"}
     save(run.folder, {**run.identity, "train": before, "model": model})
     assert make_run().resumes_from.name == "step-00000002"
-    with pytest.raises(ValueError, match="holds a run with --row-tokens 2048, given is 1024; give the same"):
+    with pytest.raises(ValueError, match="holds a run with --row-tokens 2048, not 1024; give the same"):
         make_run(row_tokens=1024)
 
 
@@ -125,7 +125,7 @@ def test_infinity_in_metrics_of_the_version_before_is_read(make_run):
 
 @contextmanager
 def files_up_to(size: int):
-    """Bytes; more in a file is an OSError, part of the way through a write, as on a full disk."""
+    """Limits files to so many bytes. Writing more is an OSError in the middle of a write, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -145,12 +145,12 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(mak
     begin(run)
     path = run.folder / "metrics.jsonl"
     run.log(line(1))
-    with files_up_to(path.stat().st_size + 10):  # ten bytes of a line
+    with files_up_to(path.stat().st_size + 10):  # ten bytes of the next line
         run.log(line(2))
         run.log(line(3))
     assert read_metrics(run.folder) == [line(1)]
     said = capsys.readouterr().err
-    assert said.startswith(f"{path}: File too large; training goes on, and the lines from step 2 on will be written")
+    assert said.startswith(f"{path}: File too large; training continues, and the lines from step 2 on will be written")
     assert said.count("\n") == 1
     run.log(line(4))
     assert read_metrics(run.folder) == [line(step) for step in (1, 2, 3, 4)] and capsys.readouterr().err == ""
@@ -166,14 +166,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_work_begins(make_r
     for out, message in (
         ("file", "file is a file; choose a folder"),
         ("file/run", "file is a file; choose a folder"),
-        ("dangling", "dangling is a link to .*gone, which is not there"),
-        ("dangling/run", "dangling is a link to .*gone, which is not there"),
+        ("dangling", "dangling is a link to .*gone, which does not exist"),
+        ("dangling/run", "dangling is a link to .*gone, which does not exist"),
         ("half", "checkpoints is a file; choose a folder"),
         ("shards", "shards is the folder of --data; choose another, which may be inside it"),
     ):
         with pytest.raises(ValueError, match=f"^--out: .*{message}"):
             make_run(out=str(tmp_path / out))
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may do anything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # since root may write anywhere
     with pytest.raises(ValueError, match=f"^--out: nothing can be written in {tmp_path}; choose"):
         make_run(out=str(tmp_path / "new" / "run"))
     monkeypatch.undo()

@@ -45,10 +45,10 @@ def test_the_learning_rate_of_wsd_rises_stays_and_falls_by_one_minus_a_root():
 
     assert rate(50) == pytest.approx(1.0)
     assert [rate(tokens) for tokens in (100, 101, 500, 800)] == [2.0] * 4
-    # of the way from the peak to the end: the root of the part of the decay that is over
+    # the rate has covered the root of the past part of the decay, as a share of the way from the peak to the end
     assert rate(850) == pytest.approx(2.0 - 1.8 * 0.5) and rate(928) == pytest.approx(2.0 - 1.8 * 0.8)
     assert rate(1_000) == pytest.approx(0.2) and rate(1_300) == pytest.approx(0.2)  # the last batch may reach past it
-    # warm-up and decay may be all there is, or one of them nothing
+    # warm-up and decay may take all of training, or one of them nothing
     assert learning_rate(500, 1_000, 2.0, 0.5, 0.0, decay_fraction=0.5) == 2.0
     assert learning_rate(250, 1_000, 2.0, 0.0, 0.0, decay_fraction=1.0) == pytest.approx(1.0)
 
@@ -75,7 +75,7 @@ class Small(nn.Module):
 
 
 def adam_by_hand(w, gradients, rate, decay, betas=(0.9, 0.999), eps=1e-8):
-    """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+    """AdamW by algorithm 2 of Loshchilov and Hutter 2019, in fp64."""
     w, m, v = w.double(), 0, 0
     for t, g in enumerate(gradients, 1):
         m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
@@ -122,18 +122,18 @@ def test_bf16_keeps_fp32_masters_so_that_small_steps_are_not_lost():
     before = model.weight.detach().clone()
     optimizer = Optimizer(model, torch.bfloat16, (0.9, 0.999), weight_decay=0.0)
     master = next(part.master for part in optimizer.parts if part.name == "weight").view(4, 3)
-    assert torch.equal(master, before)  # not their rounding
+    assert torch.equal(master, before)  # not the rounded weights
     for _ in range(40):
         optimizer.flat.gradients.fill_(1.0)
         optimizer.step(1e-4, count=1, clip=1e9)
     moved = master - before
     torch.testing.assert_close(moved, torch.full_like(moved, -40e-4), rtol=1e-2, atol=0)
     assert torch.equal(model.weight, master.bfloat16())
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction  # nor are sums rounded on their way
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction  # partial sums are not rounded either
 
 
 def test_the_norm_of_many_gradients_is_that_of_fp64():
-    """torch's fp32 norm of so many elements is 1e-3 too small on a CPU."""
+    """On a CPU, torch's fp32 norm of so many elements is too small by 1e-3."""
     model = nn.Linear(4_000, 4_000, bias=False)
     optimizer = Optimizer(model, torch.float32, (0.9, 0.999), weight_decay=0.0)
     optimizer.flat.gradients.normal_(generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,7 @@ def begin(saver, step, loss=None):
 
 
 def state_of(step, loss=None) -> dict:
-    """As train.py's: every kind of number is in it."""
+    """A state like train.py's, with every kind of number in it."""
     progress = Progress(step, 524_288 * step, 524_288 * step, 510_000 * step, 12.5, 0, 0, 6.015625)
     train = dataclasses.asdict(TrainConfig(learning_rate=1e-5))
     return {"progress": dataclasses.asdict(progress), "run": {"train": train}, "validation_loss": loss}
@@ -224,7 +224,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
 
 
 def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path, monkeypatch):
-    """Training goes on and changes the weights while they are written."""
+    """Training continues, and changes the weights while they are written."""
     go_on = threading.Event()
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda *args: (go_on.wait(10), pwrite(*args))[1])
@@ -242,7 +242,7 @@ def test_what_is_saved_is_what_stood_there_at_the_beginning_of_the_save(tmp_path
 
 
 class Killed(BaseException):
-    """Stands for the process's end: nothing may catch it."""
+    """Stands for the end of the process, so nothing may catch it."""
 
 
 OPERATIONS = [
@@ -278,12 +278,12 @@ def test_a_process_that_ends_between_any_two_file_operations_loses_no_checkpoint
         checkpoint.verify(path)
     assert kept and all(checkpoint.read(path)["model"]["w"][0] == int(path.name[-1]) for path in kept)
     assert kept[-1].name == "step-00000002" or not finished
-    save(tmp_path, 3, keep=1)  # and the next one clears what was left over
+    save(tmp_path, 3, keep=1)  # the next save removes what was left over
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_the_places_above_reach_to_the_end_of_a_save(tmp_path, monkeypatch):
-    """So that the test above ends a save before, between and after all its file operations."""
+    """Shows that the test above ends a save before, between and after all its file operations."""
     save(tmp_path, 1, keep=1)
     calls = []
     for module, name in OPERATIONS:
@@ -353,7 +353,7 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
 
 
 def without_checksum(path) -> None:
-    """As the version before wrote it."""
+    """Makes the state as an older version wrote it."""
     state = checkpoint.read_state(path)
     del state["checksum"]
     (path / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -396,7 +396,7 @@ def test_flops_are_those_that_the_profiler_of_torch_counts():
     lengths = [10, 30]
     documents = Documents.from_bounds([0, 10, 40])
     masked = torch.arange(0, 40, 4)
-    dropout = Dropout.for_step(0.1, 0, 0, layers=2)  # attention as plain matrix products, which the counter knows
+    dropout = Dropout.for_step(0.1, 0, 0, layers=2)  # with it, attention is matrix products, which the counter knows
     with FlopCounterMode(display=False) as counter:
         logits = model(torch.ones(40, dtype=torch.int64), torch.arange(40), documents, masked, dropout)
         cross_entropy(logits, masked).sum().backward()
@@ -442,11 +442,11 @@ def test_every_size_of_a_batch_schedule_must_come_out_even():
     config = TrainConfig(batch_schedule="0:8192,1e5:20480", micro_batch_rows=1)
     with pytest.raises(ValueError, match=r"20,480 = 1 × 2,048 × 4 × 2.5; choose --batch-schedule 0:8192,100000:"):
         config.check(rows=1_000, data_parallel=4)
-    with pytest.raises(ValueError, match="a batch of 33,554,432 row positions is more than dropout can count"):
+    with pytest.raises(ValueError, match="a batch has 33,554,432 row positions; dropout can count"):
         TrainConfig(tokens_per_batch=1 << 25)
 
 
 def test_what_a_resumed_run_may_change_leaves_the_trajectory_alone():
-    """Precision, say, looks like a layout, but rounds otherwise."""
+    """Precision looks like a layout option, but it changes the rounding."""
     fixed = {"precision", "seed", "tokens_per_batch", "row_tokens", "dropout", "loss_average", "train_tokens", "preset"}
     assert not fixed & TrainConfig().resumable_fields()

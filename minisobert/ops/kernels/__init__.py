@@ -24,10 +24,12 @@ def check(**arguments: Tensor | None) -> None:
     """Raises ValueError unless all have the same dtype, one of DTYPES, are on one device, and have contiguous rows."""
     (first, x), *others = tensors = _given(arguments)
     if x.dtype not in DTYPES:
-        raise ValueError(f"{first} is {x.dtype}; the kernels take {', '.join(map(str, DTYPES))}, the reference any")
+        raise ValueError(
+            f"{first} is {x.dtype}; the kernels take {', '.join(map(str, DTYPES))}, and the reference takes any"
+        )
     for name, y in others:
         if y.dtype != x.dtype:
-            raise ValueError(f"{name} is {y.dtype}, {first} {x.dtype}; they must be of one dtype")
+            raise ValueError(f"{name} is {y.dtype}, {first} {x.dtype}; they must have the same dtype")
     check_device(**arguments)
     for name, y in tensors:
         if y.dim() and y.stride(-1) != 1 and y.shape[-1] > 1:
@@ -39,7 +41,7 @@ def check_device(**arguments: Tensor | None) -> None:
     (first, x), *others = _given(arguments)
     for name, y in others:
         if y.device != x.device:
-            raise ValueError(f"{name} is on {y.device}, {first} on {x.device}; they must be on one device")
+            raise ValueError(f"{name} is on {y.device}, {first} on {x.device}; they must be on the same device")
 
 
 def check_contiguous(**arguments: Tensor | None) -> None:

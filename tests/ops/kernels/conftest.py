@@ -1,4 +1,4 @@
-"""Kernels run in bf16 too, in an interpreter that is mended for it."""
+"""Mends Triton's interpreter, so that kernels run in bf16 too."""
 
 import os
 

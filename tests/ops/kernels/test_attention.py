@@ -1,4 +1,4 @@
-"""Attention's kernels against the fp64 reference, at shapes where tiles, documents and the end meet awkwardly."""
+"""Attention's kernels against the fp64 reference, at awkward shapes of tiles, documents and the last tile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(parts, documents, dropout):
         lambda *x: attention(*x, documents, dropout),
         lambda *x: attention_reference(*x, documents, dropout),
         parts,
-        # one key each: dS is rounding of dO·v, some 11 large at d = 64, times keys of 3, over sqrt(d)
+        # with one key per query, dS is the rounding error of dO·v (about 11 at d = 64) times keys of 3 over sqrt(d)
         least=4.0 if documents.bounds.diff().max() == 1 else 0.01,
     )
 
@@ -55,7 +55,7 @@ def test_output_and_gradients_at_awkward_shapes(bounds, dtype, p):
         (1, LENGTHS, torch.float16, 0.3),
         (5, LENGTHS, torch.float16, 0.0),
         (64, LENGTHS, torch.float16, 0.3),
-        (5, [0, 40, 130], torch.float32, 0.0),  # exact products take the interpreter long
+        (5, [0, 40, 130], torch.float32, 0.0),  # exact products are slow in the interpreter
         (40, [0, 1, 130], torch.float32, 0.3),
     ],
     ids=str,
@@ -94,15 +94,13 @@ def test_a_tile_visits_no_step_that_nobody_sees_and_masks_none_that_all_see(held
         assert (lo, hi) == (anyone.nonzero().min(), anyone.nonzero().max() + 1)
         steps = {n for n in range(lo, hi - visited + 1, visited) if everyone[n : n + visited].all()}
         assert set(range(full, rest, visited)) == steps and (rest - full) % visited == 0
-        assert (
-            steps or full == lo
-        )  # or the first masked stretch, which is made of whole steps, would have to end in a part
+        assert steps or full == lo  # since the first masked stretch consists of whole steps
 
 
 def test_tiles_beyond_the_window_are_not_visited():
-    """NaN times a probability of 0 is NaN: no such tile may be loaded, forward or backward."""
+    """NaN times a probability of 0 is NaN, so no such tile may be loaded, forward or backward."""
     parts, documents = qkv([0, 450], 1, 32, torch.float16)
-    window, most = 5, 128  # and how many tokens a tile may hold
+    window, most = 5, 128  # the window, and the most tokens in a tile
     for x in parts:
         x[:60] = x[390:] = torch.nan
     leaves = [x.detach().requires_grad_() for x in parts]
@@ -114,7 +112,7 @@ def test_tiles_beyond_the_window_are_not_visited():
 
 
 def test_a_window_larger_than_every_document_is_none():
-    parts, documents = qkv([0, 100, 300], 1, 32, torch.float16)  # whose tiles are the same, and so are the bits
+    parts, documents = qkv([0, 100, 300], 1, 32, torch.float16)  # fp16 has the same tiles, so the bits are the same
     dropout = mask(0.3, "attention")
     for window in (199, 2**31 - 1):
         assert torch.equal(attention(*parts, documents, dropout, window), attention(*parts, documents, dropout))
@@ -155,22 +153,22 @@ def test_one_tensor_of_all_three_gives_the_same_bits_and_its_gradient_as_one(d, 
     ids=str,
 )
 def test_what_surrounds_attention_in_a_block(d, dtype, p, window, has_rotation, has_bias):
-    """Against plain functions in fp64, whose autograd knows nothing of fusion."""
-    parts, documents = qkv([0, 40, 41, 150], 2, d, dtype)  # 150: the last tile has rows that are no tokens
+    """Compared with plain functions in fp64 and their autograd, which know nothing of the fusion."""
+    parts, documents = qkv([0, 40, 41, 150], 2, d, dtype)  # 150: the last tile has rows without tokens
     dropout, turn = mask(p, "attention"), rotation(torch.arange(150) % 41, d, 10_000.0)
     bias = random(6 * d, dtype=dtype, seed=3)
 
-    def kernel(x, b):  # the bias is in x already, and gets its gradient
+    def kernel(x, b):  # x includes the bias already; its gradient is still wanted
         y = x + b.detach().view(2, 3, d)
         return self_attention(y, documents, dropout, window, turn if has_rotation else None, b if has_bias else None)
 
     def plain(x, b):
         y = x + b.view(2, 3, d)
-        y = y + (y.to(dtype) - y).detach()  # rounded as the kernel's input is, which is no error of the kernel
+        y = y + (y.to(dtype) - y).detach()  # rounded like the kernel's input, which is not the kernel's error
         y = rotary_reference(y, turn) if has_rotation else y
         return attention_by_mask(*y.unbind(2), documents, dropout, window)
 
-    whole, allowed = torch.stack(parts, 2), 3 * tolerance(dtype)  # turned queries and keys are rounded once more
+    whole, allowed = torch.stack(parts, 2), 3 * tolerance(dtype)  # rotated queries and keys are rounded once more
     if has_bias:
         compare(kernel, plain, (whole, bias), allowed)
     else:
@@ -184,7 +182,7 @@ def test_rotary_positions_overwrite_qkv_and_whoever_needs_it_is_told():
     expected = rotary_reference(x, turn)
     leaf = x.clone().requires_grad_()
     whole = leaf * 1
-    squares = whole.square().sum()  # keeps whole for its backward
+    squares = whole.square().sum()  # keeps `whole` for its backward
     self_attention(whole, documents, rotation=turn).sum().backward()
     assert torch.allclose(whole, expected, atol=1e-5) and leaf.grad.isfinite().all()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -206,9 +204,9 @@ def test_queries_keys_and_values_may_have_strides_of_their_own():
     ids=["by token", "by head"],
 )
 def test_offsets_beyond_31_bits(bounds, heads, strides):
-    """The last element of q, k and v lies 2.4 billion behind the first, as at a million tokens of a wide model."""
+    """The last element of q, k and v is 2.4 billion after the first, as with a million tokens of a wide model."""
     parts, documents = qkv(bounds, heads, 32, torch.float16)
-    memory = torch.UntypedStorage(2 * 2_520_000_000)  # 5 GB of addresses, of which a few hundred pages are touched
+    memory = torch.UntypedStorage(2 * 2_520_000_000)  # 5 GB of addresses, but only a few hundred pages are touched
     far = [torch.empty(0, dtype=x.dtype).set_(memory, 32 * i, x.shape, strides) for i, x in enumerate(parts)]
     for x, y in zip(far, parts):
         x.copy_(y)
@@ -217,9 +215,8 @@ def test_offsets_beyond_31_bits(bounds, heads, strides):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_mask_is_the_references_bit_for_bit_forward_and_backward(p):
-    """Equal scores make all probabilities 1/n; values and upstream gradients that are rows of the identity show each.
-
-    Three documents of 100 tokens, so that tiles hold parts of two.
+    """Equal scores make all probabilities 1/n, and values and upstream gradients that are rows of the identity show
+    each of them. There are three documents of 100 tokens, so that tiles hold parts of two.
     """
     n, heads, documents = 100, 2, Documents.from_bounds([0, 100, 200, 300])
     dropout = mask(p, "attention", token_offset=4_096, head_offset=7)
@@ -247,14 +244,14 @@ def test_dropout_that_rounds_to_nothing_drops_nothing(p):
     check(parts, documents, Dropout(p, mask(0.3, "attention").keys))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of pairs that do not see each other: masked
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # in masked pairs
 def test_scores_far_from_zero_neither_overflow_nor_vanish():
     (q, k, v), documents = qkv([0, 70, 131], 1, 32, torch.float32)
     compare(
         lambda q, k, v: attention(q, k, v, documents),
         lambda q, k, v: attention_reference(q, k, v, documents),
         (q * 30, k * 30, v),
-        allowed=1e-3,  # scores of 5,000 are rounded by 5e-4, which is the relative error of a probability
+        allowed=1e-3,  # rounding scores of 5,000 makes errors of 5e-4, the relative error of a probability
     )
 
 
@@ -298,7 +295,7 @@ def test_tiles_that_lie_in_one_document_are_not_masked(monkeypatch):
     ("change", "message"),
     [
         (lambda q: (q.double(), q.double(), q.double()), "q is torch.float64; the kernels take torch.bfloat16"),
-        (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on one device"),
+        (lambda q: (q, q, q.to("meta")), "v is on meta, q on cpu; they must be on the same device"),
         (lambda q: (q, q.transpose(1, 2).contiguous().transpose(1, 2), q), r"k has the strides .* the last must be 1"),
         (lambda q: (q[..., :80],) * 3, r"q is \(10, 2, 80\); its heads must be one of 32, 64, 96, 128 wide"),
     ],

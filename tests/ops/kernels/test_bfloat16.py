@@ -1,4 +1,4 @@
-"""bf16 in the interpreter, as tests/bfloat16.py mends it, against torch."""
+"""bf16 in the interpreter that tests/bfloat16.py has mended, compared with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compile gate: every kernel as it ships, for three chips that this machine need not have."""
+"""The compile gate: every kernel, as it ships, compiles for three chips that this machine need not have."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from benchmarks.compiled import (
     result,
 )
 
-# Bytes. Tiles were chosen with Triton 3.9; before it, and setup.cfg allows 3.6, some kernels spill a few registers
-# (docs/kernels.md says which). That costs little time and changes no result.
+# Bytes. Tiles were chosen with Triton 3.9. With older versions, of which setup.cfg allows 3.6 and later, some kernels
+# spill a few registers (docs/kernels.md says which); this costs little time and changes no result.
 SPILLED = 0 if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 48
 
 
@@ -59,7 +59,7 @@ def test_attention_in_half_precision_uses_each_chips_matrix_instructions(compile
 
 
 def _compiled_for(sizes) -> dict[str, int]:
-    """Of each kernel how many were compiled for these numbers of rows."""
+    """Kernel → how many versions were compiled for these numbers of rows."""
     import torch
 
     from minisobert.ops.kernels.cross_entropy import cross_entropy
@@ -76,7 +76,7 @@ def _compiled_for(sizes) -> dict[str, int]:
 
 
 def test_no_kernel_is_compiled_again_for_another_number_of_rows():
-    """Arrays of T or M numbers that share memory begin where that number says."""
+    """Arrays of T or M numbers that share a buffer begin at addresses that depend on these numbers."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _no_interpreter) as pool:
         found = pool.submit(_compiled_for, range(101, 105)).result()
     assert len(found) == 4 and set(found.values()) == {1, 2}, found

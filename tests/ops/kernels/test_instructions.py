@@ -22,7 +22,7 @@ def test_visits_are_those_of_a_whole_matrix(held, visited, window):
         rows = sees[first : first + held]
         lo, hi = np.flatnonzero(rows.any(0))[[0, -1]] + (0, 1)
         steps = [rows[:, n : n + visited] for n in range(lo, hi, visited)]
-        # only whole steps can be free of the mask, and only where the tile is of one document
+        # only whole steps can go without the mask, and only if the tile holds one document
         whole = sum(step.all() and step.shape[1] == visited for step in steps)
         expected["whole"] += whole * held * visited
         expected["masked"] += (len(steps) - whole) * held * visited

@@ -1,4 +1,4 @@
-"""What a kernel's arguments are is written down: shape and meaning of each pointer, unit of each stride and number."""
+"""Each argument of a kernel is documented: shape and meaning of a pointer, unit of a stride or number."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_every_argument_of_a_kernel_is_in_the_legend_of_its_file_or_in_its_docst
     for kernel in kernels:
         told = legend | set(re.findall(r"\w+", ast.get_docstring(kernel) or ""))
         names = {argument.arg for argument in kernel.args.args}
-        assert len(names) < 5 or names - told == set(), kernel.name  # helpers of four and fewer are read at once
+        assert len(names) < 5 or names - told == set(), kernel.name  # helpers with up to four arguments need no legend
     every = {argument.arg for kernel in kernels for argument in kernel.args.args}
     assert legend <= every, "a legend names nothing that no kernel takes"

@@ -1,4 +1,4 @@
-"""The rotary kernel against its reference in fp64, the properties of a rotation, and autograd around an op in place."""
+"""The rotary kernel against its reference in fp64, the properties of a rotation, and autograd with an in-place op."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def test_position_0_is_the_identity_and_values_pass_at_every_position():
 
 @pytest.mark.parametrize("base", [10_000.0, 160_000.0])
 def test_the_product_of_a_query_and_a_key_depends_on_their_distance_alone(base):
-    """The same 40 tokens at position 0 and at 1,000: all products of their queries and keys."""
+    """All products of the queries and keys of 40 tokens, at position 0 and at 1,000."""
     qkv = random(40, 2, 3, 64, dtype=torch.float32)
 
     def products(first: int) -> torch.Tensor:
         q, k, _ = rotary(qkv.clone(), turning(40, 64, first, base)).unbind(2)
         return torch.einsum("ihd,jhd->hij", q.double(), k.double())
 
-    # angles up to 1,040 are rounded by up to 6e-5, and as much again by the product that makes them
+    # rounding angles up to 1,040 makes errors of up to 6e-5, and the product before it as much again
     assert_close(products(1_000), products(0), "products", 1e-4)
     unturned = torch.einsum("ihd,jhd->hij", *qkv[:, :, :2].double().unbind(2))
     assert_close(products(0).diagonal(0, 1, 2), unturned.diagonal(0, 1, 2), "products with itself", 1e-6)
-    assert (products(0) - unturned).abs().max() > 1  # it is no identity
+    assert (products(0) - unturned).abs().max() > 1  # it is not the identity
 
 
 def test_turning_back_what_was_turned_gives_it_back():
@@ -66,7 +66,7 @@ def linear_and_input() -> tuple[nn.Linear, torch.Tensor]:
 
 
 def test_behind_a_linear_it_works_in_place_and_gradients_are_right():
-    """As the model calls it: on a view of what the linear returned."""
+    """As in the model, it gets a view of what the linear returned."""
     linear, x = linear_and_input()
     turn, upstream = turning(19, 32), random(19, 2, 3, 32, dtype=torch.float32)
 
@@ -77,7 +77,7 @@ def test_behind_a_linear_it_works_in_place_and_gradients_are_right():
 
     turned, qkv, ours = gradients(rotary)
     assert turned.data_ptr() == qkv.data_ptr()
-    assert "_Rotary" in turned.grad_fn.next_functions[0][0].name()  # and not CopySlices, which copies gradients
+    assert "_Rotary" in turned.grad_fn.next_functions[0][0].name()  # not CopySlices, which copies gradients
     expected_turned, _, expected = gradients(rotary_reference)
     assert_close(turned, expected_turned, "output", tolerance(torch.float32))
     for name, g, e in zip(("weight", "bias"), ours, expected):
@@ -102,7 +102,7 @@ def test_whoever_kept_qkv_for_a_backward_is_told_by_autograd():
 
 
 def test_the_gradient_that_comes_in_is_left_as_it_is():
-    """Behind a sum both summands get the same memory: the other one's gradient must not turn."""
+    """Both summands of a sum get the same memory as gradient, so it must not be rotated in place."""
     a, b = (random(19, 2, 3, 32, dtype=torch.float32, seed=i).requires_grad_() for i in range(2))
     upstream = random(19, 2, 3, 32, dtype=torch.float32, seed=2)
     _, other = torch.autograd.grad(rotary(a * 1, turning(19, 32)) + b, (a, b), upstream.clone())

@@ -1,4 +1,4 @@
-"""The kernels that go row by row (all but attention and rotary) against their fp64 references."""
+"""The kernels that work row by row (all but attention and rotary) against their fp64 references."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def test_add_norm(tokens, width, dtype, p):
 
 
 def without_biases(operation, biases: str, *rest):
-    """(branch, [bias], residual, weight, [norm_bias]) → the operation with None for what `biases` does not name."""
+    """The operation as a function of (branch, [bias], residual, weight, [norm_bias]), with None for biases that
+    `biases` does not name."""
 
     def call(branch, *others):
         others = list(others)
@@ -71,7 +72,8 @@ def without_biases(operation, biases: str, *rest):
      (3, 8_191, torch.float32, 0.3)],
 )  # fmt: skip
 def test_add_norm_without_its_biases(tokens, width, dtype, p, biases):
-    """Also one of two, so that no sum of a bias lands in another's place; 8,191 is too wide for the sum of b."""
+    """Also without one of the two, so that no bias's sum is put in place of another's. At a width of 8,191, torch sums
+    the gradient of b, since the kernel has too few registers."""
     x, b, r, w, c = norm_inputs(tokens, width, dtype)
     inputs = (x, *([b] if "b" in biases else []), r, w, *([c] if "c" in biases else []))
     dropout = mask(p, "ffn_output", token_offset=2_048)
@@ -100,12 +102,12 @@ def test_dropout_that_rounds_to_nothing_drops_nothing(p):
 
 
 def test_add_norm_of_large_numbers_that_differ_little():
-    """The variance is taken about the mean: a sum of squares would lose all digits here."""
+    """The variance is the mean of squared deviations; with a mean of squares, all digits would be lost here."""
     x, b, r, w, c = norm_inputs(8, 512, torch.float32)
     residual, normal = add_norm(x, b, r + 1e4, w, c, 1e-5)
     exact = add_norm_reference(*(y.double() for y in (x, b, r + 1e4, w, c)), 1e-5)
     assert_close(residual, exact[0], "residual", tolerance(torch.float32))
-    assert_close(normal, exact[1], "normal", 2e-3)  # 1e4 is rounded by 5e-4
+    assert_close(normal, exact[1], "normal", 2e-3)  # rounding 1e4 makes an error of 5e-4
 
 
 @pytest.mark.parametrize("form", ["erf", "tanh"])
@@ -166,7 +168,7 @@ def test_whoever_still_needs_the_logits_is_told_by_autograd():
 
 
 def test_parts_of_two_slices_of_the_vocabulary_make_the_whole_loss():
-    """What a vocabulary-parallel loss does: three reductions, then each rank the gradient of its slice."""
+    """As in a vocabulary-parallel loss: three reductions, then each rank computes the gradient of its slice."""
     targets = torch.tensor([0, 349, 350, 999, 5])
     whole = random(5, 1_000, dtype=torch.float32, scale=4.0)
     slices = [(0, whole[:, :350].contiguous()), (350, whole[:, 350:].contiguous())]
@@ -186,13 +188,13 @@ def test_parts_of_two_slices_of_the_vocabulary_make_the_whole_loss():
 
 @pytest.mark.parametrize("first", [4_096, 4_999])
 def test_cross_entropy_where_whole_tiles_of_the_vocabulary_are_ruled_out(first):
-    """-inf for all logits before `first`, as a mask of part of the vocabulary makes them."""
+    """All logits before `first` are -inf, as if a part of the vocabulary were masked."""
     logits = random(3, 5_000, dtype=torch.float32)
     logits[:, :first] = -torch.inf
     targets = torch.tensor([first, 4_999, 4_999])
     compare(lambda x: cross_entropy(x * 1, targets), lambda x: cross_entropy_reference(x, targets), (logits,))
     slices = [(0, logits[:, :4_096].contiguous()), (4_096, logits[:, 4_096:].contiguous())]
-    for parts in (losses.cross_entropy_parts, cross_entropy_parts_reference):  # of a rank that has none of the others
+    for parts in (losses.cross_entropy_parts, cross_entropy_parts_reference):  # as on a rank that has only these logits
         (m, t, s), (n, u, r) = (parts(z, targets, begin) for begin, z in slices)
         largest = torch.maximum(m, n)
         loss = largest + (s * (m - largest).exp() + r * (n - largest).exp()).log() - t - u
@@ -208,7 +210,7 @@ def test_cross_entropy_of_large_logits_and_of_none():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_masks_are_the_references_bit_for_bit_and_have_their_rate(p):
-    """Of drop and add_norm, forward and backward: ones go in, what is 0 was dropped."""
+    """The masks of drop and add_norm, forward and backward: in a result for ones, a 0 was dropped."""
     tokens, width = 60, 768
     dropout = mask(p, "ffn_output", token_offset=6_144)
     expected = dropout.keeps(dropout.row_hash(0, tokens)[:, None], dropout.column_hash(0, width))
@@ -233,7 +235,7 @@ def test_drop_equals_its_reference_and_none_is_free():
 
 
 def test_results_repeat_bit_for_bit():
-    """The sums over tokens above all: more tokens than programs, so that each adds up several tiles."""
+    """Above all the sums over tokens: there are more tokens than programs, so that each program sums several tiles."""
     inputs = norm_inputs(150, 384, torch.float16)
 
     def run():
@@ -259,8 +261,8 @@ X, B, N = torch.zeros(4, 256), torch.zeros(256), torch.zeros(4, 64)
     ("call", "message"),
     [
         (lambda: add_norm(X.double(), B, X, B, B, 1e-5), "branch is torch.float64; the kernels take torch.bfloat16"),
-        (lambda: add_norm(X, B, X.half(), B, B, 1e-5), "residual is torch.float16, branch torch.float32; they must be"),
-        (lambda: add_norm(X, B, X, B.to("meta"), B, 1e-5), "weight is on meta, branch on cpu; they must be on one"),
+        (lambda: add_norm(X, B, X.half(), B, B, 1e-5), "residual is torch.float16, branch torch.float32; they must"),
+        (lambda: add_norm(X, B, X, B.to("meta"), B, 1e-5), "weight is on meta, branch on cpu; they must be on the"),
         (lambda: add_norm(X[:, ::2], B[:128], X[:, ::2], B[:128], B[:128], 1e-5), r"branch has the strides \(256, 2\)"),
         (lambda: add_norm(X[:, :128], B[:128], X[:, :128], B[:128], B[:128], 1e-5), "branch .* must be contiguous"),
         (lambda: add_norm(N, N[0], N, N[0], N[0], 1e-5), r"branch is \(4, 64\); it must be 128 to 8,192 wide"),
