@@ -141,7 +141,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             unknown = message.split(": ", 1)[1].split()[0]
             near = _meant(unknown.split("=")[0], list(self._option_string_actions))
-            message = f"unknown option {unknown}" + (f"; did you mean {words(near)}?" if near else "; see --help")
+            what = "unknown option" if unknown.startswith("-") else "unexpected argument"
+            message = f"{what} {unknown}" + (f"; did you mean {words(near)}?" if near else "; see --help")
         fail(f"{self.prog}: {message}")
 
 
@@ -198,7 +199,9 @@ def shown_default(value) -> str:
 
 
 # options of other tools
-_ELSEWHERE = {"batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens"}
+_ELSEWHERE = {
+    "batch-size": "tokens-per-batch", "epochs": "train-tokens", "max-steps": "train-tokens", "init": "model",
+}  # fmt: skip
 
 
 def _meant(unknown: str, options: list[str]) -> list[str]:

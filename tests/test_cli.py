@@ -106,6 +106,12 @@ def test_help_is_named_if_no_option_is_similar(typed, capsys):
     assert capsys.readouterr().err == f"train.py: unknown option {typed}; see --help\n"
 
 
+def test_a_word_that_is_no_option_is_named_as_an_argument(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["tiny"], prog="train.py")
+    assert capsys.readouterr().err == "train.py: unexpected argument tiny; see --help\n"
+
+
 def test_an_option_that_is_there_is_not_taken_for_another_tools(capsys):
     with pytest.raises(SystemExit):
         parse(FineTuneConfig, ["--epoch", "3"], prog="finetune.py")

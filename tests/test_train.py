@@ -442,6 +442,7 @@ MODERN = {"preset": "modern-tiny"}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"data": __file__}, "is a file; --data takes a folder .*python -m data.prepare --input .*test_train.py --out"),
         ({"data": "nowhere"}, "nowhere holds no prepared data .*python -m data.prepare --input .* --out nowhere"),
         ({"preset": "huge"}, "--preset: invalid choice: 'huge'"),
         ({"tokens_per_batch": 10_000}, r"10,000 = 4 × 512 × 1 × 4.883; choose --tokens-per-batch 8,192 or 10,240"),

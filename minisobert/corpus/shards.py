@@ -97,6 +97,11 @@ def open_shards(folder: str | Path, verify: bool = False) -> Shards:
     standard error says so. Raises ValueError, in one line, for the first thing that is wrong.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file; --data takes a folder that data.prepare makes of it: "
+            f"python -m data.prepare --input {folder} --out data/prepared"
+        )
     if not (folder / "meta.json").is_file():
         raise ValueError(
             f"{folder} holds no prepared data (no meta.json); make it with: "

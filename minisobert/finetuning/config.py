@@ -52,8 +52,8 @@ class FineTuneConfig:
     )  # fmt: skip
     dropout: float = _recipe(0.1, "dropout rate of the encoder, and before the classifier", least=0, below=1)
     pooling: str = _recipe(
-        "cls", "what represents a document: the state of its first token (cls), or the mean of all states (mean; for "
-        "modern models)", choices=("cls", "mean"),
+        "cls", "what represents a document: the state of its first token (cls), or the mean of all states (mean, "
+        "for modern models)", choices=("cls", "mean"),
     )  # fmt: skip
     long: str = _recipe(
         "cut", "what to do with texts longer than the model can read: cut off their end, or read them in overlapping "

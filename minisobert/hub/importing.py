@@ -48,6 +48,8 @@ class Imported:
 def read(folder: str | Path) -> Imported:
     """The model in a folder in Hugging Face's format. Raises ValueError if it cannot be one of our models."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; download the model first: hf download NAME --local-dir {folder}")
     try:
         theirs = json.loads((folder / "config.json").read_text())
         architecture = theirs["model_type"]

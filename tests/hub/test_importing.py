@@ -178,6 +178,8 @@ def test_what_is_missing_is_named(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="is not a model in Hugging Face's format"):
         importing.read(folder)
+    with pytest.raises(ValueError, match="nowhere is not a folder; download the model first"):
+        importing.read(tmp_path / "nowhere")
 
 
 @pytest.fixture(scope="module")
