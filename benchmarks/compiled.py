@@ -305,9 +305,10 @@ def counted() -> list[str]:
     return [
         "# Instructions in the kernels' loops",
         "",
-        f"`python -m benchmarks.compiled --count`, Triton {version('triton')}, sm_90, bf16. Of attention per score: in "
-        "tiles that are seen whole, in masked ones, and on packed posts per score of tokens that see each other, with "
-        "what is computed in vain; of the others per element. The goals were set before the kernels were changed.",
+        f"`python -m benchmarks.compiled --count`, Triton {version('triton')}, sm_90, bf16. Attention's are per "
+        "score: in tiles that are seen whole, in masked tiles, and on packed posts per score of tokens that see each "
+        "other, so that scores computed in vain are counted too. Those of the other kernels are per element. The goals "
+        "were set before the kernels were changed.",
         "",
         *table(
             ["kernel", "width", "dropout", "tile, warps, stages", "registers", "whole", "masked", "on posts", "goal"],

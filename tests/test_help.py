@@ -30,9 +30,9 @@ def runnable() -> set[str]:
     names = set()
     for path in ROOT.glob("**/*.py"):
         folder, *_ = path.relative_to(ROOT).parts
-        text = path.read_text()
-        is_run = re.search(r'^if __name__ == "__main__"', text, re.M)
-        if folder.startswith((".", "tests", "docs", "runs")) or not is_run:
+        if folder.startswith((".", "tests", "docs", "runs", "build")):  # of others too, as in .venv
+            continue
+        if not re.search(r'^if __name__ == "__main__"', path.read_text(), re.M):
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts
         names.add(".".join(parts).removesuffix(".__main__") if len(parts) > 1 else path.name)

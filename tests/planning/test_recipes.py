@@ -118,6 +118,16 @@ def test_parameters_with_few_and_with_many_pieces():
         assert number == f"{parameters(model) / 1e6:.1f}"
 
 
+def test_the_presets_have_the_sizes_that_the_page_says():
+    names, millions, sizes = (
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in re.findall(r"^(?:\| \| tiny|\| million|\| layers of width).*$", PAGE.read_text(), re.M)
+    )
+    assert names == list(PRESETS)
+    assert millions == [f"{parameters(model) / 1e6:.1f}" for model in PRESETS.values()]
+    assert sizes == [f"{model.layers} of {model.hidden:,}" for model in PRESETS.values()]
+
+
 @pytest.mark.parametrize("command", commands(PAGE.read_text()), ids=lambda command: " ".join(command.words))
 def test_commands_parse(command, monkeypatch):
     def run(name: str, *words: str) -> None:
