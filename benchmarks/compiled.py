@@ -202,7 +202,7 @@ def _describe(kernel, dtype: str, width: int, dropout: float, chip: int) -> Comp
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
     if constants.get("TANH"):
         name += ", tanh"
-    if "rotation" in set(kernel.src.fn.arg_names) - set(constants):
+    if name.startswith("attention") and "rotation" in set(kernel.src.fn.arg_names) - set(constants):
         name += ", rotary"
     if "window" in set(kernel.src.fn.arg_names) - set(constants):
         name += ", window"

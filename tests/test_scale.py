@@ -84,9 +84,11 @@ gone = tempfile.TemporaryFile(dir=place)
 gone.write(bytes(5_000_000)); gone.flush()
 elsewhere = tempfile.TemporaryFile()
 elsewhere.write(bytes(7_000_000)); elsewhere.flush()
-shared = bytearray(os.urandom(1_000_000) * 40)
+shared = bytearray(os.urandom(1_000_000))
+shared *= 40  # in place: no second copy, even for a moment
 if os.fork() == 0:
-    own = bytearray(os.urandom(1_000_000) * 30)
+    own = bytearray(os.urandom(1_000_000))
+    own *= 30
     time.sleep(1.5)
     os._exit(0)
 time.sleep(0.5)
