@@ -157,7 +157,7 @@ def test_a_slow_network_that_fails_for_five_seconds_and_then_for_good(network, c
     continues when the network is back."""
     out, script = tmp_path / "run", tmp_path / "small.py"
     script.write_text(TRAIN)
-    timeout = 25  # TCP waits twice as long before each repetition: on a busy machine the third may come after 15 seconds
+    timeout = 25  # TCP doubles its wait before each repetition: on a busy machine one may come after 15 seconds
     argv = words(corpus, out, timeout=timeout, **OPTIONS)
     network.train(script, argv)
     until = time.monotonic() + 120
