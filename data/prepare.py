@@ -306,7 +306,8 @@ _opened = lru_cache(1)(open_tokenizer)
 
 def table(meta: dict) -> str:
     """What was prepared, as a table for people."""
-    lines = [(name, f"{meta[name]:,}") for name in ("posts", "comments", "documents")]
+    counted = ("posts", "comments") if meta["posts"] else ()  # texts that are no dump have neither
+    lines = [(name, f"{meta[name]:,}") for name in (*counted, "documents")]
     lines += [(f"dropped: {reason}", f"{n:,}") for reason, n in meta["dropped"].items()]
     lines += [(f"duplicates in {name}", f"{n:,}") for name, n in meta.get("duplicates", {}).items()]
     asked = meta["vocab_size_asked"]

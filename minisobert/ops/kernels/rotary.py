@@ -3,7 +3,8 @@
 Both are bound by memory. Per token and head in bf16, the forward reads and writes q and k, 8d bytes, and leaves v
 alone; a copy of qkv would move 12d. The backward reads and writes the gradients of all three, 12d bytes. The cos and
 sin of a token are another 4d bytes, which all its heads share. Heads of one token are neighbours in the grid, so that
-only the first reads them from memory, and the others from the L2 cache.
+only the first reads them from memory, and the others from the L2 cache. In a model only the forward runs, because the
+kernels of attention's gradients rotate their own results back (all but heads of two parts, see attention_parts.py).
 
 In half precision a thread loads 16 bytes at once, because the halves a and b of q and of k are each d/2 contiguous
 elements.
