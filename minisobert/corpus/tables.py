@@ -83,7 +83,8 @@ def check_columns(file: TextFile, wanted: Sequence[str], there: Sequence[str], a
     """Raises NoColumn for the first column that the file lacks."""
     for column in wanted:
         if column not in there:
-            names = ", ".join(name[:LONGEST_NAME] for name in there[:MOST_NAMES]) + ", …" * (len(there) > MOST_NAMES)
+            shown = (" ".join(name.split())[:LONGEST_NAME] for name in there[:MOST_NAMES])  # a name may span lines
+            names = ", ".join(shown) + ", …" * (len(there) > MOST_NAMES)
             has = f"its columns are {names}" if there else "it has no rows"
             raise NoColumn(column, f"{file} has no column {column!r}; {has}; {advice}")
 

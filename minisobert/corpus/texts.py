@@ -110,7 +110,7 @@ def _text(row: Row, keys: tuple[str, ...]) -> str:
         elif key in row.fields:
             parts.append("")
     if not parts:
-        there = ", ".join(list(row.fields)[:30])[:300] or "none"
+        there = ", ".join(" ".join(name.split()) for name in list(row.fields)[:30])[:300] or "none"
         raise ValueError(f"it has no {words(map(repr, keys))}; its keys are {there}; {ADVICE}")
     return parts[0] if len(parts) == 1 else "\n\n".join(part for part in parts if part.strip())
 

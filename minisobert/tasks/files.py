@@ -105,7 +105,8 @@ def select(paths: Sequence[Path], task: str, layouts: dict[str, tuple[str, ...]]
             found.append((file, layout))
         elif file.named:
             empty = "has no columns" if file.kind == ".csv" else "is text without columns"
-            has = f"has the columns {', '.join(columns)}" if columns else empty
+            names = ", ".join(" ".join(name.split()) for name in columns)  # a name may span lines
+            has = f"has the columns {names}" if columns else empty
             raise ValueError(f"{file} {has}; {reads}")
     if not found:
         raise ValueError(f"nothing to read in {', '.join(map(str, paths))}: {reads}")

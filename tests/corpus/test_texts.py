@@ -132,6 +132,8 @@ def test_files_that_were_put_together_have_marks_inside(tmp_path):
     ("a.csv", "id,text\n1,caf\xe9\n".encode("latin-1"), "a.csv:2: not UTF-8"),
     ("a.json", '[{"text": "caf\xe9"}]\n'.encode("latin-1"), "a.json:1: not UTF-8"),
     ("a.txt", "abc".encode("utf-16") + b"x", "is not UTF-16 .truncated data"),
+    ("a.csv", b'id,"bo\n\ndy"\n1,x\n', "has no column 'text'; its columns are id, bo dy; name yours with --text-key"),
+    ("a.jsonl", b'{"a\\nb": "x"}\n', "no 'text'; its keys are a b; "),
     ("a.csv", b"id,body\n1,x\n", "has no column 'text'; its columns are id, body; name yours with --text-key"),
     ("a.csv", b'te"xt,"a" b\n1,x\n', "a.csv: its header has a quote too few or too many"),
     ("a.csv", b'"text\n1\n', "a.csv: its header has a quote too few or too many"),
