@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import attention, predict, records, report, rowwise, timing, training
 from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import DRY, Goal
-from benchmarks.gpu.setting import DTYPE, LENGTHS, TOY
+from benchmarks.gpu.setting import DTYPE, LENGTHS, REAL, TOY
 from benchmarks.gpu.timing import Disagreement, check
 from benchmarks.instructions import read_loops
 from minisobert.ops.kernels import attention_tiles
@@ -160,6 +161,13 @@ def test_what_is_far_from_its_prediction_is_listed_and_nothing_else(tmp_path):
         kept.measurements["ceilings/copy"] = {"ours": True, "result": result}
         assert [each["ratio"] for _, each in report.surprises(kept)] == pytest.approx(listed)
     assert predict.chip_of("a chip that nobody described", dry=False) is None
+
+
+def test_a_prediction_needs_no_device():
+    """It is made for the page also when the device is out of order; and REAL's is not there at all."""
+    for name, result in (("training/base/posts/0.1/minisobert", {}), ("profile/modern-base", {"dropout": 0.0}),
+                         ("attention/64/posts/0.0/minisobert", {})):  # fmt: skip
+        assert predict.figures(name, replace(REAL, tokens=4_096), "NVIDIA H100 80GB HBM3", result)
 
 
 def test_loops_are_read_as_they_were_written():

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.report import DIRECTIONS, PRICE, against_copy, cost, number, predicted_parts
+from benchmarks.gpu.report import DIRECTIONS, PRICE, against_copy, cost, number
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -126,8 +126,8 @@ def _steps(records: Records, path: Path) -> None:
     bars = {}
     for (preset,), profile in records.results("profile").items():
         bars[f"{preset}\nmeasured"] = profile["parts"]
-        bars[f"{preset}\npredicted"] = predicted_parts(records, preset)
-    bars = {name: parts for name, parts in bars.items() if parts and None not in parts.values()}
+        bars[f"{preset}\npredicted"] = profile["predicted"].get("parts")
+    bars = {name: parts for name, parts in bars.items() if parts}
     if not bars:
         return
     figure, axes = plt.subplots(figsize=(12, 1.6 + 0.75 * len(bars)), layout="constrained")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.gpu import attention, predict, rowwise, steps, training
+from benchmarks.gpu import attention, rowwise, steps, training
 from benchmarks.gpu.predict import WITHIN
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.setting import DROPOUTS, LENGTHS, recipe
+from benchmarks.gpu.setting import DROPOUTS, LENGTHS
 from minisobert.cli import table
 from minisobert.training.meter import dollars
 
@@ -158,13 +158,6 @@ def by_rows(records: Records) -> list[tuple[tuple[str, ...], dict]]:
     return sorted((records.results("rows") | usual).items(), key=lambda each: (int(each[0][0]), each[0][1]))
 
 
-def predicted_parts(records: Records, preset: str) -> dict[str, float | None]:
-    """Seconds of the parts of a micro-batch, by the names of `training.PARTS`."""
-    chip = predict.chip_of(records.machine["chip"], records.dry)
-    dropout = recipe(preset).dropout
-    return predict.micro_batch(chip, records.setting, preset, "posts", dropout) if chip else {}
-
-
 def write(records: Records, folder: Path) -> None:
     about = records.machine
     lines = [
@@ -294,7 +287,7 @@ def _measured(records: Records) -> Iterator[str]:
             {"ms": "seconds", "share": "share"},
             [
                 ((part,), {"seconds": taken, "share": taken / profile["seconds"], "predicted": {
-                    "seconds": predicted_parts(records, preset).get(part)}})
+                    "seconds": profile["predicted"].get("parts", {}).get(part)}})
                 for part, taken in profile["parts"].items()
             ],
         )  # fmt: skip

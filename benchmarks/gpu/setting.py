@@ -58,11 +58,15 @@ class Setting:
         """0, and the dropout of the preset's recipe if it has any."""
         return tuple(dict.fromkeys((0.0, recipe(preset).dropout)))
 
-    def micro_batch(self, lengths: str, tokens: int, seed: int, preset: str = "base") -> MicroBatch:
+    def packed(self, lengths: str, tokens: int, seed: int, preset: str = "base") -> MicroBatch:
         """The first `tokens` tokens of a large epoch of random documents, packed as in pre-training and masked as the
-        preset's recipe says."""
+        preset's recipe says. On the host."""
         rows, rate = tokens // self.row_tokens, recipe(preset).mask_rate
-        return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed, rate).to(self.device)
+        return _micro_batch(lengths, rows, self.row_tokens, self.vocabulary, seed, rate)
+
+    def micro_batch(self, lengths: str, tokens: int, seed: int, preset: str = "base") -> MicroBatch:
+        """`packed`, on the device."""
+        return self.packed(lengths, tokens, seed, preset).to(self.device)
 
 
 @cache
