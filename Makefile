@@ -15,7 +15,7 @@ test: .venv/installed-test lint    ## lint, then every test
 	wait $$gate; gate=$$?; cat $$log; rm $$log; exit $$((rest | gate))
 
 QUICK = test_house.py test_docs.py test_cli.py test_help.py test_files.py test_model.py corpus tasks training ops/test_ops.py
-quick: .venv/installed-test lint    ## what is worth running after every change: a minute and a half
+quick: .venv/installed-test lint    ## what is worth running after every change: two minutes
 	.venv/bin/python -m pytest -m "not slow" $(QUICK:%=tests/%)
 
 lint: .venv/installed-test
